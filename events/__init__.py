@@ -1,0 +1,1 @@
+"""What happened to a disk. Standard library only; imports nothing of ours."""

@@ -1,0 +1,239 @@
+"""Starts jobs, keeps one actor for each, and answers for those that have ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+
+from jobs import pull
+from jobs.actor import Actor, Ask, Limits, Slots, World
+from jobs.errors import JobError
+from jobs.model import Cursor, FileId, Job, JobSpec, Operation, Plan, Revocation, State
+from jobs.ports import Access, BlockDriver, Clock, JobStore, Observer
+from jobs.progress import View
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """All jobs of the host. Not thread-safe: everything runs on one event loop."""
+
+    def __init__(
+        self,
+        driver: BlockDriver,
+        store: JobStore,
+        access: Access,
+        *,
+        clock: Clock,
+        observer: Observer,
+        limits: Limits,
+        changed: Callable[[Job], None],
+    ) -> None:
+        self._world = World(driver, store, access, clock, observer, limits, Slots(limits.width), changed)
+        self._actors: dict[str, Actor] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._creating = asyncio.Lock()
+        self._stopping = False
+
+    async def recover(self) -> int:
+        """Take up every job that has not ended, and every end whose revocation is pending. How many."""
+        jobs = await self._world.store.unsettled()
+        for job in jobs:
+            self._spawn(job)
+        return len(jobs)
+
+    async def stop(self) -> None:
+        """Let go of the jobs; what runs in storage daemons goes on, and is taken up at the next start."""
+        self._stopping = True
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    # Reading
+
+    def active(self) -> list[Job]:
+        return [actor.job for actor in self._actors.values() if not actor.job.state.terminal]
+
+    def view(self, job_id: str) -> View | None:
+        actor = self._actors.get(job_id)
+        return actor.view if actor else None
+
+    async def get(self, job_id: str) -> Job:
+        actor = self._actors.get(job_id)
+        job = actor.job if actor else await self._world.store.get(job_id)
+        if job is None:
+            raise JobError("not_found", f"no job {job_id}", field="id", value=job_id, remedy="see `hostagent job list`")
+        return job
+
+    def on_file(self, file: FileId) -> Job | None:
+        """The active job whose chain has this file on top."""
+        return next((job for job in self.active() if job.before.top.file == file), None)
+
+    # Doing
+
+    async def plan(self, spec: JobSpec) -> Plan:
+        _supported(spec)
+        return await self._world.driver.plan(spec)
+
+    async def create(self, spec: JobSpec, job_id: str | None = None) -> tuple[Job, bool]:
+        """The new job; or, when `job_id` was used with the same request before, that one, and False."""
+        _supported(spec)
+        if known := await self._same_request(spec, job_id):
+            return known, False
+        plan = await self._world.driver.plan(spec)  # not under the lock: one hung image must not hold up the others
+        async with self._creating:
+            if known := await self._same_request(spec, job_id):
+                return known, False
+            self._refuse_when_full()
+            self._refuse_when_busy(spec, plan)
+            job = self._new(spec, plan, job_id or str(uuid.uuid4()))
+            await self._world.store.save(job)
+            self._spawn(job)
+        self._world.changed(job)
+        log.info("job queued", extra={"fields": {"job": job.id, "path": job.before.top.path}})
+        return job, True
+
+    async def next(self, job_id: str, cursor: int | None) -> Job:
+        job = await self.get(job_id)
+        if not job.incremental:
+            raise JobError("conflict", f"job {job_id} is continuous: it needs no next", remedy="watch it instead")
+        if cursor is not None and cursor > job.cursor.cur:
+            raise JobError(
+                "conflict",
+                f"cursor {cursor} is ahead of the job's ({job.cursor.cur})",
+                field="cursor",
+                value=cursor,
+                remedy="pass the cursor that the job shows",
+            )
+        if cursor is not None and (job.cursor.cur > cursor or job.state.terminal or job.upto is not None):
+            return job
+        return await self._actor(job).ask(Ask.NEXT)
+
+    async def abort(self, job_id: str, *, force: bool = False) -> Job:
+        job = await self.get(job_id)
+        if job.state is State.ABORTED or (job.intent == "abort" and not force and not job.state.terminal):
+            return job
+        return await self._actor(job).ask(Ask.FORCE if force else Ask.ABORT)
+
+    async def pause(self, job_id: str) -> Job:
+        job = await self.get(job_id)
+        return job if job.state is State.PAUSED else await self._actor(job).ask(Ask.PAUSE)
+
+    async def resume(self, job_id: str) -> Job:
+        job = await self.get(job_id)
+        return job if job.state is State.RUNNING else await self._actor(job).ask(Ask.RESUME)
+
+    async def set_speed(self, job_id: str, bandwidth: int) -> Job:
+        return await self._actor(await self.get(job_id)).ask(Ask.SPEED, bandwidth)
+
+    async def delete(self, job_id: str) -> None:
+        """Forget an ended job. One that has not ended, or still owes a revocation, is kept."""
+        job = await self.get(job_id)
+        if not job.state.terminal or job.revocation is Revocation.PENDING or job_id in self._actors:
+            what = "still owes a revocation" if job.state.terminal else f"is {job.state}"
+            raise JobError("conflict", f"job {job_id} {what}", remedy=f"`hostagent job abort {job_id}` first, or wait")
+        await self._world.store.delete(job_id)
+
+    def hint(self, job_id: str) -> None:
+        """The driver saw something that concerns this job."""
+        if actor := self._actors.get(job_id):
+            actor.hint()
+
+    # Inside
+
+    async def _same_request(self, spec: JobSpec, job_id: str | None) -> Job | None:
+        """The job that this id and request made before."""
+        if job_id is None:
+            return None
+        actor = self._actors.get(job_id)
+        known = actor.job if actor else await self._world.store.get(job_id)
+        if known is None or known.spec == spec:
+            return known
+        raise JobError(
+            "conflict",
+            f"job {job_id} exists with another request",
+            field="id",
+            value=job_id,
+            remedy="choose another id, or leave it out",
+        )
+
+    def _refuse_when_full(self) -> None:
+        if len(self.active()) >= self._world.limits.queue:
+            raise JobError(
+                "limit",
+                f"{self._world.limits.queue} jobs wait or run already",
+                remedy="wait for some to end, or raise jobs.queue",
+            )
+
+    def _refuse_when_busy(self, spec: JobSpec, plan: Plan) -> None:
+        """One job per chain; also not while the end of the job before is still being cleared away."""
+        for actor in self._actors.values():
+            other = actor.job
+            if other.before.top.file == plan.before.top.file:
+                raise JobError(
+                    "busy",
+                    f"job {other.id} ({other.spec.operation}, {other.state}) works on {plan.before.top.path!r}",
+                    field="target",
+                    value=spec.target,
+                    remedy=f"wait for it, or `hostagent job abort {other.id}`",
+                    holders=[str(other.holder)],
+                )
+
+    def _new(self, spec: JobSpec, plan: Plan, job_id: str) -> Job:
+        now = self._world.clock.now()
+        job = Job(
+            id=job_id,
+            spec=spec,
+            state=State.QUEUED,
+            created=now,
+            since=now,
+            before=plan.before,
+            after=plan.after,
+            cursor=Cursor(0, plan.size),
+            bandwidth=spec.bandwidth,
+            warnings=plan.warnings,
+        )
+        return replace(job, upto=pull.goal(job)) if job.incremental else job
+
+    def _actor(self, job: Job) -> Actor:
+        actor = self._actors.get(job.id)
+        if actor is None or actor.job.state.terminal:
+            raise JobError("conflict", f"job {job.id} is {job.state}", state=job.state.value)
+        return actor
+
+    def _spawn(self, job: Job) -> None:
+        actor = Actor(self._world, job)
+        self._actors[job.id] = actor
+        self._tasks[job.id] = asyncio.create_task(self._run(actor), name=f"job {job.id}")
+
+    async def _run(self, actor: Actor) -> None:
+        try:
+            await actor.run()
+            self._actors.pop(actor.job.id, None)
+        except Exception:  # a task root: the job stays as it was stored, and is taken up again
+            log.exception("the writer of a job ended", extra={"fields": {"job": actor.job.id}})
+            if not self._stopping:
+                await asyncio.sleep(self._world.limits.settle_retry)
+                stored = await self._world.store.get(actor.job.id)
+                self._world.observer.reconcile("actor_restarted")
+                if stored is not None:
+                    self._spawn(stored)
+                return
+        self._tasks.pop(actor.job.id, None)
+
+
+def _supported(spec: JobSpec) -> None:
+    if spec.operation is not Operation.PULL:
+        raise JobError(
+            "not_supported",
+            f"operation {spec.operation.value!r} is not supported yet",
+            field="operation",
+            value=spec.operation.value,
+            remedy="pull is what this version does",
+        )
+
+
+__all__ = ["Engine", "Limits"]

@@ -1,0 +1,204 @@
+"""The nouns of a job: what is asked, what the chain looks like, how far it is, how it ended.
+
+Everything here is a frozen value. Sizes and cursors are bytes of the virtual disk, rates bytes per second, times UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+
+class Operation(StrEnum):
+    PULL = "pull"
+    COPY = "copy"
+    COMMIT = "commit"
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    WAITING = "waiting"
+    READY = "ready"
+    COMPLETING = "completing"
+    ABORTING = "aborting"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    ABORTED = "aborted"
+    UNKNOWN = "unknown"
+
+    @property
+    def terminal(self) -> bool:
+        return self in TERMINAL
+
+
+TERMINAL = frozenset({State.COMPLETED, State.FAILED, State.ABORTED})
+
+
+class Revocation(StrEnum):
+    NONE = "none"
+    PENDING = "pending"
+    DONE = "done"
+    KEPT = "kept"
+    FAILED = "failed"
+
+
+class FileId(NamedTuple):
+    """A file's identity: what stays when a path is swapped. Device number and inode, as in stat(2)."""
+
+    dev: int
+    ino: int
+
+    def __str__(self) -> str:
+        return f"{self.dev}:{self.ino}"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One image file of a chain. `backing` is the name as the header has it, None at the bottom of the chain."""
+
+    path: str
+    format: str
+    file: FileId
+    virtual_size: int
+    allocated: int
+    backing: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A backing chain, top (the overlay that is named) first, base last."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def top(self) -> Layer:
+        return self.layers[0]
+
+    def below(self, index: int) -> Chain:
+        return Chain(self.layers[index:])
+
+    def paths(self) -> list[str]:
+        return [layer.path for layer in self.layers]
+
+
+class Cursor(NamedTuple):
+    """`cur` of `end` bytes. `cur == end` alone says nothing about success."""
+
+    cur: int = 0
+    end: int = 0
+
+
+START = Cursor()
+
+
+class Holder(NamedTuple):
+    """Who needs a file: kind `job`, `export`, `domain`, or `image` (an overlay, by path, that still depends on it)."""
+
+    kind: str
+    id: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.id}"
+
+
+class Need(NamedTuple):
+    """A file that a holder must be able to open, `r` or `rw`."""
+
+    layer: Layer
+    mode: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A file that is no longer needed and could still be opened, and why."""
+
+    path: str
+    reason: str
+    holders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a job did not do what was asked."""
+
+    code: str
+    message: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What the caller asks. `increment` (bytes) makes a pull incremental; `bandwidth` 0 is no limit; `anywhere` says
+    that this caller may name an image outside the pools."""
+
+    operation: Operation
+    target: str
+    base: str | None = None
+    increment: int | None = None
+    bandwidth: int = 0
+    check: str = "auto"
+    labels: Mapping[str, str] = field(default_factory=dict)
+    anywhere: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job, whole. `revision` grows with each change; `upto` is where the present increment ends.
+
+    `daemon` is the id of the storage daemon that runs it, `intent` is `abort` once an abort was asked for, `since` is
+    when the present state began.
+    """
+
+    id: str
+    spec: JobSpec
+    state: State
+    created: datetime
+    since: datetime
+    before: Chain
+    after: Chain
+    origin: str = "agent"
+    revision: int = 1
+    cursor: Cursor = START
+    upto: int | None = None
+    bandwidth: int = 0
+    intent: str | None = None
+    paused: bool = False
+    started: datetime | None = None
+    finished: datetime | None = None
+    error: Failure | None = None
+    revocation: Revocation = Revocation.NONE
+    revoked: tuple[str, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def incremental(self) -> bool:
+        return self.spec.increment is not None
+
+    @property
+    def dropped(self) -> tuple[Layer, ...]:
+        """The layers that the chain loses when this job completes."""
+        stays = {layer.file for layer in self.after.layers}
+        return tuple(layer for layer in self.before.layers if layer.file not in stays)
+
+    @property
+    def holder(self) -> Holder:
+        return Holder("job", self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a job would do, found without changing anything."""
+
+    before: Chain
+    after: Chain
+    size: int
+    warnings: tuple[str, ...] = ()
+    preview: Mapping[str, Any] = field(default_factory=dict)

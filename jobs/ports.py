@@ -1,0 +1,174 @@
+"""What the engine needs of the world, as protocols. The adapters live in `hostagent`; daemon.py joins them.
+
+Every method that touches a hypervisor, a file or the store is a coroutine with a bound of its own; a method that is
+said to be idempotent may be called again after a crash between it and the next record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Protocol
+
+from events.model import Event
+from jobs.model import Cursor, FileId, Holder, Job, JobSpec, Need, Plan
+
+
+class Contact(StrEnum):
+    """What is known of the process that runs the job."""
+
+    ALIVE = "alive"
+    DEAD = "dead"
+    UNRESPONSIVE = "unresponsive"
+
+
+class Phase(StrEnum):
+    """What the hypervisor says of the job."""
+
+    ABSENT = "absent"
+    RUNNING = "running"
+    PAUSED = "paused"
+    READY = "ready"
+    PENDING = "pending"
+    CONCLUDED = "concluded"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One look at a job: the process, the hypervisor's word, and the proof that the image's header gives."""
+
+    contact: Contact
+    phase: Phase = Phase.ABSENT
+    cursor: Cursor | None = None
+    error: str | None = None
+    proven: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AccessChange:
+    """What a job's end does to the ledger, in the transaction that records it.
+
+    `release` loses all its rows. `forget` (the files that the chain lost) is dropped from every one of `sharers`.
+    `inherit` stays needed by the image itself, because the chain still depends on it.
+    """
+
+    release: Holder
+    forget: tuple[FileId, ...] = ()
+    sharers: tuple[Holder, ...] = ()
+    inherit: tuple[Need, ...] = ()
+    heir: Holder | None = None
+
+
+class AccessVerdict(StrEnum):
+    GRANTED = "granted"
+    REVOKED = "revoked"
+    KEPT = "kept"
+    PENDING = "pending"
+    UNCHANGED = "unchanged"
+
+
+@dataclass(frozen=True, slots=True)
+class AccessResult:
+    """What the converger found or did for one file."""
+
+    path: str
+    verdict: AccessVerdict
+    reason: str | None = None
+    holders: tuple[str, ...] = ()
+
+
+class BlockDriver(Protocol):
+    """Runs jobs on one kind of target. All but `plan` take a job that is already in the store."""
+
+    async def plan(self, spec: JobSpec) -> Plan:
+        """Look at the image and say what the job would do. Changes nothing."""
+
+    async def prepare(self, job: Job) -> None:
+        """Leases, grants: all that comes before the image is opened for the job. Idempotent."""
+
+    async def check(self, job: Job) -> tuple[str, ...]:
+        """Check the image as `job.spec.check` says; warnings. May be cancelled."""
+
+    async def start(self, job: Job) -> None:
+        """Open the image for writing and start the block job, or join it where it runs already. Idempotent."""
+
+    async def advance(self, job: Job, stop: asyncio.Event) -> int:
+        """Make one slice of an increment local and durable; the new cursor. `stop` ends it early and safely."""
+
+    async def rest(self, job: Job) -> None:
+        """Give back what is not needed between two increments. Idempotent."""
+
+    async def observe(self, job: Job) -> Observation:
+        """Look at the job and the image; never raises for what it sees."""
+
+    async def finalize(self, job: Job) -> None:
+        """Make all data durable, then let a pending job end. Idempotent."""
+
+    async def cancel(self, job: Job, *, force: bool = False) -> None: ...
+
+    async def pause(self, job: Job) -> None: ...
+
+    async def resume(self, job: Job) -> None: ...
+
+    async def set_speed(self, job: Job, bandwidth: int) -> None: ...
+
+    async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
+        """Call `record` with the holders that share the chain, then drop the ended job that it returns.
+
+        Nobody can join the chain between the two: who joined before is among the holders, who joins later sees the
+        chain as it is then.
+        """
+
+    async def drop(self, job: Job) -> None:
+        """Close what only the ended job had open, above all the files that the chain lost. Idempotent."""
+
+    async def leave(self, job: Job) -> None:
+        """The job needs the chain no more; the last user's leaving closes it. Idempotent."""
+
+
+class JobStore(Protocol):
+    async def save(self, job: Job, events: Sequence[Event] = ()) -> None:
+        """One transaction, durable when it returns; the events are published after it."""
+
+    async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:
+        """The outcome, its events and what it does to the ledger, in one transaction."""
+
+    async def get(self, job_id: str) -> Job | None: ...
+
+    async def delete(self, job_id: str) -> None: ...
+
+    async def unsettled(self) -> list[Job]:
+        """Jobs that have not ended, and ended ones whose revocation is pending; oldest first."""
+
+
+class Access(Protocol):
+    async def converge(self, files: Sequence[FileId], *, trigger: str) -> dict[FileId, AccessResult]: ...
+
+
+class Clock(Protocol):
+    def now(self) -> datetime: ...
+
+    def monotonic(self) -> float: ...
+
+
+class SystemClock:
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+class Observer(Protocol):
+    """Hears of what metrics want to know; must not block."""
+
+    def job_finished(self, operation: str, outcome: str, seconds: float) -> None: ...
+
+    def event_lag(self, seconds: float) -> None: ...
+
+    def reconcile(self, result: str) -> None: ...
+
+    def revocation_lag(self, seconds: float) -> None: ...

@@ -1,0 +1,65 @@
+"""settle: the one way to an outcome, for events, restarts and reconnects alike.
+
+A terminal event brings a job here and says nothing more: what the image's header proves wins over everything that was
+heard. For a pull the proof is a header that no longer names the base. It is sound because `finalize` makes all pulled
+data durable *before* QEMU rewrites the header (a job is started with auto-finalize off for this reason): a header
+without the base therefore means that nothing is missing, even when the storage daemon was killed a moment later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jobs.machine import Signal
+from jobs.model import Failure, Job
+from jobs.ports import Contact, Observation, Phase
+
+AGAIN = "start the pull again: it goes on from what is already there"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`signal` None means that the job has not ended; LOST that nothing can be said now."""
+
+    signal: Signal | None
+    failure: Failure | None = None
+
+
+def decide(job: Job, seen: Observation, failure: Failure | None = None) -> Verdict:
+    """The outcome that one look at the job proves. `failure` is what the agent itself knows of why it ended."""
+    if seen.contact is Contact.UNRESPONSIVE:
+        return Verdict(Signal.LOST)
+    if seen.contact is Contact.ALIVE and seen.phase not in (Phase.ABSENT, Phase.CONCLUDED):
+        return Verdict(None)
+    if seen.proven and failure is None:
+        return Verdict(Signal.PROVEN_COMPLETED)
+    if job.intent == "abort":
+        return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", "the job was aborted", AGAIN))
+    return Verdict(Signal.PROVEN_FAILED, failure or explain(seen))
+
+
+def explain(seen: Observation) -> Failure:
+    """Why a job ended without its proof, for its user."""
+    if seen.error is not None:
+        return classify(seen.error)
+    if seen.contact is Contact.DEAD:
+        return Failure("storage_daemon_died", "the storage daemon ended while the job ran", AGAIN)
+    if seen.phase is Phase.CONCLUDED:
+        return Failure(
+            "unproven",
+            "the job ended without an error, but the image still names its backing file",
+            "inspect the image with `hostagent image inspect`, then start the pull again",
+        )
+    return Failure("unproven", "the storage daemon does not know the job", AGAIN)
+
+
+def classify(text: str) -> Failure:
+    """QEMU's error text as a code. QEMU says "read" even where writing the overlay failed, so the text decides."""
+    lower = text.lower()
+    if "no space left" in lower or "disk quota" in lower:
+        return Failure("no_space", f"no space left: {text}", "make space on the overlay's file system; " + AGAIN)
+    if "input/output error" in lower:
+        return Failure("io_error", text, "look at the storage below the chain (dmesg); then " + AGAIN)
+    if "permission denied" in lower:
+        return Failure("denied", text, "run `hostagent doctor`")
+    return Failure("job_failed", text, AGAIN)

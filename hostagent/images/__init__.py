@@ -1,0 +1,1 @@
+"""Disk images as files: bounded header reading, backing chains, the rules about where members may lie."""

@@ -1,0 +1,144 @@
+"""Opening one member of a chain, without trusting whoever named it.
+
+A header names its backing file, and whoever wrote the header may have meant /etc/shadow or a device. So a file is
+grasped with O_PATH first, which opens nothing and has no side effect on any kind of file; its true place (the kernel's
+name for the descriptor, every folder link resolved), its kind and its link count are judged; and only then is it opened
+for reading, through that same descriptor, so that no swap of the path in between has an effect.
+
+A file may be used when it is a regular one, has one name, and lies directly in the folder of the overlay that names it
+or anywhere below a configured pool. The top, which a person names, may lie anywhere unless the limits say otherwise.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostagent.images.header import is_plain, shown
+from jobs.errors import JobError
+from jobs.model import Layer
+
+_GRASP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class ChainLimits:
+    """`pools` are absolute folders. 200 layers is what libvirt allows, and QEMU opens them in 0.2 s."""
+
+    pools: tuple[str, ...] = ()
+    max_depth: int = 200
+    top_anywhere: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A member to open: the path, the format if it is said, and the overlay that names it (None for the top)."""
+
+    path: str
+    format: str | None
+    overlay: Layer | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}, the backing file of {self.overlay.path}," if self.overlay else self.path
+
+
+def open_member(wanted: Wanted, limits: ChainLimits) -> tuple[int, str]:
+    """A descriptor open for reading, and the file's true path. The caller closes the descriptor."""
+    with _os_errors(wanted):
+        handle = os.open(wanted.path, _GRASP)
+        try:
+            path = _judge(handle, wanted, limits)
+            return os.open(f"/proc/self/fd/{handle}", _READ), path
+        finally:
+            os.close(handle)
+
+
+def _judge(handle: int, wanted: Wanted, limits: ChainLimits) -> str:
+    """Say where the file truly lies, or refuse it. Place first: of a file that lies elsewhere nothing else is told."""
+    found = os.fstat(handle)
+    path = str(Path(f"/proc/self/fd/{handle}").readlink())
+    if found.st_nlink == 0:
+        raise changed(wanted.path, "it was removed while it was opened")
+    if not path.startswith("/") or not is_plain(path):
+        raise JobError("image_invalid", f"{wanted} lies at {shown(path)}, which is no usable path", value=path)
+    _refuse_place(Path(path), wanted, limits)
+    _refuse_kind(handle, found.st_mode, path)
+    if found.st_nlink > 1:
+        raise JobError(
+            "outside_pools",
+            f"{path} has {found.st_nlink} hard links, so the folder does not tell whose it is",
+            remedy=f"make a copy, and use that: cp --sparse=always {shlex.quote(path)} {shlex.quote(path + '.copy')}",
+            value=path,
+        )
+    return path
+
+
+def _refuse_place(path: Path, wanted: Wanted, limits: ChainLimits) -> None:
+    if wanted.overlay is None and limits.top_anywhere:
+        return
+    if wanted.overlay is not None and path.parent == Path(wanted.overlay.path).parent:
+        return
+    if any(path.is_relative_to(Path(pool).resolve()) for pool in limits.pools):
+        return
+    where = "in no configured pool" if wanted.overlay is None else "neither in that image's folder nor in a pool"
+    found = f" (it is {path})" if str(path) != wanted.path else ""
+    remedy = f"if it belongs there, add {path.parent} to images.pools, or move it"
+    raise JobError("outside_pools", f"{wanted} lies {where}{found}", remedy=remedy, value=str(path))
+
+
+def _refuse_kind(handle: int, mode: int, path: str) -> None:
+    if stat.S_ISREG(mode):
+        return
+    if stat.S_ISLNK(mode):
+        target = os.readlink("", dir_fd=handle)
+        message = f"{path} is a symbolic link, and the last step of an image's path is not followed"
+        raise JobError("image_invalid", message, remedy=f"name its target, {shown(target)}, itself", value=path)
+    if stat.S_ISBLK(mode):
+        remedy = "use an image in a regular file"
+        raise JobError("not_supported", f"{path} is a block device, not supported yet", remedy=remedy, value=path)
+    kind = next((name for test, name in _KINDS if test(mode)), "a special file")
+    remedy = "name an image that is a regular file"
+    raise JobError("image_invalid", f"{path} is {kind}, not an image", remedy=remedy, value=path)
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+)
+
+
+def changed(path: str, what: str) -> JobError:
+    """The error for a file that is not what it was."""
+    return JobError("image_changed", f"{path} has changed: {what}", remedy="look at it again, then retry", value=path)
+
+
+@contextmanager
+def _os_errors(wanted: Wanted) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        code, remedy = _OS_ERRORS.get(error.errno or 0, ("io_error", None))
+        reason = os.strerror(error.errno or 0)
+        raise JobError(code, f"{wanted} cannot be opened: {reason}", remedy=remedy, value=wanted.path) from error
+
+
+_MISSING = "correct the path, or restore the file"
+_OS_ERRORS: dict[int, tuple[str, str | None]] = {
+    errno.ENOENT: ("not_found", _MISSING),
+    errno.ENOTDIR: ("not_found", _MISSING),
+    errno.EACCES: ("denied", "let the agent's user read the file and search its folders"),
+    errno.EPERM: ("denied", "let the agent's user read the file and search its folders"),
+    errno.ELOOP: ("image_invalid", "untangle the symbolic links among its folders"),
+    errno.ENAMETOOLONG: ("image_invalid", "use a shorter path"),
+    errno.EMFILE: ("limit", "raise the agent's limit of open files (LimitNOFILE=)"),
+    errno.ENFILE: ("limit", "raise the host's limit of open files (fs.file-max)"),
+}

@@ -1,0 +1,152 @@
+"""Who has a file open, by /proc: processes, their descriptors, and the locks that they hold on them.
+
+A file is its device and inode, never a path. An O_PATH descriptor gives no access to data and does not count. What is
+missed by nature: a file that is only mapped, one in flight over a socket, and the processes that this agent may not
+look into; as root there are none of the last kind. A process that goes away while it is looked at is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from jobs.model import FileId
+
+PROC = Path("/proc")
+NOT_FILES = ("socket:", "pipe:", "anon_inode:")
+START_TIME_FIELD = 22 - 3  # of proc(5) /proc/PID/stat, counted from the state, the first one after the name
+GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+
+
+class Process(NamedTuple):
+    """`writes` says that at least one of its descriptors of the file is open for writing."""
+
+    pid: int
+    name: str
+    uid: int
+    writes: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid})"
+
+
+class _Opened(NamedTuple):
+    file: FileId
+    writes: bool
+    locked: tuple[range, ...]  # the bytes on which this open file description holds record locks
+
+
+def find_open(
+    files: Collection[FileId],
+    *,
+    uids: Collection[int] | None = None,
+    pids: Iterable[int] | None = None,
+    skip_pids: Collection[int] = (),
+) -> dict[FileId, list[Process]]:
+    """The processes that have each of the files open: an empty list for a file that nobody has.
+
+    `uids` limits the search to processes of these users, `pids` to these processes.
+    """
+    found: dict[FileId, list[Process]] = {file: [] for file in files}
+    for pid, uid in _processes(uids, pids, skip_pids):
+        opened = list(_opened(pid, files))
+        for file in {one.file for one in opened}:
+            writes = any(one.writes for one in opened if one.file == file)
+            found[file].append(Process(pid, process_name(pid), uid, writes))
+    return found
+
+
+def find_lockers(file: FileId, byte: int, *, skip_pids: Collection[int] = ()) -> list[Process]:
+    """The processes with a record lock on this byte of the file."""
+    found = []
+    for pid, uid in _processes(None, None, skip_pids):
+        opened = [one for one in _opened(pid, {file}) if any(byte in locked for locked in one.locked)]
+        if opened:
+            found.append(Process(pid, process_name(pid), uid, any(one.writes for one in opened)))
+    return found
+
+
+def process_alive(pid: int, start_time: int) -> bool:
+    """Whether that very process still runs; a zombie does not. Its id alone says nothing, ids are used again.
+
+    Only meaningful within one boot: see `boot_id`.
+    """
+    try:
+        state, *fields = _stat_fields(pid)
+    except GONE:
+        return False
+    return state not in "ZXx" and int(fields[START_TIME_FIELD - 1]) == start_time
+
+
+def start_time(pid: int) -> int:
+    """In clock ticks since boot. Raises ProcessLookupError when there is no such process."""
+    try:
+        return int(_stat_fields(pid)[START_TIME_FIELD])
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+
+
+def boot_id() -> str:
+    return (PROC / "sys/kernel/random/boot_id").read_text().strip()
+
+
+def process_name(pid: int) -> str:
+    try:
+        return (PROC / str(pid) / "comm").read_text(errors="replace").strip()
+    except GONE:
+        return "?"
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """From the state on. The name before it may hold spaces and brackets, so the last bracket counts."""
+    return (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+
+
+def _processes(
+    uids: Collection[int] | None, pids: Iterable[int] | None, skip_pids: Collection[int]
+) -> Iterator[tuple[int, int]]:
+    """(pid, effective uid) of the processes to look at."""
+    candidates = (int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()) if pids is None else iter(pids)
+    for pid in candidates:
+        if pid in skip_pids:
+            continue
+        try:
+            uid = (PROC / str(pid)).stat().st_uid  # unlike what is in it, the process's even if not dumpable
+        except GONE:
+            continue
+        if uids is None or uid in uids:
+            yield pid, uid
+
+
+def _opened(pid: int, files: Collection[FileId]) -> Iterator[_Opened]:
+    folder = f"{PROC}/{pid}"
+    try:
+        descriptors = os.listdir(f"{folder}/fd")  # noqa: PTH208 - thousands of them, and Path costs; so below
+    except GONE:
+        return
+    for descriptor in descriptors:
+        link = f"{folder}/fd/{descriptor}"
+        try:
+            if os.readlink(link).startswith(NOT_FILES):  # noqa: PTH115
+                continue
+            info = os.stat(link)  # noqa: PTH116
+            file = FileId(info.st_dev, info.st_ino)
+            if file in files:
+                yield from _described(file, Path(folder, "fdinfo", descriptor).read_text())
+        except OSError:  # gone, or on storage that answers with an error: then it is not the file that we could stat
+            continue
+
+
+def _described(file: FileId, fdinfo: str) -> Iterator[_Opened]:
+    flags, locked = 0, []
+    for line in fdinfo.splitlines():
+        key, _, value = line.partition(":")
+        if key == "flags":
+            flags = int(value, 8)
+        elif key == "lock":
+            start, end = value.split()[-2:]
+            locked.append(range(int(start), 2**63 if end == "EOF" else int(end) + 1))
+    if not flags & os.O_PATH:
+        yield _Opened(file, flags & os.O_ACCMODE != os.O_RDONLY, tuple(locked))

@@ -1,0 +1,216 @@
+"""Leases on image files that other agents respect, and QEMU too.
+
+QEMU marks what it does with an image by open file description (OFD) locks on single bytes: a read lock on 100+n says
+"I use permission n", one on 200+n "I do not share permission n", and it tests the opposite byte before it goes on. A
+lease speaks that language, and adds byte 150, which QEMU does not use, for agents among themselves:
+
+* shared, for a file that is read and must not change: we use CONSISTENT_READ, share neither WRITE nor RESIZE. While it
+  stands `qemu-io write` and `qemu-img commit` into the file fail, and readers and streams from it do not;
+* exclusive, for a file that our own storage daemon will write: byte 150 alone, because QEMU's bytes would stop that
+  daemon too. QEMU guards the file from the moment at which the daemon opens it.
+
+Locks are taken first and the others' tested after, and given back when refused: two who try at once can both be
+refused, never both succeed. A lock belongs to an open file description, so a lease opens its own. It does not outlive
+this process, and is taken again at start.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import threading
+from collections.abc import Collection
+from enum import StrEnum
+from pathlib import Path
+
+from hostagent.access import holders
+from jobs.errors import JobError
+from jobs.model import FileId
+
+USES, UNSHARED = 100, 200
+CONSISTENT_READ, WRITE, RESIZE = 0, 1, 3
+AGENT_BYTE = 150
+READING = (USES + CONSISTENT_READ, UNSHARED + WRITE, UNSHARED + RESIZE)
+WRITERS = (USES + WRITE, USES + RESIZE, UNSHARED + CONSISTENT_READ)
+READERS = (UNSHARED + WRITE, UNSHARED + RESIZE)
+FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid; native alignment, 64 bits
+
+
+class LeaseMode(StrEnum):
+    SHARED = "shared"
+    EXCLUSIVE = "exclusive"
+
+
+class Lease:
+    """A lease on one file, by its inode. Thread-safe; a context manager that releases it.
+
+    `ours` are the process ids of our own storage daemons, whose locks are no reason to refuse.
+    """
+
+    def __init__(self, fd: int, mode: LeaseMode, path: str) -> None:
+        """Takes over `fd`, which holds the locks already: use `Lease.shared` or `Lease.exclusive`."""
+        info = os.fstat(fd)
+        self.file = FileId(info.st_dev, info.st_ino)
+        self.path = path
+        self.mode = mode
+        self._fd = fd
+        self._guard = threading.Lock()
+
+    @classmethod
+    def shared(cls, fd: int, *, ours: Collection[int] = ()) -> Lease:
+        own, path = _reopened(fd, os.O_RDONLY)
+        try:
+            _lock(own, path, fcntl.F_RDLCK, (AGENT_BYTE, *READING))
+            _refuse_others(own, path, WRITERS, ours)
+            return cls(own, LeaseMode.SHARED, path)
+        except BaseException:
+            os.close(own)
+            raise
+
+    @classmethod
+    def exclusive(cls, fd: int, *, tolerate_readers: bool = False, ours: Collection[int] = ()) -> Lease:
+        """`tolerate_readers`: our storage daemon has the file open read-only and does not share writing. QEMU itself
+        refuses its reopening for writing while anybody else reads so."""
+        own, path = _reopened(fd, os.O_RDWR)
+        try:
+            _lock(own, path, fcntl.F_WRLCK, (AGENT_BYTE,))
+            _refuse_others(own, path, WRITERS if tolerate_readers else WRITERS + READERS, ours)
+            return cls(own, LeaseMode.EXCLUSIVE, path)
+        except BaseException:
+            os.close(own)
+            raise
+
+    def __repr__(self) -> str:
+        return f"Lease({self.path}, {self.mode}, {'released' if self._fd < 0 else 'held'})"
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def held(self) -> bool:
+        return self._fd >= 0
+
+    def convert(self, mode: LeaseMode, *, tolerate_readers: bool = False, ours: Collection[int] = ()) -> None:
+        """Make it `mode`. A refusal leaves it as it was, and no other agent can come between."""
+        with self._guard:
+            if self._fd < 0:
+                raise JobError("conflict", f"the lease on {self.path} was released", field="path", value=self.path)
+            if mode is self.mode:
+                return
+            if mode is LeaseMode.EXCLUSIVE:
+                self._raise(WRITERS if tolerate_readers else WRITERS + READERS, ours)
+            else:
+                self._lower(ours)
+            self.mode = mode
+
+    def release(self) -> None:
+        with self._guard:
+            if self._fd >= 0:
+                # Unlocked, not only closed: a child that was just forked has the description until its exec.
+                _lock(self._fd, self.path, fcntl.F_UNLCK, (AGENT_BYTE, *READING))
+                os.close(self._fd)
+                self._fd = -1
+
+    def _raise(self, refused: tuple[int, ...], ours: Collection[int]) -> None:
+        """Through a second description, as the first may be read-only: it joins, takes over, becomes the writer."""
+        writable, _ = _reopened(self._fd, os.O_RDWR)
+        try:
+            _lock(writable, self.path, fcntl.F_RDLCK, (AGENT_BYTE, *READING))
+        except BaseException:
+            os.close(writable)
+            raise
+        os.close(self._fd)
+        self._fd = writable
+        try:
+            _lock(writable, self.path, fcntl.F_WRLCK, (AGENT_BYTE,))
+            _refuse_others(writable, self.path, refused, ours)
+        except JobError:
+            _lock(writable, self.path, fcntl.F_RDLCK, (AGENT_BYTE,))
+            raise
+        _lock(writable, self.path, fcntl.F_UNLCK, READING)
+
+    def _lower(self, ours: Collection[int]) -> None:
+        _lock(self._fd, self.path, fcntl.F_RDLCK, READING)
+        try:
+            _refuse_others(self._fd, self.path, WRITERS, ours)
+        except JobError:
+            _lock(self._fd, self.path, fcntl.F_UNLCK, READING)
+            raise
+        _lock(self._fd, self.path, fcntl.F_RDLCK, (AGENT_BYTE,))
+
+
+def _reopened(fd: int, access: int) -> tuple[int, str]:
+    """An open file description of our own of the same inode, and the file's name for people."""
+    link = f"/proc/self/fd/{fd}"
+    path = str(Path(link).readlink())
+    try:
+        return os.open(link, access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), path
+    except OSError as error:
+        code = "denied" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else "io_error"
+        verb = "read" if access == os.O_RDONLY else "write"
+        raise JobError(
+            code,
+            f"cannot open {path} to lease it: {error.strerror}",
+            remedy=f"let the agent {verb} the file",
+            field="path",
+            value=path,
+        ) from error
+
+
+def _lock(fd: int, path: str, kind: int, bytes_: tuple[int, ...]) -> None:
+    """Set or clear our lock on each byte, without waiting. What was set before a refusal goes with the descriptor."""
+    for byte in bytes_:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise _busy(fd, path, byte, ()) from None
+            raise JobError(
+                "unavailable",
+                f"cannot lock {path}: {error.strerror}",
+                remedy="use a file system with POSIX record locks, and on NFS see that its lock service runs",
+                field="path",
+                value=path,
+            ) from error
+
+
+def _refuse_others(fd: int, path: str, bytes_: tuple[int, ...], ours: Collection[int]) -> None:
+    for byte in bytes_:
+        test = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+        kind = FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, test))[0]
+        if kind != fcntl.F_UNLCK and not (ours and _only(ours, fd, byte)):
+            raise _busy(fd, path, byte, ours)
+
+
+def _only(ours: Collection[int], fd: int, byte: int) -> bool:
+    pids = {process.pid for process in holders.find_lockers(_identity(fd), byte)} - {os.getpid()}
+    return bool(pids) and pids <= set(ours)
+
+
+def _busy(fd: int, path: str, byte: int, ours: Collection[int]) -> JobError:
+    who = [str(process) for process in holders.find_lockers(_identity(fd), byte, skip_pids=(os.getpid(), *ours))]
+    if who:
+        reason = f"is open in {', '.join(who[:8])}"
+    elif byte == AGENT_BYTE:
+        reason = "is leased already, by this agent or one that cannot be seen from here"
+    else:
+        reason = "is open in a process that cannot be seen from here"
+    return JobError(
+        "busy",
+        f"{path} {reason}",
+        remedy="wait until it is done with the image, or end it",
+        field="path",
+        value=path,
+        byte=byte,
+        holders=who[:8],
+    )
+
+
+def _identity(fd: int) -> FileId:
+    info = os.fstat(fd)
+    return FileId(info.st_dev, info.st_ino)

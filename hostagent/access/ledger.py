@@ -1,0 +1,338 @@
+"""The ledger says who needs which file; the converger makes the files match it.
+
+Access is a function of the rows and nothing else. `converge` may run at any time and any number of times: after a
+job's end, at start, by timer. It gives a file the most that any row asks, and takes back what we gave when no row is
+left; so a lost event, a crash between any two steps or a restart still ends in revocation, and nothing is taken that a
+row still holds. What we do to a file is written down before it is done (`before`, the ACL to go back to), and what is
+said of it is proven afterwards, as the hypervisor user: `revoked` means that this user could not open the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+from events.model import Event, GrantEvent, GrantEventKind
+from hostagent.access import acl, holders
+from hostagent.access.acl import Snapshot
+from hostagent.locks import Locks
+from hostagent.records import AccessFile, AccessRow
+from jobs.errors import JobError
+from jobs.model import FileId, Holder, Need
+from jobs.ports import AccessResult, AccessVerdict, Clock
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["r", "rw"]
+
+
+class LedgerStore(Protocol):
+    async def add_needs(self, holder: Holder, needs: Sequence[Need]) -> None: ...
+
+    async def release(self, holder: Holder, events: Sequence[Event] = ()) -> list[FileId]: ...
+
+    async def access_rows(self, files: Sequence[FileId] | None = None) -> list[AccessRow]: ...
+
+    async def access_files(self, files: Sequence[FileId] | None = None) -> list[AccessFile]: ...
+
+    async def put_access_file(self, entry: AccessFile, events: Sequence[Event] = ()) -> None: ...
+
+
+class Probe(Protocol):
+    def can_open(self, fd: int, mode: Mode) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The hypervisor user. `own` says that it is the agent's own user: then files are opened by right, not by grant."""
+
+    name: str
+    uid: int
+    groups: tuple[int, ...]
+    own: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    converge_timeout: float
+    manage_shared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """What the thread found and did: the entry to store, and what to tell."""
+
+    entry: AccessFile
+    kind: GrantEventKind | None
+
+
+class Ledger:
+    """`daemons` are the process ids of our own storage daemons; `observe(trigger, result)` is told of revocations."""
+
+    def __init__(
+        self,
+        store: LedgerStore,
+        subject: Subject,
+        probe: Probe,
+        *,
+        settings: Settings,
+        clock: Clock,
+        daemons: Callable[[], Collection[int]],
+        observe: Callable[[str, str], None],
+    ) -> None:
+        self._store = store
+        self._subject = subject
+        self._probe = probe
+        self._settings = settings
+        self._clock = clock
+        self._daemons = daemons
+        self._observe = observe
+        self._files = Locks()
+
+    # What others call
+
+    async def acquire(self, holder: Holder, needs: Sequence[Need]) -> None:
+        """The holder's rows, and files that match them. A file that cannot be given leaves none of it behind."""
+        await self._store.add_needs(holder, needs)
+        files = [need.layer.file for need in needs]
+        try:
+            for file in files:
+                async with self._files.alone(file):
+                    await self._settle(file, "grant", strict=True)
+        except JobError:
+            await self._store.release(holder)
+            await self.converge(files, trigger="grant")
+            raise
+
+    async def converge(self, files: Sequence[FileId], *, trigger: str) -> dict[FileId, AccessResult]:
+        """Make these files match the ledger. A file that cannot be settled now is `pending`, and never an exception."""
+        results = {}
+        for file in files:
+            async with self._files.alone(file):
+                results[file] = await self._settle(file, trigger)
+        return results
+
+    async def converge_all(self, *, trigger: str) -> dict[FileId, AccessResult]:
+        """Every file that a row names, or that we gave access to and have not proven gone."""
+        rows = await self._store.access_rows()
+        entries = await self._store.access_files()
+        files = {row.file for row in rows} | {e.file for e in entries if e.verdict != AccessVerdict.REVOKED}
+        return await self.converge(sorted(files), trigger=trigger)
+
+    async def run(self, interval: float) -> None:
+        """Converge by timer, for what no event tells: a process that closed a file, somebody's chmod."""
+        while True:
+            await asyncio.sleep(interval)
+            try:
+                await self.converge_all(trigger="timer")
+            except JobError as error:
+                log.warning("the ledger cannot be read", extra={"fields": {"error": error.message}})
+
+    async def keepers(self, file: FileId, leaving: Collection[Holder]) -> list[str]:
+        """Who would keep the file when `leaving` need it no more: other rows, and foreign processes."""
+        rows = [row for row in await self._store.access_rows([file]) if row.holder not in leaving]
+        processes = await asyncio.to_thread(self._open_in, file)
+        mine = set(self._daemons())
+        return [str(row.holder) for row in rows] + [str(p) for p in processes if p.pid not in mine]
+
+    # The converger
+
+    async def _settle(self, file: FileId, trigger: str, *, strict: bool = False) -> AccessResult:
+        """One file. `strict` raises what stands in the way of a grant."""
+        rows = await self._store.access_rows([file])
+        known = next(iter(await self._store.access_files([file])), None)
+        if not rows and (known is None or known.verdict == AccessVerdict.REVOKED):
+            verdict = AccessVerdict.UNCHANGED if known is None else AccessVerdict.REVOKED
+            return AccessResult(known.path if known else "", verdict, known.reason if known else None)
+        path = rows[0].path if rows else known.path if known else ""
+        was = known or self._blank(file, path)
+        try:
+            finding = await self._grant(was, rows) if rows else await self._revoke(was)
+        except JobError as error:
+            if strict:
+                raise
+            finding = _Finding(replace(was, verdict=AccessVerdict.PENDING, reason=error.message, holders=()), None)
+            log.warning("access is pending", extra={"fields": {"path": path, "error": error.message}})
+        return await self._record(was, finding, trigger)
+
+    def _blank(self, file: FileId, path: str) -> AccessFile:
+        access = "own" if self._subject.own else "acl"
+        return AccessFile(file, path, access, "", "", self._clock.now(), self._subject.uid)
+
+    async def _record(self, was: AccessFile, finding: _Finding, trigger: str) -> AccessResult:
+        entry = finding.entry
+        if entry != was:
+            entry = replace(entry, since=self._clock.now())
+            changed = (entry.verdict, entry.mode, entry.reason) != (was.verdict, was.mode, was.reason)
+            event = self._event(entry, finding.kind, trigger) if finding.kind and changed else None
+            await self._store.put_access_file(entry, [event] if event else [])
+            if changed and entry.verdict in (AccessVerdict.REVOKED, AccessVerdict.KEPT, AccessVerdict.PENDING):
+                self._observe(trigger, entry.verdict)
+            if changed:
+                fields = {"path": entry.path, "mode": entry.mode, "trigger": trigger, "reason": entry.reason}
+                log.info("access %s", entry.verdict, extra={"fields": fields})
+        return AccessResult(entry.path, AccessVerdict(entry.verdict), entry.reason, entry.holders)
+
+    def _event(self, entry: AccessFile, kind: GrantEventKind, trigger: str) -> GrantEvent:
+        return GrantEvent(kind, entry.path, entry.mode, trigger, entry.reason, entry.holders)
+
+    # Giving
+
+    async def _grant(self, was: AccessFile, rows: Sequence[AccessRow]) -> _Finding:
+        need: Mode = "rw" if any(row.mode == "rw" for row in rows) else "r"
+        held = tuple(str(row.holder) for row in rows)
+        given = replace(was, path=rows[0].path, verdict=AccessVerdict.GRANTED, holders=held, reason=None)
+        if self._subject.own:
+            return _Finding(replace(given, mode=need), GrantEventKind.GRANTED)
+        if was.mode == "":
+            plan = await self._thread(self._plan_grant, given, need)
+            if plan.mode == "":
+                return _Finding(plan, GrantEventKind.GRANTED)
+            # Written down before it is done: a crash after this line still knows what to go back to.
+            await self._store.put_access_file(plan)
+            given = replace(plan, verdict=AccessVerdict.GRANTED)
+        return _Finding(await self._thread(self._apply_grant, given, need), GrantEventKind.GRANTED)
+
+    def _plan_grant(self, entry: AccessFile, need: Mode) -> AccessFile:
+        """Whether we must give anything; if so, the entry with the ACL to go back to."""
+        with _opened(entry) as fd:
+            if self._probe.can_open(fd, need):
+                reason = acl.explain(acl.read(fd), self._subject.uid, self._subject.groups, need)
+                return replace(entry, reason=reason)
+            system = acl.file_system(fd)
+            if system.shared and not self._settings.manage_shared:
+                raise JobError(
+                    "access_refused",
+                    f"{entry.path!r} lies on a shared file system ({system.type}), where access is not changed",
+                    field="path",
+                    value=entry.path,
+                    remedy=f"let {self._subject.name} read it, or set access.shared_filesystems if this host owns it",
+                )
+            if not acl.supports_acl(fd):
+                raise JobError(
+                    "access_refused",
+                    f"the file system of {entry.path!r} ({system.type}) has no POSIX ACLs",
+                    field="path",
+                    value=entry.path,
+                    remedy=f"let {self._subject.name} read the file, or move it to a file system with ACLs",
+                )
+            before = _encode(acl.read(fd))
+            return replace(entry, mode=need, before=before, given=None, verdict=AccessVerdict.PENDING)
+
+    def _apply_grant(self, entry: AccessFile, need: Mode) -> AccessFile:
+        uid, groups = self._subject.uid, self._subject.groups
+        assert entry.before is not None
+        with _opened(entry) as fd:
+            before, given = _decode(entry.before), _decode(entry.given) if entry.given else None
+            if entry.mode != need or given is None or not self._probe.can_open(fd, need):
+                given = acl.apply_change(fd, uid, need, before=before, given=given, gids=groups)
+            if not self._probe.can_open(fd, need):
+                raise JobError(
+                    "access_refused",
+                    f"{self._subject.name} cannot open {entry.path!r} although its ACL says so",
+                    field="path",
+                    value=entry.path,
+                    remedy="see whether AppArmor or SELinux forbids it (`hostagent doctor`)",
+                )
+            return replace(entry, mode=need, given=_encode(given))
+
+    # Taking back
+
+    async def _revoke(self, was: AccessFile) -> _Finding:
+        kept = replace(was, verdict=AccessVerdict.KEPT, holders=())
+        processes = await self._thread(self._open_in, was.file)
+        ours = [process for process in processes if process.pid in self._daemons()]
+        if ours and not self._subject.own:
+            raise JobError("busy", f"{was.path!r} is still open in our storage daemon ({ours[0]})")
+        foreign = tuple(str(process) for process in processes if process not in ours)
+        if foreign and not self._subject.own:
+            reason = f"it is open in {', '.join(foreign)}"
+            return _Finding(replace(kept, reason=reason, holders=foreign), GrantEventKind.KEPT)
+        if self._subject.own:
+            reason = f"the agent runs as {self._subject.name} itself: file modes were not touched"
+            return _Finding(replace(kept, mode="", reason=reason), GrantEventKind.KEPT)
+        finding: _Finding = await self._thread(self._take_back, was)
+        return finding
+
+    def _take_back(self, was: AccessFile) -> _Finding:
+        try:
+            with _opened(was) as fd:
+                if was.mode:
+                    assert was.before is not None
+                    given = _decode(was.given) if was.given else None
+                    acl.apply_undo(fd, self._subject.uid, _decode(was.before), given)
+                reason = self._still_open(fd)
+        except FileNotFoundError:
+            entry = replace(_cleared(was), verdict=AccessVerdict.REVOKED, reason="the file is gone", holders=())
+            return _Finding(entry, GrantEventKind.REVOKED)
+        except JobError as error:
+            if error.code != "image_changed":
+                raise
+            entry = replace(was, verdict=AccessVerdict.KEPT, reason=error.message, holders=())
+            return _Finding(entry, GrantEventKind.KEPT)
+        if reason is None:
+            entry = replace(_cleared(was), verdict=AccessVerdict.REVOKED, reason=None, holders=())
+            return _Finding(entry, GrantEventKind.REVOKED)
+        entry = replace(_cleared(was), verdict=AccessVerdict.KEPT, reason=reason, holders=())
+        return _Finding(entry, GrantEventKind.KEPT)
+
+    def _still_open(self, fd: int) -> str | None:
+        """Why the user can still open the file, in either mode; None when it cannot."""
+        for mode in ("r", "rw"):
+            if self._probe.can_open(fd, mode):
+                why = acl.explain(acl.read(fd), self._subject.uid, self._subject.groups, mode)
+                return why or f"{self._subject.name} can still open it, and its mode does not say why"
+        return None
+
+    def _open_in(self, file: FileId) -> list[holders.Process]:
+        found = holders.find_open([file], uids=[self._subject.uid], skip_pids=[os.getpid()])
+        return found.get(file, [])
+
+    async def _thread(self, work: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(work, *args), self._settings.converge_timeout)
+        except TimeoutError:
+            raise JobError(
+                "timeout",
+                f"access could not be changed within {self._settings.converge_timeout:g} s (access.converge_timeout)",
+                remedy="see whether the file's storage hangs",
+            ) from None
+        except OSError as error:
+            raise JobError("io_error", f"access could not be changed: {error}", remedy="look at the storage") from error
+
+
+def _cleared(entry: AccessFile) -> AccessFile:
+    return replace(entry, mode="", before=None, given=None)
+
+
+@contextlib.contextmanager
+def _opened(entry: AccessFile) -> Iterator[int]:
+    """The file by path, if it is still the same one. FileNotFoundError when there is none."""
+    fd = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if FileId(found.st_dev, found.st_ino) != entry.file:
+            raise JobError(
+                "image_changed",
+                f"another file lies at {entry.path!r} now; the one that had access was moved or replaced",
+                remedy=f"find inode {entry.file.ino} on that file system and look at it with getfacl",
+            )
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _encode(snapshot: Snapshot) -> dict[str, Any]:
+    xattr = None if snapshot.xattr is None else base64.b64encode(snapshot.xattr).decode()
+    return {"mode": snapshot.mode, "uid": snapshot.uid, "gid": snapshot.gid, "xattr": xattr}
+
+
+def _decode(data: Mapping[str, Any]) -> Snapshot:
+    xattr = None if data["xattr"] is None else base64.b64decode(data["xattr"])
+    return Snapshot(data["mode"], data["uid"], data["gid"], xattr)

@@ -1,0 +1,1 @@
+"""The use-cases (service) and the front-ends that translate to them."""

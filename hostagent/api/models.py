@@ -1,0 +1,258 @@
+"""The JSON that goes in and out, as OpenAPI shows it.
+
+Requests are strict: an unknown field, a text where a number belongs, or anything over its bound is refused with the
+field's name. Responses are documentation: what the service says is sent as it is, and may have more keys than stand
+here. Sizes and cursors are bytes, rates bytes per second, durations seconds, times RFC 3339 UTC.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from hostagent.api.problem import nearest
+
+PATH_MAX = 4096  # PATH_MAX of Linux
+INT_MAX = 2**63 - 1  # what QEMU (int64) and SQLite can hold
+
+Text = Annotated[str, Field(min_length=1, max_length=PATH_MAX, pattern=r"^[^\x00]+$")]
+Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
+LabelKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^=\x00-\x1f\x7f]+$")]
+LabelValue = Annotated[str, Field(max_length=256)]
+Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
+Bytes = Annotated[int, Field(ge=0, le=INT_MAX)]
+Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False)]
+Id = Annotated[UUID, Field(strict=False, description="Chosen by the caller, so that a retry is safe.")]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in data:
+                if name not in cls.model_fields:
+                    remedy = nearest(str(name), list(cls.model_fields))
+                    raise PydanticCustomError("unknown_field", "unknown field", {"name": str(name), "remedy": remedy})
+        return data
+
+    def spec(self) -> dict[str, Any]:
+        """What the caller said, in JSON types; what he left out is not there."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class JobCreate(Request):
+    operation: Annotated[str, Field(min_length=1, max_length=32, examples=["pull"])]
+    target: Annotated[Text, Field(description="An absolute path of an offline image, or DOMAIN/DISK.")]
+    id: Id | None = None
+    base: Annotated[Text | None, Field(description="The layer to stop at; it stays. Default: none.")] = None
+    increment: Annotated[int | None, Field(gt=0, le=INT_MAX, description="Bytes for each `next`.")] = None
+    bandwidth: Annotated[Bytes | None, Field(description="Bytes per second; 0 is no limit.")] = None
+    check: Literal["auto", "always", "never"] | None = None
+    labels: Labels | None = None
+    dry_run: Annotated[bool | None, Field(description="Say what would happen, change nothing.")] = None
+    dest: Text | None = None
+    format: Literal["raw", "qcow2"] | None = None
+
+
+class JobPatch(Request):
+    bandwidth: Annotated[Bytes, Field(description="Bytes per second; 0 is no limit.")]
+
+
+class NextBody(Request):
+    cursor: Annotated[Bytes | None, Field(description="A job that is already past it only answers.")] = None
+
+
+class AbortBody(Request):
+    force: bool = False
+
+
+class EmptyBody(Request):
+    pass
+
+
+class ExportCreate(Request):
+    image: Annotated[Text, Field(description="An absolute path of an offline image.")]
+    id: Id | None = None
+    format: Literal["raw", "qcow2"] | None = None
+    shallow: Annotated[bool | None, Field(description="Only this layer, not its backing chain.")] = None
+    writable: bool | None = None
+    bitmaps: Annotated[list[Name] | None, Field(max_length=64)] = None
+    ttl: Annotated[Seconds | None, Field(description="Stopped after this time.")] = None
+    idle_timeout: Annotated[Seconds | None, Field(description="Stopped when no client was there for so long.")] = None
+    labels: Labels | None = None
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class Problem(Answer):
+    """RFC 9457. `code` is stable; `remedy` says what to do."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    remedy: str | None = None
+    field: str | None = None
+    value: str | None = None
+
+
+class Cursor(Answer):
+    cur: int
+    end: int
+
+
+class Failure(Answer):
+    code: str
+    message: str
+    remedy: str | None
+
+
+class Kept(Answer):
+    path: str
+    reason: str
+    holders: list[str]
+
+
+class Chain(Answer):
+    before: list[str]
+    after: list[str]
+    revoked: list[str]
+    kept: list[Kept]
+
+
+class Job(Answer):
+    id: str
+    operation: Literal["pull", "copy", "commit"]
+    target: str
+    path: str
+    domain: str
+    disk: str
+    state: Literal[
+        "queued",
+        "starting",
+        "running",
+        "paused",
+        "waiting",
+        "ready",
+        "completing",
+        "aborting",
+        "completed",
+        "failed",
+        "aborted",
+        "unknown",
+    ]
+    cursor: Cursor
+    upto: int | None
+    bandwidth: int
+    base: str | None
+    increment: int | None
+    check: str
+    labels: dict[str, str]
+    origin: str
+    revision: int
+    created: datetime
+    since: datetime
+    started: datetime | None
+    finished: datetime | None
+    error: Failure | None
+    revocation: Literal["none", "pending", "done", "kept", "failed"]
+    chain: Chain
+    rate: float | None
+    eta: float | None
+    stalled_seconds: float
+    warnings: list[str]
+
+
+class Client(Answer):
+    pid: int
+    name: str
+    uid: int
+
+
+class Export(Answer):
+    id: str
+    image: str
+    uri: str
+    socket: str
+    name: str
+    format: str
+    size: int
+    shallow: bool
+    writable: bool
+    state: str
+    reason: str | None
+    created: datetime
+    stopped: datetime | None
+    expires: datetime | None
+    ttl: float | None
+    idle_timeout: float | None
+    clients: list[Client]
+    daemon: str | None
+    pid: int | None
+    labels: dict[str, str]
+    revision: int
+
+
+class Holder(Answer):
+    kind: str
+    id: str
+
+
+class Grant(Answer):
+    id: str
+    path: str
+    mode: Literal["r", "rw"]
+    holder: Holder
+    since: datetime
+    reason: str
+    access: Literal["acl", "owner", "none"]
+    state: str
+    detail: str | None
+
+
+class JobPage(Answer):
+    items: list[Job]
+    next: Annotated[str | None, Field(description="The next page's `after`, none on the last page.")]
+
+
+class ExportPage(Answer):
+    items: list[Export]
+    next: str | None
+
+
+class GrantPage(Answer):
+    items: list[Grant]
+    next: str | None
+
+
+class Check(Answer):
+    ok: bool
+    detail: str
+
+
+class Ready(Answer):
+    ready: bool
+    checks: dict[str, Check]
+
+
+class Health(Answer):
+    ok: bool
+
+
+class Host(Answer):
+    host: str
+    version: str
+
+
+class Image(Answer):
+    """What is known about an image and its backing chain, top first."""

@@ -1,0 +1,415 @@
+"""The use-cases, for every front end: validate, authorise, resolve, operate, and answer with JSON-ready values.
+
+Front ends translate and do nothing else; whatever this refuses has changed nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from events.model import Record, now
+from hostagent import __version__
+from hostagent.access.ledger import Ledger, Subject
+from hostagent.api import views
+from hostagent.api.changes import Changes
+from hostagent.api.peercred import Peer
+from hostagent.nbd.chains import Chains, PreparedChain
+from hostagent.nbd.exports import Exports, ExportSpec
+from hostagent.records import AccessFile, ExportRecord
+from hostagent.store import Store
+from jobs.engine import Engine
+from jobs.errors import JobError
+from jobs.model import Holder, Job, JobSpec, Operation, State
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What does not change while the agent runs."""
+
+    host: str
+    qemu: str
+    state_dir: Path
+    runtime_dir: Path
+    started: datetime
+    min_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """One of the last errors, for `status`."""
+
+    time: datetime
+    what: str
+    message: str
+    remedy: str | None
+
+
+class AgentService:
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        exports: Exports,
+        chains: Chains,
+        ledger: Ledger,
+        store: Store,
+        subject: Subject,
+        facts: HostFacts,
+        changes: Changes,
+    ) -> None:
+        self._engine = engine
+        self._exports = exports
+        self._chains = chains
+        self._ledger = ledger
+        self._store = store
+        self._subject = subject
+        self._facts = facts
+        self._changes = changes
+        self.troubles: deque[Trouble] = deque(maxlen=20)
+
+    # Jobs
+
+    async def start_job(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
+        self._has_room()
+        job, created = await self._engine.create(_job_spec(spec, self._anywhere(peer)), _id(spec))
+        return self._job(job), created
+
+    async def plan_job(self, spec: Json, *, peer: Peer) -> Json:
+        asked = _job_spec(spec, self._anywhere(peer))
+        plan = await self._engine.plan(asked)
+        if busy := self._engine.on_file(plan.before.top.file):
+            what = f"job {busy.id} works on {plan.before.top.path!r}"
+            raise JobError("busy", what, field="target", value=asked.target, remedy="wait for it, or abort it")
+        stays = {layer.file for layer in plan.after.layers}
+        leaving = {Holder("image", plan.before.top.path)}
+        if chain := self._chains.find(plan.before.top.file):
+            leaving |= chain.users
+        kept = {
+            layer.path: await self._ledger.keepers(layer.file, leaving)
+            for layer in plan.before.layers
+            if layer.file not in stays
+        }
+        return views.plan(plan, kept)
+
+    async def list_jobs(
+        self,
+        *,
+        state: str | None,
+        target: str | None,
+        labels: Mapping[str, str],
+        origin: str | None,
+        limit: int,
+        after: str | None,
+    ) -> Json:
+        states = tuple(State(name).value for name in _states(state))
+        found = await self._store.jobs(
+            states=states, path=target, origin=origin, labels=dict(labels), limit=limit, after=after
+        )
+        fresh = {job.id: job for job in self._engine.active()}
+        items = [self._job(fresh.get(job.id, job)) for job in found]
+        return {"items": items, "next": items[-1]["id"] if len(items) == limit else None}
+
+    async def get_job(self, id: str) -> Json:
+        return self._job(await self._engine.get(id))
+
+    async def wait_job(self, id: str, *, revision: int | None, timeout: float) -> Json:
+        return await self._changes.wait(lambda: self.get_job(id), f"job {id}", revision, timeout)
+
+    async def patch_job(self, id: str, bandwidth: int) -> Json:
+        return self._job(await self._engine.set_speed(id, bandwidth))
+
+    async def next_job(self, id: str, cursor: int | None) -> Json:
+        return self._job(await self._engine.next(id, cursor))
+
+    async def abort_job(self, id: str, force: bool) -> Json:
+        return self._job(await self._engine.abort(id, force=force))
+
+    async def pause_job(self, id: str) -> Json:
+        return self._job(await self._engine.pause(id))
+
+    async def resume_job(self, id: str) -> Json:
+        return self._job(await self._engine.resume(id))
+
+    async def complete_job(self, id: str) -> Json:
+        job = await self._engine.get(id)
+        raise JobError(
+            "conflict",
+            f"job {id} is a {job.spec.operation.value}, which completes by itself",
+            remedy="wait for it (`hostagent job watch`)",
+            state=job.state.value,
+        )
+
+    async def delete_job(self, id: str) -> None:
+        await self._engine.delete(id)
+
+    def _job(self, job: Job) -> Json:
+        return views.job(job, self._engine.view(job.id))
+
+    # Exports
+
+    async def start_export(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
+        self._has_room()
+        for name in ("writable", "bitmaps"):
+            if spec.get(name):
+                raise JobError("not_supported", f"{name} exports are not supported yet", field=name, value=spec[name])
+        asked = ExportSpec(
+            image=_offline(spec["image"], "image"),
+            format=spec.get("format"),
+            shallow=bool(spec.get("shallow")),
+            ttl=spec.get("ttl"),
+            idle_timeout=spec.get("idle_timeout"),
+            labels=spec.get("labels") or {},
+        )
+        record, created = await self._exports.start(asked, _id(spec), anywhere=self._anywhere(peer))
+        return await self._export(record), created
+
+    async def list_exports(
+        self, *, state: str | None, target: str | None, labels: Mapping[str, str], limit: int, after: str | None
+    ) -> Json:
+        wanted = set(_split(state))
+        found = sorted(await self._exports.all(), key=lambda record: (record.created, record.id), reverse=True)
+        if after is not None:
+            found = found[1 + next((n for n, record in enumerate(found) if record.id == after), len(found)) :]
+        matching = [
+            record
+            for record in found
+            if (not wanted or record.state in wanted)
+            and target in (None, record.path, record.image)
+            and labels.items() <= dict(record.labels).items()
+        ][: limit + 1]
+        items = [self._export_view(record, []) for record in matching[:limit]]
+        return {"items": items, "next": items[-1]["id"] if len(matching) > limit else None}
+
+    async def get_export(self, id: str) -> Json:
+        return await self._export(await self._exports.get(id))
+
+    async def wait_export(self, id: str, *, revision: int | None, timeout: float) -> Json:
+        return await self._changes.wait(lambda: self.get_export(id), f"export {id}", revision, timeout)
+
+    async def stop_export(self, id: str, force: bool) -> Json:
+        return await self._export(await self._exports.stop(id, force=force))
+
+    async def _export(self, record: ExportRecord) -> Json:
+        clients = await asyncio.to_thread(self._exports.clients, record)
+        return self._export_view(record, [client._asdict() for client in clients])
+
+    def _export_view(self, record: ExportRecord, clients: list[Json]) -> Json:
+        chain = self._chains.find(record.file, shallow=record.shallow) if record.active else None
+        return views.export(record, clients, answers=chain is None or chain.answers)
+
+    # Images and grants
+
+    async def inspect_image(self, path: str, format: str | None, *, peer: Peer) -> Json:
+        opened = await self._chains.open(_offline(path, "path"), format=format, anywhere=self._anywhere(peer))
+        with opened:
+            return views.image(opened.chain, opened.headers)
+
+    async def list_grants(self, *, path: str | None, holder: str | None, limit: int, after: str | None) -> Json:
+        items = [
+            item
+            for item in await self._grants()
+            if path in (None, item["path"])
+            and holder in (None, item["holder"]["id"], f"{item['holder']['kind']}:{item['holder']['id']}")
+        ]
+        if after is not None:
+            items = items[1 + next((n for n, item in enumerate(items) if item["id"] == after), len(items)) :]
+        return {"items": items[:limit], "next": items[limit - 1]["id"] if len(items) > limit else None}
+
+    async def get_grant(self, id: str) -> Json:
+        for item in await self._grants():
+            if item["id"] == id:
+                return item
+        raise JobError("not_found", f"no grant {id}", field="id", value=id, remedy="see `hostagent grant list`")
+
+    async def revoke_grant(self, id: str) -> Json:
+        """Take back what nobody who lives needs; what somebody needs is `busy`, naming them."""
+        grant = await self.get_grant(id)
+        entry = next((row for row in await self._store.access_rows() if row.id == id), None)
+        if entry is None:
+            files = [f for f in await self._store.access_files() if views.leftover(f)["id"] == id]
+        else:
+            rows = await self._store.access_rows([entry.file])
+            needy = [str(row.holder) for row in rows if await self._needs(row.holder)]
+            if needy:
+                raise JobError(
+                    "busy",
+                    f"{grant['path']!r} is needed by {', '.join(needy)}",
+                    field="id",
+                    value=id,
+                    remedy="end them first; their access ends with them",
+                    holders=needy,
+                )
+            await self._store.delete_row(id)
+            files = await self._store.access_files([entry.file])
+        results = await self._ledger.converge([f.file for f in files], trigger="operator")
+        for result in results.values():
+            grant |= {"state": result.verdict.value, "detail": result.reason}
+        return grant
+
+    async def _needs(self, holder: Holder) -> bool:
+        """Whether the holder lives. An image that merely stands on a file is not open; it gets access when it is."""
+        if holder.kind == "job":
+            return any(job.id == holder.id for job in self._engine.active())
+        if holder.kind == "export":
+            return any(export.id == holder.id for export in self._exports.active())
+        return holder.kind == "domain"
+
+    async def _grants(self) -> list[Json]:
+        files = {entry.file: entry for entry in await self._store.access_files()}
+        rows = await self._store.access_rows()
+        held = {row.file for row in rows}
+        left = [f for f in files.values() if f.file not in held and f.verdict in ("kept", "pending")]
+        return [*(views.grant(row, files.get(row.file)) for row in rows), *(views.leftover(f) for f in left)]
+
+    # The host
+
+    async def host(self) -> Json:
+        pending = [f for f in await self._owed()]
+        oldest = min((f.since for f in pending), default=None)
+        exports: dict[str, int] = {}
+        for record in self._exports.active():
+            exports[record.state] = exports.get(record.state, 0) + 1
+        return {
+            "host": self._facts.host,
+            "version": __version__,
+            "qemu": self._facts.qemu,
+            "libvirt": {"connected": False, "version": None},
+            "user": {"name": self._subject.name, "uid": self._subject.uid},
+            "access": "own" if self._subject.own else "acl",
+            "pid": os.getpid(),
+            "started": views.time(self._facts.started),
+            "state_dir": str(self._facts.state_dir),
+            "runtime_dir": str(self._facts.runtime_dir),
+            "storage_daemons": [self._daemon(chain) for chain in self._chains.all() if chain.daemon],
+            "orphans": [
+                {"id": o.id, "pid": o.pid, "image": None, "exports": list(o.exports), "holds": o.holds}
+                for o in self._chains.orphans
+            ],
+            "revocations": {
+                "pending": len(pending),
+                "oldest_seconds": (now() - oldest).total_seconds() if oldest else None,
+            },
+            "last_errors": [
+                {"time": views.time(t.time), "what": t.what, "message": t.message, "remedy": t.remedy}
+                for t in reversed(self.troubles)
+            ],
+            "store": {"path": str(self._facts.state_dir), "events": self._store.last_seq()},
+            "jobs": await self._store.counts(),
+            "exports": exports,
+        }
+
+    async def _owed(self) -> list[AccessFile]:
+        return [f for f in await self._store.access_files() if f.verdict == "pending"]
+
+    def _daemon(self, chain: PreparedChain) -> Json:
+        assert chain.daemon is not None
+        users = sorted(str(user) for user in chain.users)
+        return {
+            "id": chain.daemon.id,
+            "pid": chain.daemon.pid,
+            "state": "running" if chain.answers else "unresponsive",
+            "image": chain.path,
+            "exports": sum(1 for user in chain.users if user.kind == "export"),
+            "job": next((user.removeprefix("job:") for user in users if user.startswith("job:")), None),
+            "writable": chain.writable,
+        }
+
+    async def ready(self) -> Json:
+        checks: Json = {}
+        try:
+            await self._store.fact("instance")
+            checks["store"] = {"ok": True, "detail": str(self._facts.state_dir)}
+        except JobError as error:
+            checks["store"] = {"ok": False, "detail": error.message}
+        stuck = [chain.path for chain in self._chains.all() if not chain.answers]
+        detail = f"unresponsive: {', '.join(stuck)}" if stuck else "all answer"
+        checks["storage_daemons"] = {"ok": True, "detail": detail}
+        checks["libvirt"] = {"ok": True, "detail": "not used by this version"}
+        return {"ready": all(check["ok"] for check in checks.values()), "checks": checks}
+
+    async def events_since(self, seq: int, limit: int) -> list[Record] | None:
+        return await self._store.events_since(seq, limit)
+
+    def last_seq(self) -> int:
+        return self._store.last_seq()
+
+    # Rules
+
+    def _anywhere(self, peer: Peer) -> bool:
+        """Root and the agent's own user may name any image; others only images in a pool."""
+        return peer.uid in (0, os.geteuid())
+
+    def _has_room(self) -> None:
+        room = os.statvfs(self._facts.state_dir)
+        free = room.f_bavail * room.f_frsize
+        if free < self._facts.min_free:
+            raise JobError(
+                "store_full",
+                f"only {free} bytes are free beside the store in {str(self._facts.state_dir)!r}",
+                remedy="make space there, or lower store.min_free; running work goes on",
+            )
+
+
+def _job_spec(spec: Json, anywhere: bool) -> JobSpec:
+    try:
+        operation = Operation(spec["operation"])
+    except ValueError:
+        known = ", ".join(operation.value for operation in Operation)
+        raise JobError(
+            "invalid",
+            f"operation {spec['operation']!r} is not known",
+            field="operation",
+            value=spec["operation"],
+            remedy=f"one of {known}",
+        ) from None
+    return JobSpec(
+        operation=operation,
+        target=_offline(spec["target"], "target"),
+        base=spec.get("base"),
+        increment=spec.get("increment"),
+        bandwidth=spec.get("bandwidth") or 0,
+        check=spec.get("check") or "auto",
+        labels=spec.get("labels") or {},
+        anywhere=anywhere,
+    )
+
+
+def _offline(target: str, field: str) -> str:
+    if target.startswith("/"):
+        return target
+    domain, slash, disk = target.partition("/")
+    if domain and slash and disk and not domain.startswith("."):
+        raise JobError(
+            "not_supported",
+            f"{target!r} is a domain's disk: live domains are not supported yet",
+            field=field,
+            value=target,
+            remedy="give the absolute path of an image that no guest uses",
+        )
+    raise JobError("invalid", f"{target!r} is no target", field=field, value=target, remedy="give an absolute path")
+
+
+def _id(spec: Json) -> str | None:
+    return str(spec["id"]) if spec.get("id") else None
+
+
+def _split(text: str | None) -> list[str]:
+    return [word for word in (text or "").split(",") if word]
+
+
+def _states(text: str | None) -> list[str]:
+    known = [state.value for state in State]
+    for word in _split(text):
+        if word not in known:
+            remedy = f"one of {', '.join(known)}"
+            raise JobError("invalid", f"state {word!r} is not known", field="state", value=word, remedy=remedy)
+    return _split(text)

@@ -1,0 +1,144 @@
+"""Domain values as the JSON that contract.md promises. Pure; one function an object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from hostagent.records import AccessFile, AccessRow, ExportRecord
+from jobs.model import Chain, Job, Plan
+from jobs.progress import View
+
+Json = dict[str, Any]
+
+
+def time(value: datetime | None) -> str | None:
+    return None if value is None else value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def job(value: Job, view: View | None = None) -> Json:
+    error = value.error
+    return {
+        "id": value.id,
+        "operation": value.spec.operation.value,
+        "target": value.spec.target,
+        "path": value.before.top.path,
+        "domain": "",
+        "disk": "",
+        "state": value.state.value,
+        "cursor": {"cur": value.cursor.cur, "end": value.cursor.end},
+        "upto": value.upto,
+        "bandwidth": value.bandwidth,
+        "base": value.spec.base,
+        "increment": value.spec.increment,
+        "check": value.spec.check,
+        "labels": dict(value.spec.labels),
+        "origin": value.origin,
+        "revision": value.revision,
+        "created": time(value.created),
+        "since": time(value.since),
+        "started": time(value.started),
+        "finished": time(value.finished),
+        "error": {"code": error.code, "message": error.message, "remedy": error.remedy} if error else None,
+        "revocation": value.revocation.value,
+        "chain": {
+            "before": value.before.paths(),
+            "after": value.after.paths(),
+            "revoked": list(value.revoked),
+            "kept": [{"path": k.path, "reason": k.reason, "holders": list(k.holders)} for k in value.kept],
+        },
+        "rate": round(view.rate) if view else None,
+        "eta": view.eta if view else None,
+        "stalled_seconds": round(view.stalled, 1) if view and not value.state.terminal else 0.0,
+        "warnings": list(value.warnings),
+    }
+
+
+def plan(value: Plan, kept: Mapping[str, list[str]]) -> Json:
+    """What a dry run says; `kept` are the keepers of each file that the chain would lose."""
+    lost = [layer.path for layer in value.before.layers if layer not in value.after.layers]
+    return {
+        "dry_run": True,
+        "before": value.before.paths(),
+        "after": value.after.paths(),
+        "revoke": [{"path": path} for path in lost if not kept.get(path)],
+        "keep": [
+            {"path": path, "reason": "needed by others", "holders": kept[path]} for path in lost if kept.get(path)
+        ],
+        "space": dict(value.preview["space"]),
+        "warnings": list(value.warnings),
+    }
+
+
+def export(value: ExportRecord, clients: Sequence[Json] = (), *, answers: bool = True) -> Json:
+    return {
+        "id": value.id,
+        "image": value.image,
+        "path": value.path,
+        "uri": value.uri,
+        "socket": value.socket,
+        "name": value.id,
+        "format": value.format,
+        "size": value.size,
+        "shallow": value.shallow,
+        "writable": value.writable,
+        "state": value.state if answers else "unresponsive",
+        "reason": value.reason,
+        "created": time(value.created),
+        "stopped": time(value.stopped),
+        "expires": time(value.expires),
+        "ttl": value.ttl,
+        "idle_timeout": value.idle_timeout,
+        "clients": list(clients),
+        "daemon": value.daemon,
+        "pid": value.pid,
+        "labels": dict(value.labels),
+        "revision": value.revision,
+    }
+
+
+def grant(row: AccessRow, file: AccessFile | None) -> Json:
+    return {
+        "id": row.id,
+        "path": row.path,
+        "mode": row.mode,
+        "holder": {"kind": row.holder.kind, "id": row.holder.id},
+        "since": time(row.since),
+        "reason": row.reason,
+        "access": file.access if file else "none",
+        "state": file.verdict if file else "pending",
+        "detail": file.reason if file else None,
+    }
+
+
+def leftover(file: AccessFile) -> Json:
+    """A file that nobody needs, and that could not be closed (yet)."""
+    return {
+        "id": f"file-{file.file.dev}-{file.file.ino}",
+        "path": file.path,
+        "mode": file.mode,
+        "holder": {"kind": "none", "id": ""},
+        "since": time(file.since),
+        "reason": "nobody needs it any more",
+        "access": file.access,
+        "state": file.verdict,
+        "detail": file.reason,
+    }
+
+
+def image(chain: Chain, headers: Sequence[Any]) -> Json:
+    layers = [
+        {
+            "path": layer.path,
+            "format": layer.format,
+            "virtual_size": layer.virtual_size,
+            "allocated": layer.allocated,
+            "backing": layer.backing,
+            "device": layer.file.dev,
+            "inode": layer.file.ino,
+            "dirty": bool(header and header.dirty),
+        }
+        for layer, header in zip(chain.layers, headers, strict=True)
+    ]
+    return {**layers[0], "chain": layers}

@@ -1,0 +1,135 @@
+"""`hostagent doctor`: is this host fit for the agent, and is the agent well?
+
+It works without an agent: half of what can be wrong keeps it from starting. Each finding is ok, warn or fail with what
+to do about it; a fail makes the exit status 1. Nothing is changed, but for nameless temporary files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hostagent.cli.client import Client, CliError, Json
+from hostagent.cli.finding import Finding, Result, fail, ok, warn
+from hostagent.cli.terminal import Terminal
+from hostagent.errors import EXIT_ERROR, EXIT_OK, AgentError
+
+MOST_GRANTS = 20  # warnings about kept files; hundreds of the same would hide the rest
+
+
+def register(nouns: Any, common: argparse.ArgumentParser) -> None:
+    text = "is this host fit for the agent, and is the agent well?"
+    parser = nouns.add_parser("doctor", help=text, description=text, parents=[common])
+    parser.add_argument("--config", metavar="FILE", type=Path, help="settings (default: /etc/hostagent/hostagent.toml)")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    findings = list(_findings(args))
+    failed = any(finding.result is Result.FAIL for finding in findings)
+    terminal = Terminal.of(args)
+    if terminal.json:
+        terminal.data({"ok": not failed, "checks": [finding.to_json() for finding in findings]})
+    else:
+        _print(terminal, findings)
+    return EXIT_ERROR if failed else EXIT_OK
+
+
+def _print(terminal: Terminal, findings: list[Finding]) -> None:
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        terminal.line(f"{finding.result:<4}  {finding.name:<{width}}  {finding.message}", str(finding.result))
+        for line in (finding.remedy or "").splitlines():
+            terminal.line(f"{'':<6}{'':<{width}}  → {line}", "remedy")
+    bad = [sum(finding.result is result for finding in findings) for result in (Result.FAIL, Result.WARN)]
+    terminal.line("")
+    terminal.heading(f"{len(findings)} checks: {bad[0]} failed, {bad[1]} warnings")
+
+
+def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+    from hostagent import config
+    from hostagent.cli import doctor_host
+
+    try:
+        settings = config.load(file=args.config or config.default_file(os.environ))
+        yield ok("settings", "understood")
+    except AgentError as error:
+        yield fail("settings", error.message, error.remedy)
+        plain = {key: value for key, value in os.environ.items() if not key.startswith(config.ENV_PREFIX)}
+        settings = config.load(env=plain)  # the defaults, so that the other checks can still be made
+    yield from doctor_host.findings(settings)
+    named = args.socket or os.environ.get("HOSTAGENT_SOCKET")
+    yield from _agent(Client(Path(named) if named else settings.api.socket))
+
+
+# What the running agent says
+
+
+def _agent(client: Client) -> Iterator[Finding]:
+    try:
+        state = client.get("/readyz").data
+    except CliError as error:
+        if error.code == "unreachable":
+            yield fail("agent", error.message, error.remedy)
+            return
+        if error.code != "unavailable" or error.data is None:
+            yield fail("agent", error.message, error.remedy)
+            return
+        state = error.data
+    yield from _ready(state)
+    try:
+        yield from _host(client.get("/v1/host").data)
+        yield from _kept(client)
+    except CliError as error:
+        yield fail("agent", error.message, error.remedy)
+
+
+def _ready(state: Json) -> Iterator[Finding]:
+    if state.get("ready"):
+        yield ok("agent", "answers and is ready")
+    else:
+        yield fail("agent", "answers, but is not ready", "see the checks below, and its log")
+    for name, check in sorted((state.get("checks") or {}).items()):
+        text = str(check.get("detail") or ("ok" if check.get("ok") else "not ok"))
+        yield ok(f"agent: {name}", text) if check.get("ok") else fail(f"agent: {name}", text, "see the agent's log")
+
+
+def _host(host: Json) -> Iterator[Finding]:
+    daemons = host.get("storage_daemons") or []
+    stuck = [daemon for daemon in daemons if daemon.get("state") == "unresponsive"]
+    for daemon in stuck:
+        text = f"pid {daemon['pid']} of {daemon.get('image')} does not answer"
+        yield fail("storage daemons", text, _unstick(daemon))
+    for orphan in host.get("orphans") or []:
+        holds = orphan.get("holds") or "nothing"
+        text = f"pid {orphan['pid']} belongs to no job or export that is known, and holds {holds}"
+        yield warn("storage daemons", text, f"when nothing uses that: kill {orphan['pid']}")
+    if not stuck:
+        yield ok("storage daemons", f"{len(daemons)} run, all answer")
+    pending = host.get("revocations") or {}
+    if pending.get("pending"):
+        text = f"{pending['pending']} not settled, the oldest for {pending.get('oldest_seconds') or 0:.0f} s"
+        yield warn("revocations", text, "`hostagent grant list` shows which and why; the agent goes on trying")
+    else:
+        yield ok("revocations", "all settled")
+
+
+def _unstick(daemon: Json) -> str:
+    if daemon.get("job") and not daemon.get("exports"):
+        return f"look at its storage (`dmesg`); to give the job up: hostagent job abort --force {daemon['job']}"
+    return "look at its storage (`dmesg`); it is never killed by itself, for its clients may have unwritten data"
+
+
+def _kept(client: Client) -> Iterator[Finding]:
+    """Files that nobody needs any longer and that the hypervisor user can still open, by rights that are not ours."""
+    kept = [grant for grant in client.items("/v1/grants", {}) if grant.get("state") == "kept"]
+    for grant in kept[:MOST_GRANTS]:
+        text = f"{grant['path']} can still be opened: {grant.get('detail') or grant.get('reason')}"
+        yield warn("kept files", text, "chmod or chgrp it, if guests must not read it")
+    if len(kept) > MOST_GRANTS:
+        yield warn("kept files", f"and {len(kept) - MOST_GRANTS} more", "`hostagent grant list`")
+    if not kept:
+        yield ok("kept files", "none: what was revoked cannot be opened")

@@ -1,0 +1,211 @@
+"""What `hostagent doctor` can find out about the host without an agent: programs, users, folders, ACLs, AppArmor."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from hostagent.access import acl
+from hostagent.cli.finding import Finding, fail, ok, warn
+from hostagent.config import Config
+from jobs.errors import JobError
+
+VERSION_TIMEOUT = 5.0  # seconds for `--version`; a program on a dead network mount never answers
+APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
+OLDEST_QEMU = (5, 2)  # the first with nbd exports by block-export-add in qemu-storage-daemon
+SAFE_QUERY_QEMU = (10, 2)  # below it query-named-block-nodes can crash QEMU (gitlab qemu issue 3149)
+
+
+def findings(config: Config) -> Iterator[Finding]:
+    yield from _programs(config)
+    yield _libnbd()
+    yield _user("hypervisor user", "access.hypervisor_user", config.access.hypervisor_user)
+    if config.qsd.user != config.access.hypervisor_user:
+        yield _user("storage user", "qsd.user", config.qsd.user)
+    yield _state_folder(config.agent.state_dir)
+    yield _runtime_folder(config)
+    yield from _acls(config)
+    yield from _apparmor(config)
+
+
+# Programs
+
+
+def _programs(config: Config) -> Iterator[Finding]:
+    for program, key, package in (
+        (config.qsd.binary, "qsd.binary", "qemu-system-common (Debian), qemu-img (Fedora, RHEL)"),
+        (config.images.qemu_img, "images.qemu_img", "qemu-utils (Debian), qemu-img (Fedora, RHEL)"),
+    ):
+        yield from _program(program, key, package)
+
+
+def _program(program: str, key: str, package: str) -> Iterator[Finding]:
+    name = Path(program).name
+    path = shutil.which(program)
+    if path is None:
+        yield fail(name, f"{program!r} is not installed", f"install {package}, or set {key}")
+        return
+    version = _version(path)
+    if version is None:
+        remedy = f"run `{path} --version`; set {key} if it is another program"
+        yield fail(name, f"{path} does not say its version", remedy)
+        return
+    text = ".".join(map(str, version))
+    if version < OLDEST_QEMU:
+        yield fail(name, f"{path} is version {text}", "5.2 is the oldest that can do what the agent needs")
+        return
+    yield ok(name, f"{path}, version {text}")
+    if key == "qsd.binary" and version < SAFE_QUERY_QEMU:
+        remark = "after a pull query-named-block-nodes, sent by anybody, can crash this version; the agent sends none"
+        yield ok(name, remark)
+
+
+def _version(path: str) -> tuple[int, ...] | None:
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, timeout=VERSION_TIMEOUT, check=False, text=True)
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return None
+    found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", done.stdout[:1000])
+    return tuple(int(part) for part in found.groups() if part is not None) if found else None
+
+
+def _libnbd() -> Finding:
+    if importlib.util.find_spec("nbd") is None:
+        return fail("libnbd", "the Python binding of libnbd is missing", "install python3-libnbd")
+    return ok("libnbd", "the Python binding is there")
+
+
+# Users and folders
+
+
+def _user(name: str, key: str, user: str) -> Finding:
+    if not user:
+        return ok(name, f"our own ({_user_name(os.geteuid())}): nothing is granted")
+    try:
+        found = pwd.getpwnam(user)
+    except KeyError:
+        remedy = f"install libvirt's QEMU driver, or set {key} (qemu on Fedora and RHEL, libvirt-qemu on Debian)"
+        return fail(name, f"the user {user!r} does not exist", remedy)
+    if os.geteuid() not in (0, found.pw_uid):
+        return fail(name, f"only root can work for the user {user!r}", f'run the agent as root, or set {key} to ""')
+    return ok(name, f"{user} (uid {found.pw_uid})")
+
+
+def _state_folder(folder: Path) -> Finding:
+    name = "state folder"
+    found = _folder(name, folder, "the agent makes it when it starts")
+    if isinstance(found, Finding):
+        return found
+    if found.st_mode & 0o077:
+        remedy = f"chmod 0700 {folder}"
+        return warn(name, f"{folder} has mode {_mode(found)}: others can read what is stored in it", remedy)
+    if acl_kind := _shared_kind(folder):
+        remedy = "set agent.state_dir to a folder on a local disk"
+        return fail(name, f"{folder} is on {acl_kind}: SQLite's WAL needs a local file system", remedy)
+    return ok(name, f"{folder}, mode {_mode(found)}")
+
+
+def _runtime_folder(config: Config) -> Finding:
+    name, folder = "runtime folder", config.agent.runtime_dir
+    found = _folder(name, folder, "the agent makes it when it starts")
+    if isinstance(found, Finding):
+        return found
+    if found.st_mode & 0o022:
+        return fail(name, f"{folder} has mode {_mode(found)}: others can replace its sockets", f"chmod 0755 {folder}")
+    if config.access.hypervisor_user and not found.st_mode & 0o011:
+        text = f"{folder} has mode {_mode(found)}: the group of the API's socket cannot reach it"
+        return warn(name, text, f"chmod 0755 {folder}")
+    return ok(name, f"{folder}, mode {_mode(found)}")
+
+
+def _folder(name: str, folder: Path, if_missing: str) -> os.stat_result | Finding:
+    """The folder's stat if it is a folder of ours."""
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return ok(name, f"{folder} is not there yet: {if_missing}")
+    except OSError as error:
+        return fail(name, f"{folder}: {error.strerror}", "run the doctor as the agent's user")
+    if not stat.S_ISDIR(found.st_mode):
+        return fail(name, f"{folder} is not a folder", "move it away")
+    if found.st_uid not in (0, os.geteuid()):
+        return fail(name, f"{folder} belongs to {_user_name(found.st_uid)}", f"chown it to {_user_name(os.geteuid())}")
+    return found
+
+
+# Access control
+
+
+def _acls(config: Config) -> Iterator[Finding]:
+    """Try a grant and its undoing on a nameless file in each pool."""
+    if not config.access.hypervisor_user:
+        yield ok("access control", "not needed: nothing is granted")
+        return
+    for pool in config.images.pools:
+        yield _acl(Path(pool))
+
+
+def _acl(folder: Path) -> Finding:
+    name = "access control"
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            kind = acl.file_system(file.fileno())
+            if kind.shared:
+                text = f"{folder} is on {kind.type}: access there is only reported, not changed"
+                return warn(name, text, 'if this host alone uses it: access.shared_filesystems = "manage"')
+            stranger = 65534 if os.geteuid() != 65534 else 65533  # any user but us; the file is gone after the test
+            before, given = acl.apply_grant(file.fileno(), stranger, "r")
+            if not acl.apply_undo(file.fileno(), stranger, before, given).same_access(before):
+                return fail(name, f"{folder} ({kind.type}): a grant could not be undone", "use ext4 or XFS")
+    except FileNotFoundError:
+        return warn(name, f"{folder} is not there", "make it, or correct images.pools")
+    except OSError as error:
+        return warn(
+            name, f"{folder}: no test file could be made: {error.strerror}", "run the doctor as the agent's user"
+        )
+    except JobError as error:
+        return fail(name, f"{folder}: {error.message}", error.remedy)
+    return ok(name, f"{folder} ({kind.type}): a grant can be given and taken back to the byte")
+
+
+def _shared_kind(folder: Path) -> str | None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        kind = acl.file_system(fd)
+    finally:
+        os.close(fd)
+    return kind.type if kind.shared else None
+
+
+def _apparmor(config: Config) -> Iterator[Finding]:
+    try:
+        enabled = APPARMOR.read_text().strip() == "Y"
+    except OSError:
+        enabled = False
+    if not enabled:
+        yield ok("AppArmor", "not enabled")
+        return
+    lines = "\n".join(
+        (
+            "add to /etc/apparmor.d/local/abstractions/libvirt-qemu (untested), then reload libvirt's profiles:",
+            f"  {config.agent.runtime_dir}/** rw,",
+            "and for live disks, whose backing files get deny-write rules, see virt-aa-helper's local profile",
+        )
+    )
+    yield warn("AppArmor", "enabled: guests may not be able to reach the agent's NBD sockets", lines)
+
+
+def _mode(found: os.stat_result) -> str:
+    return f"{stat.S_IMODE(found.st_mode):04o}"
+
+
+def _user_name(uid: int) -> str:
+    return acl.user_name(uid)

@@ -1,0 +1,93 @@
+"""`hostagent grant …`: which holder may open which file, in which mode, since when and why."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hostagent.cli import arguments
+from hostagent.cli.client import Json, quoted
+from hostagent.cli.terminal import Column, Terminal, age, remark
+from hostagent.errors import EXIT_OK
+
+COLUMNS = ("id", "path", "mode", "holder", "access", "state", "reason", Column("age", right=True))
+
+
+def register(nouns: Any, common: argparse.ArgumentParser) -> None:
+    noun = nouns.add_parser("grant", help="who may open which file", parents=[common])
+    verbs = noun.add_subparsers(dest="verb", metavar="VERB", required=True)
+    listing = verbs.add_parser("list", help="grants, and files that could not be closed", parents=[common])
+    listing.add_argument("--path", metavar="P", type=arguments.path, help="only those of this file")
+    listing.add_argument("--holder", metavar="H", help="only those of this holder, as job:ID or export:ID")
+    listing.set_defaults(run=_list)
+    show = verbs.add_parser("show", help="one grant", parents=[common])
+    show.set_defaults(run=_show)
+    text = "take a grant back; refused while its holder needs the file"
+    revoke = verbs.add_parser("revoke", help=text, description=text, parents=[common])
+    revoke.set_defaults(run=_revoke)
+    for parser in (show, revoke):
+        parser.add_argument("id", metavar="ID", help="the grant's id")
+
+
+def _list(args: argparse.Namespace) -> int:
+    grants = arguments.connect(args).items("/v1/grants", {"path": args.path, "holder": args.holder})
+    terminal = Terminal.of(args)
+    if terminal.json:
+        terminal.data({"items": grants})
+    elif grants:
+        terminal.table(COLUMNS, [_row(grant) for grant in grants])
+    else:
+        remark("no grants")
+    return EXIT_OK
+
+
+def _row(grant: Json) -> tuple[str, ...]:
+    return (
+        str(grant["id"]),
+        str(grant["path"]),
+        str(grant["mode"]),
+        holder(grant),
+        str(grant["access"]),
+        str(grant["state"]),
+        str(grant["reason"]),
+        age(grant.get("since")),
+    )
+
+
+def holder(grant: Json) -> str:
+    found = grant.get("holder") or {}
+    return f"{found.get('kind', '')}:{found.get('id', '')}" if found else ""
+
+
+def _show(args: argparse.Namespace) -> int:
+    _print(args, arguments.connect(args).get(_address(args)).data)
+    return EXIT_OK
+
+
+def _revoke(args: argparse.Namespace) -> int:
+    _print(args, arguments.connect(args).delete(_address(args)))
+    return EXIT_OK
+
+
+def _print(args: argparse.Namespace, grant: Json) -> None:
+    terminal = Terminal.of(args)
+    if terminal.json:
+        terminal.data(grant)
+        return
+    terminal.heading(f"grant {grant['id']}")
+    terminal.fields(
+        [
+            ("path", str(grant["path"])),
+            ("mode", str(grant["mode"])),
+            ("holder", holder(grant)),
+            ("reason", str(grant["reason"])),
+            ("access", str(grant["access"])),
+            ("state", str(grant["state"])),
+            ("detail", str(grant.get("detail") or "")),
+            ("since", f"{grant['since']} ({age(grant['since'])} ago)"),
+        ]
+    )
+
+
+def _address(args: argparse.Namespace) -> str:
+    return f"/v1/grants/{quoted(args.id)}"

@@ -1,0 +1,31 @@
+"""Nouns that have their place on the command line already, and a clear answer instead of a usage error."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hostagent.cli.client import CliError
+
+NOUNS = {
+    "backup": "pull-mode backups of live guests",
+    "checkpoint": "backup checkpoints",
+    "transfer": "image transfers",
+    "upload": "send a file",
+    "download": "fetch a file",
+    "checksum": "compute an image's checksum",
+    "bitmap": "dirty bitmaps of an image",
+    "data": "the data plane",
+    "drain": "finish what runs, take nothing new",
+}
+
+
+def register(nouns: Any, common: argparse.ArgumentParser) -> None:
+    for noun, text in NOUNS.items():
+        parser = nouns.add_parser(noun, help=f"{text} (not supported yet)", parents=[common], add_help=False)
+        parser.add_argument("words", nargs=argparse.REMAINDER)
+        parser.set_defaults(run=_not_yet)
+
+
+def _not_yet(args: argparse.Namespace) -> int:
+    raise CliError("not_supported", f"`hostagent {args.noun}` is not supported yet", remedy="see `hostagent --help`")

@@ -1,0 +1,85 @@
+"""The command line: noun then verb, flags as virsh has them.
+
+stdout is data, stderr is for people, and the exit status comes from the one table of codes. Whatever a command needs
+beyond the standard library is imported inside it, so that `--help` and shell completion are instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from hostagent import __version__
+from hostagent.cli import arguments, doctor, events_cmd, exports, grants, images, jobs, later, serve, status
+from hostagent.cli.client import CliError
+from hostagent.cli.terminal import complain
+from hostagent.errors import CODES, EXIT_ERROR, EXIT_INTERRUPTED, AgentError
+from jobs.errors import JobError
+
+NOUNS = (jobs, images, exports, grants, events_cmd, status, doctor, serve)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    _prepare_streams()
+    try:
+        args = parser().parse_args(argv, argparse.Namespace(**arguments.COMMON_DEFAULTS))
+    except SystemExit as end:  # argparse has said what is wrong, or printed the help
+        return int(end.code or 0)
+    try:
+        status = int(args.run(args))
+        sys.stdout.flush()  # here, where a reader that has gone away can be dealt with
+        return status
+    except CliError as error:
+        complain(error.message, error.remedy)
+        return error.exit
+    except (AgentError, JobError) as error:
+        complain(error.message, error.remedy)
+        return CODES[error.code].exit if error.code in CODES else EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader has seen enough, as in `hostagent job list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+
+
+def parser() -> argparse.ArgumentParser:
+    common = arguments.common()
+    top = argparse.ArgumentParser(
+        prog="hostagent",
+        description="Owns what happens to disk images on this host: block jobs, exports, and who may open which file.",
+        parents=[common],
+    )
+    top.add_argument("--version", action="version", version=f"hostagent {__version__}")
+    nouns = top.add_subparsers(dest="noun", metavar="NOUN", required=True)
+    for module in NOUNS:
+        module.register(nouns, common)
+    _register_demo(nouns, common)
+    later.register(nouns, common)
+    return top
+
+
+def _register_demo(nouns: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    text = "show it at work, in a folder of its own, without root"
+    demo = nouns.add_parser("demo", help=text, description=text, parents=[common])
+    demo.add_argument("--keep", action="store_true", help="leave the folder and its images in place")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from hostagent.cli.demo import run
+
+    return run(args)
+
+
+def _prepare_streams() -> None:
+    """A file name need not be valid text: print what can be printed, escape the rest, never fail on it."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

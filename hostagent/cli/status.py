@@ -1,0 +1,157 @@
+"""`hostagent status`: the one screen for 3 a.m.
+
+What needs a person comes first: storage daemons that do not answer, access that is not settled, what failed last. Then
+what runs. Everything is the agent's own knowledge; nothing is asked of a storage daemon that may hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hostagent.cli import arguments
+from hostagent.cli.client import Client, Json
+from hostagent.cli.terminal import Column, Terminal, age
+from hostagent.errors import EXIT_OK
+from hostagent.sizes import format_duration
+
+ACTIVE = ("running", "ready", "completing", "aborting", "starting", "paused", "waiting", "unknown", "queued")
+MOST_ROWS = 20  # of one table; a screen has no more room, `job list` and `export list` have them all
+
+
+def register(nouns: Any, common: argparse.ArgumentParser) -> None:
+    text = "jobs, exports, and whatever needs a person, on one screen"
+    parser = nouns.add_parser("status", help=text, description=text, parents=[common])
+    parser.set_defaults(run=_status)
+
+
+def _status(args: argparse.Namespace) -> int:
+    client, terminal = arguments.connect(args), Terminal.of(args)
+    host = client.get("/v1/host").data
+    jobs = _jobs(client, host)
+    exports = _exports(client, host)
+    if terminal.json:
+        terminal.data({"host": host, "jobs": jobs, "exports": exports})
+        return EXIT_OK
+    _print_head(terminal, host)
+    _print_alarms(terminal, host)
+    _print_jobs(terminal, jobs)
+    _print_exports(terminal, exports)
+    _print_errors(terminal, host.get("last_errors") or [])
+    return EXIT_OK
+
+
+def _jobs(client: Client, host: Json) -> list[Json]:
+    """The active ones. A host keeps thousands of finished jobs, so each state that has any is asked for by itself."""
+    counts = host.get("jobs") or {}
+    return [job for state in ACTIVE if counts.get(state, 1) for job in client.items("/v1/jobs", {"state": state})]
+
+
+def _exports(client: Client, host: Json) -> list[Json]:
+    """The present ones: the host names their states."""
+    return [export for state in host.get("exports") or {} for export in client.items("/v1/exports", {"state": state})]
+
+
+def _print_head(terminal: Terminal, host: Json) -> None:
+    terminal.heading(f"{host['host']}: hostagent {host['version']}")
+    user = host.get("user") or {}
+    modes = {"acl": "access by ACL", "own": "own images only, no grants"}
+    access = modes.get(str(host.get("access")), str(host.get("access")))
+    daemons = host.get("storage_daemons") or []
+    terminal.fields(
+        [
+            ("running", f"for {age(host.get('started'))}, pid {host.get('pid', '?')}"),
+            ("hypervisor", f"user {user.get('name', '?')}, {access}"),
+            ("qemu", f"{host.get('qemu') or 'unknown'}, {len(daemons)} storage daemons"),
+            ("libvirt", _libvirt(host.get("libvirt") or {})),
+        ]
+    )
+
+
+def _libvirt(state: Json) -> str:
+    if not state.get("connected"):
+        return "not connected: live disks are not looked after"
+    return str(state.get("version") or "connected")
+
+
+def _print_alarms(terminal: Terminal, host: Json) -> None:
+    alarms = [*_daemon_alarms(host), *_revocation_alarms(host)]
+    terminal.line("")
+    if not alarms:
+        terminal.line("nothing needs attention", "ok")
+    for text, remedy in alarms:
+        terminal.line(f"! {text}", "fail")
+        terminal.line(f"    {remedy}", "remedy")
+
+
+def _daemon_alarms(host: Json) -> list[tuple[str, str]]:
+    found = []
+    for daemon in host.get("storage_daemons") or []:
+        if daemon.get("state") == "unresponsive":
+            what = f"storage daemon {daemon['pid']} of {daemon['image']} is unresponsive{_since(daemon)}"
+            found.append((what, _unstick(daemon)))
+    for orphan in host.get("orphans") or []:
+        what = f"storage daemon {orphan['pid']} runs, but belongs to no job or export that is known"
+        remedy = f"it holds {orphan.get('holds') or 'nothing'}; when nothing uses that: kill {orphan['pid']}"
+        found.append((what, remedy))
+    return found
+
+
+def _unstick(daemon: Json) -> str:
+    if daemon.get("job") and not daemon.get("exports"):
+        return f"its job can be ended: hostagent job abort --force {daemon['job']}"
+    return "look at its storage; killing it loses what its clients have not flushed"
+
+
+def _since(daemon: Json) -> str:
+    return f" for {age(daemon['since'])}" if daemon.get("since") else ""
+
+
+def _revocation_alarms(host: Json) -> list[tuple[str, str]]:
+    pending = host.get("revocations") or {}
+    if not pending.get("pending"):
+        return []
+    oldest = format_duration(pending.get("oldest_seconds") or 0)
+    text = f"{pending['pending']} files wait for their access to be taken back, the oldest for {oldest}"
+    return [(text, "hostagent grant list shows which, and why")]
+
+
+def _print_jobs(terminal: Terminal, jobs: list[Json]) -> None:
+    from hostagent.cli import job_report
+
+    terminal.line("")
+    if not jobs:
+        terminal.line("no job is active")
+        return
+    terminal.heading(f"jobs ({len(jobs)} active)")
+    terminal.table(job_report.COLUMNS, [job_report.row(job) for job in jobs[:MOST_ROWS]])
+    _print_more(terminal, len(jobs), "hostagent job list")
+
+
+def _print_exports(terminal: Terminal, exports: list[Json]) -> None:
+    from hostagent.cli.exports import row
+
+    terminal.line("")
+    if not exports:
+        terminal.line("nothing is exported")
+        return
+    terminal.heading(f"exports ({len(exports)})")
+    columns = ("id", "image", "state", "mode", Column("clients", right=True), Column("age", right=True))
+    terminal.table(columns, [(*row(export)[:5], row(export)[6]) for export in exports[:MOST_ROWS]])
+    _print_more(terminal, len(exports), "hostagent export list")
+
+
+def _print_more(terminal: Terminal, count: int, command: str) -> None:
+    if count > MOST_ROWS:
+        terminal.line(f"… and {count - MOST_ROWS} more: {command}")
+
+
+def _print_errors(terminal: Terminal, errors: list[Json]) -> None:
+    if not errors:
+        return
+    terminal.line("")
+    terminal.heading("last errors")
+    for error in errors[:10]:
+        terminal.line(f"  {age(error.get('time'))} ago, {error['what']}: {error['message']}")
+        if error.get("remedy"):
+            terminal.line(f"    {error['remedy']}", "remedy")

@@ -1,0 +1,580 @@
+"""The composition root: the only place that makes services and joins them. Nothing here decides anything about a disk.
+
+Order at start: the store (and with it the claim to the state folder), the storage daemons that still run, the exports,
+the claims of jobs on them, then the ledger, then the jobs, and last the socket. So when the first request is answered,
+everything that a crash or a reboot left is already being settled. At the end it lets go in reverse: storage daemons
+go on, and are adopted by the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import logging
+import os
+import resource
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from events import cloudevents, normalize
+from events.bus import Bus
+from events.model import (
+    Event,
+    ExportEvent,
+    ExportEventKind,
+    HostEvent,
+    HostEventKind,
+    JobEvent,
+    JobEventKind,
+    Record,
+    now,
+)
+from hostagent import __version__, sdnotify
+from hostagent.access.leases import Lease, LeaseMode
+from hostagent.access.ledger import Ledger, Subject
+from hostagent.access.ledger import Settings as LedgerSettings
+from hostagent.access.prober import Prober
+from hostagent.api.changes import Changes
+from hostagent.api.http import HttpSettings, Server, build_app
+from hostagent.api.peercred import PeerPolicy
+from hostagent.api.service import AgentService, HostFacts, Trouble
+from hostagent.config import Config
+from hostagent.drivers import process
+from hostagent.drivers import qsd as qsd_driver
+from hostagent.drivers.process import User
+from hostagent.errors import AgentError
+from hostagent.images.member import ChainLimits
+from hostagent.images.qemu_img import QemuImg, RunAs, ToolLimits
+from hostagent.metrics import JobGauge, Metrics, Snapshot
+from hostagent.nbd import chains as nbd_chains
+from hostagent.nbd import exports as nbd_exports
+from hostagent.nbd import offline
+from hostagent.nbd.chains import Chains, PreparedChain
+from hostagent.nbd.exports import Exports
+from hostagent.nbd.offline import OfflineDriver
+from hostagent.records import ExportRecord
+from hostagent.store import Store
+from jobs.actor import job_event
+from jobs.engine import Engine, Limits
+from jobs.errors import JobError
+from jobs.model import FileId, Job, State
+from jobs.ports import SystemClock
+
+log = logging.getLogger(__name__)
+
+WORKERS = 32
+"""Threads for files, processes and NBD: one job's slice or one slow disk must not wait for another's."""
+PRUNE_INTERVAL = 3600.0
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT. What keeps it from starting is raised as AgentError or JobError."""
+    asyncio.run(_serve(config))
+    return 0
+
+
+async def _serve(config: Config) -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(WORKERS, thread_name_prefix="work"))
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    agent = Agent(config)
+    try:
+        await agent.start()
+        await stop.wait()
+    finally:
+        sdnotify.stopping()
+        await agent.stop()
+
+
+class _FileLease:
+    """access.leases for the chains."""
+
+    def __init__(self, fd: int, *, exclusive: bool, ours: Sequence[int]) -> None:
+        self._lease = Lease.exclusive(fd, ours=ours) if exclusive else Lease.shared(fd, ours=ours)
+
+    def exclude(self, *, ours: Sequence[int]) -> None:
+        self._lease.convert(LeaseMode.EXCLUSIVE, tolerate_readers=bool(ours), ours=ours)
+
+    def share(self, *, ours: Sequence[int]) -> None:
+        self._lease.convert(LeaseMode.SHARED, ours=ours)
+
+    def release(self) -> None:
+        self._lease.release()
+
+
+class _Owner:
+    """In place of the prober when the agent is the hypervisor user itself: its own opening is the proof."""
+
+    def can_open(self, fd: int, mode: str) -> bool:
+        return os.access(f"/proc/self/fd/{fd}", os.R_OK if mode == "r" else os.R_OK | os.W_OK)
+
+    def close(self) -> None:
+        pass
+
+
+class Agent:
+    """Everything that lives as long as the process does."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._clock = SystemClock()
+        self._bus = Bus()
+        self._changes = Changes()
+        self._state_dir, self._runtime_dir = Path(config.agent.state_dir), Path(config.agent.runtime_dir)
+        self._user = _user(config)
+        self._group = _group(config)
+        self._background: list[asyncio.Task[Any]] = []
+        self._refreshing = False
+        self._store = Store(
+            self._state_dir,
+            host=config.agent.host,
+            publish=self._publish,
+            busy_timeout=config.store.busy_timeout,
+            events_kept=config.store.events_kept,
+        )
+        self._prober: Prober | _Owner = (
+            _Owner()
+            if self._user.is_us
+            else Prober(self._user.uid, self._user.gid, self._user.groups, timeout=config.access.probe_timeout)
+        )
+        self._subject = Subject(
+            self._user.name, self._user.uid, (self._user.gid, *self._user.groups), own=self._user.is_us
+        )
+        self._metrics = Metrics(self._snapshot, version=__version__, qemu=_qemu_version(config))
+        self._ledger = self._make_ledger()
+        self._chains = self._make_chains()
+        self._exports = self._make_exports()
+        self._driver = self._make_driver()
+        self._engine = self._make_engine()
+        self._service: AgentService
+        self._server: Server
+        self._gauges: dict[str, Any] = {"pending": 0, "oldest": None, "grants": {}}
+
+    # Making
+
+    def _make_ledger(self) -> Ledger:
+        access = self._config.access
+        return Ledger(
+            self._store,
+            self._subject,
+            self._prober,
+            settings=LedgerSettings(access.converge_timeout, access.shared_filesystems == "manage"),
+            clock=self._clock,
+            daemons=lambda: [chain.pid for chain in self._chains.all() if chain.pid],
+            observe=lambda trigger, result: self._metrics.revocation(trigger, result),
+        )
+
+    def _make_chains(self) -> Chains:
+        config = self._config
+        settings = nbd_chains.Settings(
+            qsd=qsd_driver.Settings(
+                binary=config.qsd.binary,
+                user=self._user,
+                connect_timeout=config.qmp.connect_timeout,
+                call_timeout=config.qmp.call_timeout,
+                start_timeout=config.qsd.start_timeout,
+                stop_timeout=config.qsd.stop_timeout,
+                open_files=config.qsd.open_files,
+                max_connections=config.qsd.max_connections,
+            ),
+            limits=ChainLimits(tuple(config.images.pools), config.images.max_depth),
+            daemons=self._runtime_dir / "qsd",
+            sockets=self._runtime_dir / "nbd",
+            max_daemons=config.qsd.max_daemons,
+            probe_interval=config.qsd.probe_interval,
+            unresponsive_kill=config.qsd.unresponsive_kill,
+            socket_gid=self._group,
+            inspect_timeout=config.images.inspect_timeout,
+        )
+        chains = Chains(settings, self._store, _FileLease, self._clock)
+        chains.sink = self
+        return chains
+
+    def _make_exports(self) -> Exports:
+        exports = self._config.exports
+        return Exports(
+            self._chains,
+            self._store,
+            self._ledger,
+            settings=nbd_exports.Settings(exports.limit, exports.nbd_timeout, exports.idle_check),
+            clock=self._clock,
+            started=self._metrics.export_started,
+            changed=self._export_changed,
+        )
+
+    def _make_driver(self) -> OfflineDriver:
+        images, jobs = self._config.images, self._config.jobs
+        user = None if self._user.is_us else RunAs(self._user.uid, self._user.gid, self._user.groups)
+        tools = ToolLimits(timeout=images.check_timeout, cpu=images.tool_cpu, memory=images.tool_memory)
+        limits = offline.Limits(
+            slice=jobs.slice,
+            requests_in_flight=jobs.requests_in_flight,
+            request_size=jobs.request_size,
+            nbd_timeout=self._config.exports.nbd_timeout,
+            check_auto_size=images.check_auto_size,
+        )
+        qemu_img = QemuImg(user=user, limits=tools, binary=images.qemu_img)
+        return OfflineDriver(self._chains, self._ledger, qemu_img, limits)
+
+    def _make_engine(self) -> Engine:
+        jobs = self._config.jobs
+        return Engine(
+            self._driver,
+            self._store,
+            self._ledger,
+            clock=self._clock,
+            observer=self,
+            limits=Limits(
+                width=jobs.width,
+                queue=jobs.queue,
+                progress_interval=jobs.progress_interval,
+                abort_timeout=jobs.abort_timeout,
+                settle_retry=jobs.settle_retry,
+                settle_retry_max=jobs.settle_retry_max,
+                request_timeout=jobs.start_timeout,
+            ),
+            changed=self._job_changed,
+        )
+
+    # Life
+
+    async def start(self) -> None:
+        _raise_file_limit()
+        self._make_folders()
+        await self._store.open()
+        await self._after_reboot()
+        await self._chains.recover()
+        await self._exports.recover()
+        unsettled = await self._store.unsettled()
+        for job in unsettled:
+            if job.state not in (State.QUEUED, State.WAITING):
+                self._driver.claim(job)
+        await self._chains.sweep()
+        await self._ledger.converge_all(trigger="start")
+        self._metrics.reconcile("start")
+        recovered = await self._engine.recover()
+        self._make_service()
+        await self._refresh()
+        listener = self._listen()
+        self._background += [
+            asyncio.create_task(self._server.serve(sockets=[listener]), name="api"),
+            asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
+            asyncio.create_task(self._keep_house(), name="house"),
+        ]
+        where = self._config.api.socket
+        log.info(
+            "agent ready",
+            extra={
+                "fields": {
+                    "version": __version__,
+                    "socket": str(where),
+                    "user": self._user.name,
+                    "jobs": recovered,
+                    "storage_daemons": len(self._chains.all()),
+                }
+            },
+        )
+        sdnotify.ready()
+
+    async def stop(self) -> None:
+        """Let go of everything; storage daemons run on."""
+        if hasattr(self, "_server"):
+            self._server.should_exit = True
+            limit = self._config.agent.stop_timeout + 1
+            await asyncio.wait({self._background[0]}, timeout=limit)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._engine.stop()
+        await self._exports.close()
+        await self._chains.let_go()
+        self._prober.close()
+        with contextlib.suppress(AttributeError):  # it was never opened
+            await self._store.close()
+        if hasattr(self, "_server"):
+            self._config.api.socket.unlink(missing_ok=True)
+        log.info("agent stopped")
+
+    def _make_folders(self) -> None:
+        self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        (self._runtime_dir / "qsd").mkdir(mode=0o700, exist_ok=True)
+        sockets = self._runtime_dir / "nbd"
+        sockets.mkdir(mode=0o750, exist_ok=True)
+        if self._group is not None:
+            os.chown(sockets, -1, self._group)
+
+    async def _after_reboot(self) -> None:
+        """A new boot may give file systems other device numbers: files are found again by path and inode."""
+        boot = process.boot_id()
+        if await self._store.fact("boot_id") != boot:
+            for entry in await self._store.access_files():
+                with contextlib.suppress(OSError):
+                    found = os.lstat(entry.path)
+                    if found.st_ino == entry.file.ino and found.st_dev != entry.file.dev:
+                        await self._store.rekey(entry.file, FileId(found.st_dev, found.st_ino))
+            await self._store.set_fact("boot_id", boot)
+
+    def _make_service(self) -> None:
+        config = self._config
+        facts = HostFacts(
+            host=config.agent.host,
+            qemu=_qemu_version(config),
+            state_dir=self._state_dir,
+            runtime_dir=self._runtime_dir,
+            started=now(),
+            min_free=config.store.min_free,
+        )
+        self._service = AgentService(
+            engine=self._engine,
+            exports=self._exports,
+            chains=self._chains,
+            ledger=self._ledger,
+            store=self._store,
+            subject=self._subject,
+            facts=facts,
+            changes=self._changes,
+        )
+        names = {item.name for item in fields(HttpSettings)} - {"host", "stop_timeout"}
+        settings = HttpSettings(
+            host=config.agent.host,
+            stop_timeout=config.agent.stop_timeout,
+            **{name: getattr(config.api, name) for name in names},
+        )
+        app = build_app(self._service, self._bus, settings=settings, metrics=self._metrics.render)
+        policy = PeerPolicy.for_group(config.api.socket_group if self._group is not None else None)
+        self._server = Server(app, self._bus, policy=policy, settings=settings)
+
+    def _listen(self) -> socket.socket:
+        """The API's socket, with its mode from the first moment on."""
+        path = Path(self._config.api.socket)
+        _refuse_second_listener(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with _umask(0o177):
+            listener.bind(str(path))
+        if self._group is not None:
+            os.chown(path, -1, self._group)
+            path.chmod(0o660)
+        listener.listen(128)
+        listener.setblocking(False)
+        return listener
+
+    async def _keep_house(self) -> None:
+        jobs, exports = self._config.jobs, self._config.exports
+        while True:
+            try:
+                await self._store.prune(
+                    days=jobs.retention_days, count=jobs.retention_count, exports=exports.retention_count
+                )
+            except JobError as error:
+                log.warning("the store cannot be pruned", extra={"fields": {"error": error.message}})
+            await asyncio.sleep(PRUNE_INTERVAL)
+
+    # What is told to us (Sink, Observer, callbacks)
+
+    def qmp_event(self, chain: PreparedChain, name: str, data: Mapping[str, Any]) -> None:
+        self._metrics.event("qmp", name)
+        if found := normalize.job_of(name, data):
+            self._engine.hint(offline.job_id(found))
+
+    def daemon_gone(self, chain: PreparedChain) -> None:
+        self._exports.daemon_gone(chain)
+        self._hint(chain)
+
+    def responsive(self, chain: PreparedChain, answers: bool) -> None:
+        kind = HostEventKind.CONNECTED if answers else HostEventKind.UNRESPONSIVE
+        daemon = chain.daemon.id if chain.daemon else ""
+        reason = None if answers else f"storage daemon of {chain.path} (pid {chain.pid}) does not answer"
+        log.warning("storage daemon %s", kind, extra={"fields": {"daemon": daemon, "path": chain.path}})
+        self._later(self._store.record([HostEvent(kind, f"storage-daemon/{daemon}", reason)]))
+        self._hint(chain)
+
+    def _hint(self, chain: PreparedChain) -> None:
+        for user in chain.users:
+            if user.kind == "job":
+                self._engine.hint(user.id)
+            else:
+                self._changes.tell(f"export {user.id}")
+
+    def job_finished(self, operation: str, outcome: str, seconds: float) -> None:
+        self._metrics.job_finished(operation, outcome, seconds)
+
+    def event_lag(self, seconds: float) -> None:
+        self._metrics.event_lag(seconds)
+
+    def reconcile(self, result: str) -> None:
+        self._metrics.reconcile(result)
+
+    def revocation_lag(self, seconds: float) -> None:
+        self._metrics.revocation_lag(seconds)
+        log.info("access settled", extra={"fields": {"lag_seconds": round(seconds, 6)}})
+
+    def _job_changed(self, job: Job) -> None:
+        self._changes.tell(f"job {job.id}")
+        if job.state is State.RUNNING:
+            self._bus.publish(Record(0, now(), job_event(job, JobEventKind.PROGRESS)))
+
+    def _export_changed(self, record: ExportRecord) -> None:
+        self._changes.tell(f"export {record.id}")
+
+    def _publish(self, record: Record) -> None:
+        self._metrics.event("agent", cloudevents.type_of(record.event))
+        self._bus.publish(record)
+        self._note_trouble(record.event)
+        if not self._refreshing:
+            self._refreshing = True
+            self._later(self._refresh())
+
+    def _note_trouble(self, event: Event) -> None:
+        trouble = None
+        if isinstance(event, JobEvent) and event.kind is JobEventKind.FAILED and event.error:
+            trouble = Trouble(now(), f"job {event.job}", str(event.error["message"]), event.error.get("remedy"))
+        elif isinstance(event, ExportEvent) and event.kind is ExportEventKind.LOST:
+            trouble = Trouble(now(), f"export {event.export}", event.reason or "lost", "start it again")
+        elif isinstance(event, HostEvent) and event.kind is HostEventKind.UNRESPONSIVE:
+            trouble = Trouble(now(), event.subject, event.reason or "unresponsive", "see whether its storage hangs")
+        if trouble is not None and hasattr(self, "_service"):
+            self._service.troubles.append(trouble)
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.append(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        if task in self._background:
+            self._background.remove(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.warning("a background task failed", extra={"fields": {"error": str(error)}})
+
+    # Metrics
+
+    async def _refresh(self) -> None:
+        """Read what gauges show and only the store knows; after events, so that a scrape reads memory only."""
+        self._refreshing = False
+        entries = await self._store.access_files()
+        pending = [entry.since.timestamp() for entry in entries if entry.verdict == "pending"]
+        grants: dict[str, int] = {}
+        for row in await self._store.access_rows():
+            grants[row.mode] = grants.get(row.mode, 0) + 1
+        self._gauges = {"pending": len(pending), "oldest": min(pending, default=None), "grants": grants}
+
+    def _snapshot(self) -> Snapshot:
+        chains = [chain for chain in self._chains.all() if chain.daemon]
+        daemons = {"running": sum(c.answers for c in chains), "unresponsive": sum(not c.answers for c in chains)}
+        exports: dict[str, int] = {}
+        for record in self._exports.active():
+            mode = "rw" if record.writable else "ro"
+            exports[mode] = exports.get(mode, 0) + 1
+        return Snapshot(
+            taken=time.time(),
+            jobs=[self._gauge(job) for job in self._engine.active()],
+            exports=exports,
+            grants=self._gauges["grants"],
+            daemons={**daemons, "orphan": len(self._chains.orphans)},
+            qmp_connected=sum(chain.answers for chain in chains),
+            revocations_pending=self._gauges["pending"],
+            oldest_pending=self._gauges["oldest"],
+            dropped=self._bus.dropped,
+        )
+
+    def _gauge(self, job: Job) -> JobGauge:
+        view = self._engine.view(job.id)
+        return JobGauge(
+            target=job.before.top.path,
+            operation=job.spec.operation.value,
+            state=job.state.value,
+            cur=job.cursor.cur,
+            end=job.cursor.end,
+            bandwidth=job.bandwidth,
+            stalled=view.stalled if view else 0.0,
+        )
+
+
+def _user(config: Config) -> User:
+    """Who storage daemons run as."""
+    name = config.qsd.user or config.access.hypervisor_user
+    if not name:
+        return User.current()
+    try:
+        user = User.named(name)
+    except KeyError:
+        raise AgentError(
+            "invalid",
+            f"there is no user {name!r} on this host",
+            field="access.hypervisor_user",
+            value=name,
+            remedy="install the hypervisor (its package makes the user), or say --hypervisor-user NAME",
+        ) from None
+    if not user.is_us and os.geteuid() != 0:
+        raise AgentError(
+            "denied",
+            f"only root can run storage daemons as {name!r}",
+            field="access.hypervisor_user",
+            value=name,
+            remedy="run the agent as root, or leave the setting empty to work as yourself",
+        )
+    return user
+
+
+def _group(config: Config) -> int | None:
+    """The group that may use the sockets: root's agent, and only if it exists."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        return grp.getgrnam(config.api.socket_group).gr_gid
+    except KeyError:
+        return None
+
+
+def _qemu_version(config: Config) -> str:
+    """What the storage daemon says of itself; empty when it is not there, which `doctor` explains."""
+    try:
+        done = subprocess.run(
+            [config.qsd.binary, "--version"], capture_output=True, text=True, timeout=config.qsd.start_timeout
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    words = done.stdout.split()
+    return words[words.index("version") + 1] if "version" in words[:-1] else ""
+
+
+def _raise_file_limit() -> None:
+    """Exports and leases are descriptors: take what the system lets us have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _refuse_second_listener(path: Path) -> None:
+    """Replace a socket that nobody listens on; refuse one that is answered."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            what = f"cannot use the socket {str(path)!r}: {error}"
+            raise AgentError("unavailable", what, remedy="choose a shorter path") from error
+    raise AgentError("busy", f"another agent answers at {str(path)!r}", remedy="stop it, or set api.socket")
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

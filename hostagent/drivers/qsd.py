@@ -1,0 +1,464 @@
+"""One qemu-storage-daemon: its process, its block graph, its exports, its job.
+
+The graph has two nodes for each layer, `f<n>` (the file) and `l<n>` (its format), n counted from the top, and every
+backing link is explicit. Files are reached through inherited O_PATH descriptors (`/proc/self/fd/N`): such a descriptor
+gives no access by itself (the kernel checks the inode's permissions at each open), but it pins *which* file is opened,
+now and at every reopen, whatever happens to the path. All nodes are read-only, on the format and on the file: a
+read-only format over a writable file lets one NBD_CMD_CACHE abort the process (QEMU 7.2). A job reopens the two top
+nodes for writing in one command, and puts them back.
+
+QEMU facts: qapi/block-core.json, qapi/block-export.json, docs/interop/qemu-storage-daemon-qmp-ref.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hostagent.drivers.process import User, Watch, command_line, launch
+from hostagent.drivers.qmp import Monitor, Refused
+from jobs.errors import JobError
+from jobs.model import Cursor, Layer
+from jobs.ports import Phase
+
+log = logging.getLogger(__name__)
+
+STREAM_FILTER = "stream"
+COPY_ON_READ = "cor"
+EXPORT = "export-"
+"""Prefix of QEMU's export ids, which must begin with a letter; the NBD name is what follows."""
+CHARDEV = "hostagent-"
+"""Prefix of the monitor's chardev id, followed by the daemon's id: how a process is known for ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    binary: str
+    user: User
+    connect_timeout: float
+    call_timeout: float
+    start_timeout: float
+    stop_timeout: float
+    open_files: int
+    max_connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The daemon's files: `folder` (0700) has the monitor and the log, `socket` is the NBD listener."""
+
+    folder: Path
+    monitor: Path
+    socket: Path
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A layer in the graph. `index` names its nodes; `descriptor` is its O_PATH number inside the daemon."""
+
+    layer: Layer
+    index: int
+    descriptor: int
+
+    @property
+    def file_node(self) -> str:
+        return f"f{self.index}"
+
+    @property
+    def format_node(self) -> str:
+        return f"l{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockJob:
+    phase: Phase
+    cursor: Cursor | None = None
+    error: str | None = None
+
+
+class StorageDaemon:
+    """A running daemon. Callbacks run on the event loop: `on_event(name, data)`, `on_exit()`."""
+
+    def __init__(
+        self,
+        daemon_id: str,
+        places: Places,
+        settings: Settings,
+        *,
+        on_event: Callable[[str, Mapping[str, Any]], None],
+        on_exit: Callable[[], None],
+    ) -> None:
+        self.id = daemon_id
+        self.places = places
+        self._settings = settings
+        self._on_exit = on_exit
+        self._on_event = on_event
+        self.pid = 0
+        self._watch: Watch
+        self._monitor: Monitor | None = None
+        self._connecting = asyncio.Lock()
+
+    # Process
+
+    async def launch(self, descriptors: Sequence[int]) -> None:
+        """Start the process. `descriptors` (O_PATH) keep their numbers inside it."""
+        # Threads, because fork() of a process of our size takes milliseconds.
+        child = await asyncio.to_thread(self._launch, descriptors)
+        self.pid = child.pid
+        self._watch = Watch(child.pid, self._on_exit, child)
+        try:
+            await self.monitor()
+        except BaseException:
+            await self.kill()  # nobody has had anything of it yet
+            raise
+
+    def _launch(self, descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
+        with (
+            _listener(self.places.monitor, 2) as monitor,
+            _listener(self.places.socket, self._settings.max_connections) as nbd,
+        ):
+            self.places.socket.chmod(0o600)
+            argv = [
+                self._settings.binary,
+                "--chardev",
+                f"socket,id={CHARDEV}{self.id},fd={monitor.fileno()},server=on,wait=off",
+                "--monitor",
+                f"chardev={CHARDEV}{self.id}",
+                "--nbd-server",
+                f"addr.type=fd,addr.str={nbd.fileno()},max-connections={self._settings.max_connections}",
+            ]
+            try:
+                return launch(
+                    argv,
+                    user=self._settings.user,
+                    pass_fds=(monitor.fileno(), nbd.fileno(), *descriptors),
+                    log_path=self.places.log,
+                    open_files=self._settings.open_files,
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                raise JobError(
+                    "unavailable",
+                    f"{self._settings.binary!r} cannot be started as {self._settings.user.name!r}: {error}",
+                    remedy="install qemu-system-common (Debian), or set qsd.binary; run `hostagent doctor`",
+                ) from error
+
+    async def adopt(self, pid: int) -> None:
+        """Take over a process that an earlier agent started. The caller has proven its identity."""
+        self.pid = pid
+        self._watch = Watch(pid, self._on_exit)
+        with contextlib.suppress(JobError):  # one that does not answer is adopted all the same: it is ours
+            await self.monitor()
+
+    @property
+    def alive(self) -> bool:
+        return not self._watch.gone
+
+    async def monitor(self) -> Monitor:
+        """The connection; made anew when it was lost and the process lives."""
+        async with self._connecting:
+            if self._monitor is None:
+                if not self.alive:
+                    raise JobError("storage_daemon_died", f"storage daemon {self.id} has ended{self._last_words()}")
+                monitor = Monitor(
+                    f"storage daemon {self.id}",
+                    connect_timeout=self._settings.connect_timeout,
+                    call_timeout=self._settings.call_timeout,
+                    on_event=self._on_event,
+                    on_close=self._disconnected,
+                )
+                await monitor.connect(str(self.places.monitor))
+                self._monitor = monitor
+            return self._monitor
+
+    def _disconnected(self) -> None:
+        self._monitor = None
+
+    async def execute(self, command: str, timeout: float | None = None, **arguments: Any) -> Any:
+        monitor = await self.monitor()
+        try:
+            return await monitor.execute(command, timeout, **arguments)
+        except JobError as error:
+            if isinstance(error, Refused) or self.alive:
+                raise
+            raise JobError("storage_daemon_died", f"storage daemon {self.id} ended{self._last_words()}") from error
+
+    async def quit(self) -> bool:
+        """SIGTERM: it cancels its job, flushes, closes and ends. True when it has ended within qsd.stop_timeout."""
+        if self.alive:
+            self._watch.signal(signal.SIGTERM)
+            if not await self._watch.wait(self._settings.stop_timeout):
+                return False
+        await self.detach()
+        return True
+
+    async def kill(self) -> None:
+        """SIGKILL. What it had not written is lost; only for a daemon that serves nobody but a job."""
+        self._watch.signal(signal.SIGKILL)
+        await self._watch.wait(self._settings.stop_timeout)
+        await self.detach()
+
+    async def detach(self) -> None:
+        """Let go of the process, running or not."""
+        if self._monitor is not None:
+            await self._monitor.close()
+            self._monitor = None
+        self._watch.close()
+
+    def forget_files(self) -> None:
+        """Remove the sockets, the log and the folder of a process that has ended."""
+        for path in (self.places.socket, self.places.monitor, self.places.log):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.places.folder.rmdir()
+
+    def _last_words(self) -> str:
+        try:
+            lines = self.places.log.read_text(errors="replace")[-2000:].strip().splitlines()
+        except OSError:
+            return ""
+        return f": {lines[-1]}" if lines else ""
+
+    # Graph
+
+    async def open_chain(self, nodes: Sequence[Node]) -> None:
+        """Add all layers read-only, base first."""
+        below: str | None = None
+        for node in reversed(nodes):
+            await self.execute("blockdev-add", **_file_options(node, writable=False))
+            await self.execute("blockdev-add", **_format_options(node, below, writable=False))
+            below = node.format_node
+
+    async def reopen(self, top: Node, below: Node | None, *, writable: bool) -> None:
+        """Reopen the top layer's two nodes in one command; `below` None cuts the backing link."""
+        backing = below.format_node if below else None
+        options = [_file_options(top, writable=writable), _format_options(top, backing, writable=writable)]
+        await self.execute("blockdev-reopen", options=options)
+
+    async def remove(self, node: Node) -> None:
+        """Close a layer that nothing uses any more. Idempotent."""
+        for name in (node.format_node, node.file_node):
+            try:
+                await self.execute("blockdev-del", node_name=name)
+            except Refused as error:
+                if "failed to find" not in error.text.lower():
+                    raise
+
+    async def add_copy_on_read(self, top: Node, bottom: Node) -> None:
+        """A filter over the top that copies up what it reads, but nothing from below `bottom`."""
+        await self.execute(
+            "blockdev-add",
+            driver="copy-on-read",
+            node_name=COPY_ON_READ,
+            file=top.format_node,
+            bottom=bottom.format_node,
+        )
+
+    async def remove_copy_on_read(self) -> None:
+        try:
+            await self.execute("blockdev-del", node_name=COPY_ON_READ)
+        except Refused as error:
+            if "failed to find" not in error.text.lower():
+                raise
+
+    # Exports
+
+    async def add_export(self, name: str, node: str, *, writable: bool = False, depth: bool = True) -> None:
+        await self.execute(
+            "block-export-add",
+            type="nbd",
+            id=EXPORT + name,
+            name=name,
+            node_name=node,
+            writable=writable,
+            allocation_depth=depth,
+        )
+
+    async def remove_export(self, name: str, *, hard: bool) -> bool:
+        """True when it is gone; False when a client is connected and `hard` is false."""
+        try:
+            await self.execute("block-export-del", id=EXPORT + name, mode="hard" if hard else "safe")
+        except Refused as error:
+            if "still in use" in error.text:
+                return False
+            if "not found" not in error.text.lower() and "does not exist" not in error.text.lower():
+                raise
+        await self._until_export_gone(name)
+        return True
+
+    async def _until_export_gone(self, name: str) -> None:
+        """block-export-del returns before the export is closed; its node is busy until then. A few milliseconds."""
+        deadline = asyncio.get_running_loop().time() + self._settings.call_timeout
+        delay = 0.001
+        while name in await self.exports():
+            if asyncio.get_running_loop().time() > deadline:
+                raise JobError("unresponsive", f"export {name} does not close", remedy="a read below it may hang")
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 0.1)
+
+    async def exports(self) -> set[str]:
+        """The NBD names of all exports."""
+        return {str(item["id"]).removeprefix(EXPORT) for item in await self.execute("query-block-exports")}
+
+    # The job
+
+    async def stream(self, job_id: str, top: Node, base: Node | None, *, backing: str | None, speed: int) -> None:
+        """Start block-stream; it stays `pending` at its end until finalize, and `concluded` until dismiss."""
+        await self.execute(
+            "block-stream",
+            job_id=job_id,
+            device=top.format_node,
+            base_node=base.format_node if base else None,
+            backing_file=backing if base else None,
+            speed=speed,
+            on_error="report",
+            auto_finalize=False,
+            auto_dismiss=False,
+            filter_node_name=STREAM_FILTER,
+        )
+
+    async def block_job(self, job_id: str) -> BlockJob:
+        jobs = await self.execute("query-jobs")
+        found = next((job for job in jobs if job["id"] == job_id), None)
+        if found is None:
+            return BlockJob(Phase.ABSENT)
+        cursor = Cursor(int(found["current-progress"]), int(found["total-progress"]))
+        return BlockJob(_PHASES[found["status"]], cursor, found.get("error"))
+
+    async def finalize(self, job_id: str) -> None:
+        await self._job("job-finalize", job_id)
+
+    async def cancel(self, job_id: str) -> None:
+        await self._job("job-cancel", job_id)
+
+    async def dismiss(self, job_id: str) -> None:
+        await self._job("job-dismiss", job_id)
+
+    async def pause(self, job_id: str) -> None:
+        await self._job("job-pause", job_id, "already paused")
+
+    async def resume(self, job_id: str) -> None:
+        await self._job("job-resume", job_id, "not paused")
+
+    async def set_speed(self, job_id: str, speed: int) -> None:
+        await self.execute("block-job-set-speed", device=job_id, speed=speed)
+
+    async def _job(self, command: str, job_id: str, done: str = "") -> None:
+        """A job command whose purpose may be fulfilled already."""
+        try:
+            await self.execute(command, id=job_id)
+        except Refused as error:
+            text = error.text.lower()
+            if "not found" not in text and "cannot accept" not in text and (not done or done not in text):
+                raise
+
+    # What the kernel says, for adoption
+
+    def open_modes(self) -> dict[tuple[int, int], bool]:
+        """(device, inode) → writable, for every file that the process has open for data."""
+        found: dict[tuple[int, int], bool] = {}
+        folder = Path(f"/proc/{self.pid}/fd")
+        for entry in _entries(folder):
+            with contextlib.suppress(OSError, ValueError):
+                flags = _flags(self.pid, entry)
+                if flags & os.O_PATH:
+                    continue
+                stat = (folder / entry).stat()
+                key = (stat.st_dev, stat.st_ino)
+                found[key] = found.get(key, False) or flags & os.O_ACCMODE == os.O_RDWR
+        return found
+
+
+_PHASES = {
+    "undefined": Phase.RUNNING,
+    "created": Phase.RUNNING,
+    "running": Phase.RUNNING,
+    "paused": Phase.PAUSED,
+    "ready": Phase.READY,
+    "standby": Phase.PAUSED,
+    "waiting": Phase.RUNNING,
+    "pending": Phase.PENDING,
+    "aborting": Phase.RUNNING,
+    "concluded": Phase.CONCLUDED,
+    "null": Phase.CONCLUDED,
+}
+
+
+def is_ours(pid: int, daemon_id: str) -> bool:
+    """Whether the process says on its command line that it is this daemon."""
+    return any(f"id={CHARDEV}{daemon_id}," in word for word in command_line(pid))
+
+
+def find_ours() -> dict[str, int]:
+    """Every storage daemon on this host that some hostagent started: id → pid."""
+    found = {}
+    for entry in _entries(Path("/proc")):
+        if entry.isdigit():
+            for word in command_line(int(entry)):
+                if word.startswith(f"socket,id={CHARDEV}"):
+                    found[word.removeprefix(f"socket,id={CHARDEV}").partition(",")[0]] = int(entry)
+    return found
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - names only, hot path
+    except OSError:
+        return []
+
+
+def _flags(pid: int, fd: str) -> int:
+    for line in Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines():
+        if line.startswith("flags:"):
+            return int(line.split()[1], 8)
+    return os.O_PATH
+
+
+def _file_options(node: Node, *, writable: bool) -> dict[str, Any]:
+    return {
+        "driver": "file",
+        "node-name": node.file_node,
+        "filename": f"/proc/self/fd/{node.descriptor}",
+        "read-only": not writable,
+    }
+
+
+def _format_options(node: Node, below: str | None, *, writable: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "driver": node.layer.format,
+        "node-name": node.format_node,
+        "file": node.file_node,
+        "read-only": not writable,
+    }
+    if node.layer.format != "raw":
+        options["backing"] = below
+    return options
+
+
+@contextlib.contextmanager
+def _listener(path: Path, backlog: int) -> Any:
+    """A listening unix socket at `path`; a stale file there is ours and is replaced."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        try:
+            listener.bind(str(path))
+        except OSError as error:
+            raise JobError(
+                "unavailable",
+                f"cannot listen on {str(path)!r}: {error}",
+                remedy="choose a shorter --runtime-dir (socket names have 107 bytes), writable for the agent",
+            ) from error
+        listener.listen(backlog)
+        yield listener

@@ -1,0 +1,1 @@
+"""Images opened and exported by qemu-storage-daemon."""

@@ -1,0 +1,340 @@
+"""Exports: an image over NBD for as long as somebody needs it.
+
+An export is `running` when a handshake with it succeeded, not when a socket exists. Exports of one chain share its
+storage daemon and listener. Stopping is graceful: it is refused while clients are connected, and names them; `force`
+cuts them off. An export whose daemon ended is `lost`, told so, and holds nothing any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Protocol
+
+from events.model import Event, ExportEvent, ExportEventKind
+from hostagent import nbdclient
+from hostagent.errors import AgentError
+from hostagent.locks import Locks
+from hostagent.nbd import sockdiag
+from hostagent.nbd.chains import Chains, PreparedChain
+from hostagent.nbd.offline import Grants
+from hostagent.records import ExportRecord
+from jobs.errors import JobError
+from jobs.model import FileId, Holder, Need
+from jobs.ports import Clock
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSpec:
+    """What the caller asks. Times in seconds."""
+
+    image: str
+    format: str | None = None
+    shallow: bool = False
+    ttl: float | None = None
+    idle_timeout: float | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    limit: int
+    nbd_timeout: float
+    idle_check: float
+
+
+class ExportStore(Protocol):
+    async def put_export(
+        self, export: ExportRecord, events: Sequence[Event] = (), *, end: Holder | None = None
+    ) -> None: ...
+
+    async def exports(self, *, active: bool | None = None) -> list[ExportRecord]: ...
+
+    async def export(self, export_id: str) -> ExportRecord | None: ...
+
+
+class Converging(Grants, Protocol):
+    async def converge(self, files: Sequence[FileId], *, trigger: str) -> Any: ...
+
+
+class Exports:
+    def __init__(
+        self,
+        chains: Chains,
+        store: ExportStore,
+        access: Converging,
+        *,
+        settings: Settings,
+        clock: Clock,
+        started: Callable[[float], None],
+        changed: Callable[[ExportRecord], None],
+    ) -> None:
+        self._chains = chains
+        self._store = store
+        self._access = access
+        self._settings = settings
+        self._clock = clock
+        self._started = started
+        self._changed = changed
+        self._active: dict[str, ExportRecord] = {}
+        self._timers: dict[str, asyncio.Task[None]] = {}
+        self._requests = Locks()
+        self._background: set[asyncio.Task[None]] = set()
+
+    # Reading
+
+    def active(self) -> list[ExportRecord]:
+        return list(self._active.values())
+
+    async def get(self, export_id: str) -> ExportRecord:
+        found = self._active.get(export_id) or await self._store.export(export_id)
+        if found is None:
+            remedy = "see `hostagent export list`"
+            raise JobError("not_found", f"no export {export_id}", field="id", value=export_id, remedy=remedy)
+        return found
+
+    async def all(self) -> list[ExportRecord]:
+        return [*self._active.values(), *await self._store.exports(active=False)]
+
+    def clients(self, export: ExportRecord) -> list[sockdiag.Client]:
+        """Who is connected to the export's listener. Blocking: reads the kernel's socket table and /proc."""
+        if not export.active or not export.socket:
+            return []
+        skip = (os.getpid(), *((export.pid,) if export.pid else ()))
+        return sockdiag.clients(export.socket, skip_pids=skip)
+
+    # Start
+
+    async def start(self, spec: ExportSpec, export_id: str | None, *, anywhere: bool) -> tuple[ExportRecord, bool]:
+        """A running export; or the one that the same id and request made before, and False."""
+        if not nbdclient.available():
+            raise JobError("unavailable", "the libnbd binding is not installed", remedy="apt install python3-libnbd")
+        export_id = export_id or str(uuid.uuid4())
+        async with self._requests.alone(export_id):
+            if known := self._active.get(export_id) or await self._store.export(export_id):
+                return _same(known, spec), False
+            if len(self._active) >= self._settings.limit:
+                remedy = "stop some, or raise exports.limit"
+                raise JobError("limit", f"{len(self._active)} exports run already", remedy=remedy)
+            began = self._clock.monotonic()
+            opened = await self._chains.open(spec.image, format=spec.format, anywhere=anywhere)
+            top = opened.chain.top
+            now = self._clock.now()
+            record = ExportRecord(
+                id=export_id,
+                image=spec.image,
+                path=top.path,
+                file=top.file,
+                format=top.format,
+                state="starting",
+                created=now,
+                shallow=spec.shallow,
+                size=top.virtual_size,
+                ttl=spec.ttl,
+                idle_timeout=spec.idle_timeout,
+                expires=now + timedelta(seconds=spec.ttl) if spec.ttl else None,
+                labels=spec.labels,
+            )
+            async with self._chains.joined(opened, shallow=spec.shallow) as chain:
+                record = await self._serve(record, chain)
+            self._started(self._clock.monotonic() - began)
+            return record, True
+
+    async def _serve(self, record: ExportRecord, chain: PreparedChain) -> ExportRecord:
+        """Persist, lease, grant, open, export, shake hands; undone in reverse when a step fails. Holds the lock."""
+        await self._store.put_export(record)
+        self._active[record.id] = record
+        try:
+            if not chain.writable:
+                await chain.lease(write=False)
+            needs = [Need(layer, "r", f"export {record.id} serves it") for layer in chain.layers]
+            await self._access.acquire(record.holder, needs)
+            daemon = await chain.serve()
+            chain.users.add(record.holder)
+            await chain.ask(daemon.add_export(record.id, chain.nodes[0].format_node))
+            self._chains.publish_socket(chain)
+            socket = str(daemon.places.socket)
+            size = await asyncio.to_thread(nbdclient.handshake, socket, record.id, self._settings.nbd_timeout)
+            record = replace(
+                record,
+                state="running",
+                size=size,
+                socket=socket,
+                uri=f"nbd+unix:///{record.id}?socket={socket}",
+                daemon=daemon.id,
+                pid=daemon.pid,
+                revision=record.revision + 1,
+            )
+            await self._store.put_export(record, [_event(record, ExportEventKind.STARTED)])
+        except BaseException as error:
+            await self._undo(record, chain, str(error))
+            if isinstance(error, AgentError):
+                raise JobError(error.code, error.message, remedy=error.remedy) from error
+            raise
+        self._keep(record)
+        log.info("export running", extra={"fields": {"export": record.id, "path": record.path, "uri": record.uri}})
+        return record
+
+    async def _undo(self, record: ExportRecord, chain: PreparedChain, reason: str) -> None:
+        if chain.daemon is not None and chain.daemon.alive:
+            with contextlib.suppress(JobError):
+                await chain.ask(chain.daemon.remove_export(record.id, hard=True))
+        chain.users.discard(record.holder)
+        await self._end(record, "stopped", f"it could not be started: {reason}", None)
+        await self._access.converge([layer.file for layer in chain.layers], trigger="export")
+
+    # Stop
+
+    async def stop(self, export_id: str, *, force: bool, reason: str = "stopped by request") -> ExportRecord:
+        async with self._requests.alone(export_id):
+            record = await self.get(export_id)
+            if not record.active:
+                return record
+            chain = self._chains.find(record.file, shallow=record.shallow)
+            if chain is None or chain.daemon is None:
+                return await self._end(record, "lost", "its storage daemon ended", ExportEventKind.LOST)
+            files = [layer.file for layer in chain.layers]
+            async with chain.lock:
+                if not await chain.ask(chain.daemon.remove_export(record.id, hard=force)):
+                    raise await self._in_use(record)
+                record = await self._end(record, "stopped", reason, ExportEventKind.STOPPED)
+                try:
+                    await chain.release(record.holder)
+                except JobError as error:
+                    log.warning("the storage daemon lives on", extra={"fields": {"error": error.message}})
+            await self._access.converge(files, trigger="export")
+            return record
+
+    async def _in_use(self, record: ExportRecord) -> JobError:
+        clients = await asyncio.to_thread(self.clients, record)
+        names = ", ".join(str(client) for client in clients) or "a client that cannot be seen from here"
+        return JobError(
+            "busy",
+            f"export {record.id} is in use by {names}",
+            field="id",
+            value=record.id,
+            remedy="let them disconnect, or use --force to cut them off",
+            clients=[client._asdict() for client in clients],
+        )
+
+    async def _end(
+        self, record: ExportRecord, state: str, reason: str, kind: ExportEventKind | None
+    ) -> ExportRecord:
+        """Record the end; its rows of the ledger go in the same transaction."""
+        ended = replace(
+            record, state=state, reason=reason, stopped=self._clock.now(), pid=None, revision=record.revision + 1
+        )
+        await self._store.put_export(ended, [_event(ended, kind)] if kind else [], end=record.holder)
+        self._active.pop(record.id, None)
+        if (timer := self._timers.pop(record.id, None)) and timer is not asyncio.current_task():
+            timer.cancel()
+        self._changed(ended)
+        log.info("export %s", state, extra={"fields": {"export": record.id, "path": record.path, "reason": reason}})
+        return ended
+
+    # What happens to them
+
+    def daemon_gone(self, chain: PreparedChain) -> None:
+        """The chain's storage daemon ended: its exports are lost."""
+        task = asyncio.create_task(self._lose(chain), name=f"exports lost with {chain.path}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _lose(self, chain: PreparedChain) -> None:
+        for holder in [user for user in chain.users if user.kind == "export"]:
+            while record := self._active.get(holder.id):
+                try:
+                    await self._end(record, "lost", "its storage daemon ended", ExportEventKind.LOST)
+                except JobError as error:
+                    log.error("a lost export cannot be stored", extra={"fields": {"error": error.message}})
+                    await asyncio.sleep(self._settings.idle_check)
+        await self._access.converge([layer.file for layer in chain.layers], trigger="export")
+
+    async def recover(self) -> None:
+        """After a restart: exports whose daemon was adopted go on, the others are lost."""
+        for record in await self._store.exports(active=True):
+            chain = self._chains.find(record.file, shallow=record.shallow)
+            if chain is not None and record.state == "running" and await self._still_served(chain, record):
+                chain.users.add(record.holder)
+                self._active[record.id] = record
+                self._keep(record)
+                continue
+            if chain is not None and chain.daemon is not None:
+                with contextlib.suppress(JobError):
+                    await chain.ask(chain.daemon.remove_export(record.id, hard=True))
+            await self._end(record, "lost", "it was not served any more when the agent came back", ExportEventKind.LOST)
+
+    async def _still_served(self, chain: PreparedChain, record: ExportRecord) -> bool:
+        assert chain.daemon is not None
+        try:
+            return record.id in await chain.ask(chain.daemon.exports())
+        except JobError:
+            return chain.daemon.alive  # it does not answer: it is not ended for that
+
+    async def close(self) -> None:
+        """Let go of all exports; they stay served."""
+        for timer in self._timers.values():
+            timer.cancel()
+        await asyncio.gather(*self._timers.values(), *self._background, return_exceptions=True)
+
+    # Time
+
+    def _keep(self, record: ExportRecord) -> None:
+        self._active[record.id] = record
+        self._changed(record)
+        if record.expires is not None or record.idle_timeout is not None:
+            self._timers[record.id] = asyncio.create_task(self._expire(record), name=f"export {record.id} expires")
+
+    async def _expire(self, record: ExportRecord) -> None:
+        """Waits for the time to live; looks for clients only when there is an idle timeout."""
+        idle_since = self._clock.monotonic()
+        while True:
+            left = (record.expires - self._clock.now()).total_seconds() if record.expires else None
+            if left is not None and left <= 0:
+                await self._expired(record, "its time to live is over")
+                return
+            if record.idle_timeout is None:
+                assert left is not None
+                await asyncio.sleep(left)
+                continue
+            if await asyncio.to_thread(self.clients, record):
+                idle_since = self._clock.monotonic()
+            elif self._clock.monotonic() - idle_since >= record.idle_timeout:
+                await self._expired(record, f"no client for {record.idle_timeout:g} s")
+                return
+            pause = max(self._settings.idle_check, record.idle_timeout / 10)
+            await asyncio.sleep(min(pause, left) if left is not None else pause)
+
+    async def _expired(self, record: ExportRecord, reason: str) -> None:
+        try:
+            await self.stop(record.id, force=True, reason=reason)
+        except JobError as error:
+            log.warning("an export cannot be stopped", extra={"fields": {"export": record.id, "error": error.message}})
+
+
+def _same(known: ExportRecord, spec: ExportSpec) -> ExportRecord:
+    asked = (spec.image, spec.shallow, spec.ttl, spec.idle_timeout, dict(spec.labels))
+    before = (known.image, known.shallow, known.ttl, known.idle_timeout, dict(known.labels))
+    if asked != before or spec.format not in (None, known.format):
+        raise JobError(
+            "conflict",
+            f"export {known.id} exists with another request",
+            field="id",
+            value=known.id,
+            remedy="choose another id, or leave it out",
+        )
+    return known
+
+
+def _event(record: ExportRecord, kind: ExportEventKind) -> ExportEvent:
+    return ExportEvent(
+        kind, export=record.id, path=record.path, uri=record.uri, reason=record.reason, labels=record.labels
+    )

@@ -1,0 +1,440 @@
+"""SQLite (WAL): jobs, the access ledger, exports, storage daemons, the event log.
+
+One connection in one thread of its own; every public coroutine is one transaction, durable when it returns
+(synchronous=FULL). Events are rows of the same transaction as the change that they tell of, and are published after
+it. A folder belongs to one agent: a second one is refused at open. Rows hold whole records as JSON beside the few
+columns that queries need; MIGRATIONS takes an older file forward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import sqlite3
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from events import cloudevents
+from events.model import Event, Record, now
+from hostagent import records
+from hostagent.records import AccessFile, AccessRow, DaemonRecord, ExportRecord, encode
+from jobs.errors import JobError
+from jobs.model import FileId, Holder, Job, Need, Revocation
+from jobs.ports import AccessChange
+
+T = TypeVar("T")
+
+MIGRATIONS = (
+    """
+    CREATE TABLE jobs (id TEXT PRIMARY KEY, state TEXT NOT NULL, path TEXT NOT NULL, origin TEXT NOT NULL,
+        created TEXT NOT NULL, finished TEXT, revocation TEXT NOT NULL, body TEXT NOT NULL);
+    CREATE INDEX jobs_by_state ON jobs (state, created);
+    CREATE INDEX jobs_by_created ON jobs (created, id);
+    CREATE INDEX jobs_unsettled ON jobs (created) WHERE finished IS NULL OR revocation = 'pending';
+    CREATE INDEX jobs_by_end ON jobs (finished) WHERE finished IS NOT NULL;
+    CREATE TABLE events (seq INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL);
+    CREATE TABLE access_rows (id TEXT PRIMARY KEY, dev INTEGER NOT NULL, ino INTEGER NOT NULL, path TEXT NOT NULL,
+        holder_kind TEXT NOT NULL, holder_id TEXT NOT NULL, mode TEXT NOT NULL, since TEXT NOT NULL,
+        reason TEXT NOT NULL, UNIQUE (dev, ino, holder_kind, holder_id));
+    CREATE INDEX access_rows_by_holder ON access_rows (holder_kind, holder_id);
+    CREATE TABLE access_files (dev INTEGER NOT NULL, ino INTEGER NOT NULL, verdict TEXT NOT NULL, body TEXT NOT NULL,
+        PRIMARY KEY (dev, ino));
+    CREATE TABLE exports (id TEXT PRIMARY KEY, state TEXT NOT NULL, created TEXT NOT NULL, stopped TEXT,
+        body TEXT NOT NULL);
+    CREATE INDEX exports_by_state ON exports (state, created);
+    CREATE TABLE daemons (id TEXT PRIMARY KEY, body TEXT NOT NULL);
+    CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+    """,
+)
+
+
+class Store:
+    """See the module. `publish` is called on the event loop with each durable event, in order."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        host: str,
+        publish: Callable[[Record], None],
+        busy_timeout: float = 5.0,
+        events_kept: int = 100_000,
+    ) -> None:
+        self._folder = folder
+        self._host = host
+        self._publish = publish
+        self._busy_timeout = busy_timeout
+        self._events_kept = events_kept
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._db: sqlite3.Connection
+        self._lock_fd: int
+        self._last_seq = 0
+        self._first_seq = 1
+
+    async def open(self) -> None:
+        """Take the folder, bring the schema up to date. Raises JobError busy when another agent has it."""
+        self._lock_fd = _lock(self._folder)
+        loop = asyncio.get_running_loop()
+        self._db = await loop.run_in_executor(self._thread, self._connect)
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)
+        self._thread.shutdown()
+        os.close(self._lock_fd)
+
+    def _connect(self) -> sqlite3.Connection:
+        path = self._folder / "hostagent.db"
+        db = sqlite3.connect(path, timeout=self._busy_timeout, isolation_level=None)
+        path.chmod(0o600)
+        # EXCLUSIVE: no shared-memory file, which a full tmpfs could not back; we are the only reader anyway.
+        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL"):
+            db.execute(f"PRAGMA {pragma}")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise JobError(
+                "conflict",
+                f"{str(path)!r} was written by a newer hostagent (schema {version}, this one knows {len(MIGRATIONS)})",
+                remedy="run that version, or another --state-dir",
+            )
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            db.executescript(f"BEGIN; {script} PRAGMA user_version={number}; COMMIT;")
+        first = db.execute("SELECT min(seq) FROM events").fetchone()[0]
+        last = db.execute("SELECT seq FROM sqlite_sequence WHERE name='events'").fetchone()
+        self._last_seq = last[0] if last else 0
+        self._first_seq = first or self._last_seq + 1
+        return db
+
+    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """`work` in the store's thread, as one transaction."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transaction, work)
+
+    def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        db = self._db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                result = work(db)
+                db.execute("COMMIT")
+                return result
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+        except sqlite3.OperationalError as error:
+            raise JobError(
+                "store_full",
+                f"the store in {str(self._folder)!r} cannot be written: {error}",
+                remedy="make space on its file system; running work goes on and is recorded then",
+            ) from error
+
+    # Events
+
+    def _log(self, db: sqlite3.Connection, events: Sequence[Event]) -> list[Record]:
+        logged = []
+        for event in events:
+            seq = db.execute("INSERT INTO events (body) VALUES ('')").lastrowid
+            assert seq is not None
+            record = Record(seq, now(), event)
+            body = json.dumps(cloudevents.to_json(record, self._host))
+            db.execute("UPDATE events SET body=? WHERE seq=?", (body, seq))
+            logged.append(record)
+        return logged
+
+    def _published(self, logged: Iterable[Record]) -> None:
+        for record in logged:
+            self._last_seq = max(self._last_seq, record.seq)
+            self._publish(record)
+
+    async def _change(self, work: Callable[[sqlite3.Connection], T], events: Sequence[Event] = ()) -> T:
+        async def change() -> T:
+            result, logged = await self._run(lambda db: (work(db), self._log(db, events)))
+            self._published(logged)
+            return result
+
+        # Shielded: a caller that is cancelled must not keep a stored event from its subscribers.
+        return await asyncio.shield(asyncio.ensure_future(change()))
+
+    async def record(self, events: Sequence[Event]) -> None:
+        """Events that go with no other change."""
+        await self._change(lambda db: None, events)
+
+    def last_seq(self) -> int:
+        return self._last_seq
+
+    async def events_since(self, seq: int, limit: int) -> list[Record] | None:
+        """Up to `limit` records after `seq`; None when some of them are no longer kept."""
+        if seq + 1 < self._first_seq or seq > self._last_seq:
+            return None
+        rows = await self._run(
+            lambda db: db.execute("SELECT body FROM events WHERE seq>? ORDER BY seq LIMIT ?", (seq, limit)).fetchall()
+        )
+        return [cloudevents.from_json(json.loads(body)) for (body,) in rows]
+
+    # Jobs
+
+    async def save(self, job: Job, events: Sequence[Event] = ()) -> None:
+        await self._change(lambda db: _put_job(db, job), events)
+
+    async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            _put_job(db, job)
+            _release(db, change.release)
+            for file in change.forget:
+                for holder in change.sharers:
+                    db.execute(
+                        "DELETE FROM access_rows WHERE dev=? AND ino=? AND holder_kind=? AND holder_id=?",
+                        (*_key(file), *holder),
+                    )
+            if change.heir is not None:
+                _add(db, change.heir, change.inherit, keep=True)
+
+        await self._change(work, events)
+
+    async def get(self, job_id: str) -> Job | None:
+        rows = await self._run(lambda db: db.execute("SELECT body FROM jobs WHERE id=?", (job_id,)).fetchall())
+        return records.job(json.loads(rows[0][0])) if rows else None
+
+    async def delete(self, job_id: str) -> None:
+        await self._run(lambda db: db.execute("DELETE FROM jobs WHERE id=?", (job_id,)))
+
+    async def unsettled(self) -> list[Job]:
+        query = "SELECT body FROM jobs WHERE finished IS NULL OR revocation='pending' ORDER BY created, id"
+        rows = await self._run(lambda db: db.execute(query).fetchall())
+        return [records.job(json.loads(body)) for (body,) in rows]
+
+    async def jobs(
+        self, *, states: Sequence[str] = (), path: str | None = None, origin: str | None = None,
+        after: str | None = None, limit: int = 100, labels: dict[str, str] | None = None,
+    ) -> list[Job]:  # fmt: skip
+        """Newest first; `after` is the id of the last one of the page before."""
+        where, values = ["1"], []
+        if states:
+            where.append(f"state IN ({','.join('?' * len(states))})")
+            values += list(states)
+        for column, value in (("path", path), ("origin", origin)):
+            if value is not None:
+                where.append(f"{column}=?")
+                values.append(value)
+        for key, value in (labels or {}).items():
+            where.append("EXISTS (SELECT 1 FROM json_each(body, '$.spec.labels') WHERE key=? AND value=?)")
+            values += [key, value]
+        if after is not None:
+            where.append("(created, id) < (SELECT created, id FROM jobs WHERE id=?)")
+            values.append(after)
+        query = f"SELECT body FROM jobs WHERE {' AND '.join(where)} ORDER BY created DESC, id DESC LIMIT ?"  # noqa: S608
+        rows = await self._run(lambda db: db.execute(query, (*values, limit)).fetchall())
+        return [records.job(json.loads(body)) for (body,) in rows]
+
+    async def counts(self) -> dict[str, int]:
+        rows = await self._run(lambda db: db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+        return dict(rows)
+
+    async def prune(self, *, days: float, count: int, exports: int) -> int:
+        """Forget what retention no longer keeps; never a job whose revocation is pending. How many rows went."""
+        horizon = (now() - timedelta(days=days)).isoformat()
+
+        def work(db: sqlite3.Connection) -> int:
+            before = db.total_changes
+            ended = f"finished IS NOT NULL AND revocation != '{Revocation.PENDING}'"
+            db.execute(f"DELETE FROM jobs WHERE {ended} AND finished < ?", (horizon,))  # noqa: S608
+            for table, kept, of in (("jobs", count, ended), ("exports", exports, "stopped IS NOT NULL")):
+                when = "finished" if table == "jobs" else "stopped"
+                db.execute(
+                    f"DELETE FROM {table} WHERE {of} AND id NOT IN "  # noqa: S608
+                    f"(SELECT id FROM {table} WHERE {of} ORDER BY {when} DESC LIMIT ?)",
+                    (kept,),
+                )
+            self._first_seq = max(self._first_seq, self._last_seq - self._events_kept + 1)
+            db.execute("DELETE FROM events WHERE seq < ?", (self._first_seq,))
+            return db.total_changes - before
+
+        return await self._run(work)
+
+    # The access ledger
+
+    async def add_needs(self, holder: Holder, needs: Sequence[Need]) -> None:
+        """The holder needs these files from now on; a second time changes the mode and the reason only."""
+        await self._run(lambda db: _add(db, holder, needs, keep=False))
+
+    async def release(self, holder: Holder, events: Sequence[Event] = ()) -> list[FileId]:
+        return await self._change(lambda db: _release(db, holder), events)
+
+    async def delete_row(self, row_id: str) -> None:
+        await self._run(lambda db: db.execute("DELETE FROM access_rows WHERE id=?", (row_id,)))
+
+    async def access_rows(self, files: Sequence[FileId] | None = None) -> list[AccessRow]:
+        def work(db: sqlite3.Connection) -> list[Any]:
+            select = "SELECT id, dev, ino, path, holder_kind, holder_id, mode, since, reason FROM access_rows"
+            if files is None:
+                return db.execute(f"{select} ORDER BY path, since").fetchall()
+            found: list[Any] = []
+            for file in files:
+                found += db.execute(f"{select} WHERE dev=? AND ino=? ORDER BY since", _key(file)).fetchall()
+            return found
+
+        return [
+            AccessRow(i, _file(dev, ino), path, Holder(kind, holder), mode, datetime.fromisoformat(since), reason)
+            for i, dev, ino, path, kind, holder, mode, since, reason in await self._run(work)
+        ]
+
+    async def access_files(self, files: Sequence[FileId] | None = None) -> list[AccessFile]:
+        def work(db: sqlite3.Connection) -> list[Any]:
+            if files is None:
+                return db.execute("SELECT body FROM access_files").fetchall()
+            found: list[Any] = []
+            for file in files:
+                query = "SELECT body FROM access_files WHERE dev=? AND ino=?"
+                found += db.execute(query, _key(file)).fetchall()
+            return found
+
+        return [records.access_file(json.loads(body)) for (body,) in await self._run(work)]
+
+    async def put_access_file(self, entry: AccessFile, events: Sequence[Event] = ()) -> None:
+        body = json.dumps(encode(entry))
+
+        def work(db: sqlite3.Connection) -> None:
+            query = "INSERT OR REPLACE INTO access_files (dev, ino, verdict, body) VALUES (?,?,?,?)"
+            db.execute(query, (*_key(entry.file), entry.verdict, body))
+
+        await self._change(work, events)
+
+    async def forget_access_file(self, file: FileId) -> None:
+        await self._run(lambda db: db.execute("DELETE FROM access_files WHERE dev=? AND ino=?", _key(file)))
+
+    async def rekey(self, old: FileId, new: FileId) -> None:
+        """A file system got another device number at boot: the same files, under a new identity."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("UPDATE OR REPLACE access_rows SET dev=?, ino=? WHERE dev=? AND ino=?", (*_key(new), *_key(old)))
+            found = db.execute("SELECT body FROM access_files WHERE dev=? AND ino=?", _key(old)).fetchone()
+            if found:
+                body = json.dumps({**json.loads(found[0]), "file": list(new)})
+                db.execute(
+                    "UPDATE OR REPLACE access_files SET dev=?, ino=?, body=? WHERE dev=? AND ino=?",
+                    (*_key(new), body, *_key(old)),
+                )
+
+        await self._run(work)
+
+    # Exports and storage daemons
+
+    async def put_export(
+        self, export: ExportRecord, events: Sequence[Event] = (), *, end: Holder | None = None
+    ) -> None:
+        """Store an export; with `end`, in the same transaction its rows of the ledger go."""
+
+        def work(db: sqlite3.Connection) -> None:
+            stopped = export.stopped.isoformat() if export.stopped else None
+            db.execute(
+                "INSERT OR REPLACE INTO exports (id, state, created, stopped, body) VALUES (?,?,?,?,?)",
+                (export.id, export.state, export.created.isoformat(), stopped, json.dumps(encode(export))),
+            )
+            if end is not None:
+                _release(db, end)
+
+        await self._change(work, events)
+
+    async def exports(self, *, active: bool | None = None) -> list[ExportRecord]:
+        where = {None: "1", True: "stopped IS NULL", False: "stopped IS NOT NULL"}[active]
+        query = f"SELECT body FROM exports WHERE {where} ORDER BY created DESC, id DESC"  # noqa: S608
+        rows = await self._run(lambda db: db.execute(query).fetchall())
+        return [records.export(json.loads(body)) for (body,) in rows]
+
+    async def export(self, export_id: str) -> ExportRecord | None:
+        rows = await self._run(lambda db: db.execute("SELECT body FROM exports WHERE id=?", (export_id,)).fetchall())
+        return records.export(json.loads(rows[0][0])) if rows else None
+
+    async def put_daemon(self, daemon: DaemonRecord) -> None:
+        body = json.dumps(encode(daemon))
+        query = "INSERT OR REPLACE INTO daemons (id, body) VALUES (?,?)"
+        await self._run(lambda db: db.execute(query, (daemon.id, body)))
+
+    async def delete_daemon(self, daemon_id: str) -> None:
+        await self._run(lambda db: db.execute("DELETE FROM daemons WHERE id=?", (daemon_id,)))
+
+    async def daemons(self) -> list[DaemonRecord]:
+        rows = await self._run(lambda db: db.execute("SELECT body FROM daemons").fetchall())
+        return [records.daemon(json.loads(body)) for (body,) in rows]
+
+    # Facts: single values
+
+    async def fact(self, name: str) -> str | None:
+        rows = await self._run(lambda db: db.execute("SELECT value FROM facts WHERE name=?", (name,)).fetchall())
+        return rows[0][0] if rows else None
+
+    async def set_fact(self, name: str, value: str) -> None:
+        await self._run(lambda db: db.execute("INSERT OR REPLACE INTO facts VALUES (?,?)", (name, value)))
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder for this agent. The lock goes with the process, however it ends."""
+    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise JobError(
+            "busy",
+            f"another agent uses the state folder {str(folder)!r}",
+            remedy="stop it, or choose another --state-dir",
+        ) from None
+    return fd
+
+
+def _key(file: FileId) -> tuple[int, int]:
+    """Inode numbers are unsigned 64 bit, SQLite's integers signed."""
+    return file.dev, file.ino - (1 << 64) if file.ino >= 1 << 63 else file.ino
+
+
+def _file(dev: int, ino: int) -> FileId:
+    return FileId(dev, ino + (1 << 64) if ino < 0 else ino)
+
+
+def _put_job(db: sqlite3.Connection, job: Job) -> None:
+    finished = job.finished.isoformat() if job.finished else None
+    db.execute(
+        "INSERT INTO jobs (id, state, path, origin, created, finished, revocation, body) VALUES (?,?,?,?,?,?,?,?) "
+        "ON CONFLICT (id) DO UPDATE SET state=excluded.state, finished=excluded.finished, "
+        "revocation=excluded.revocation, body=excluded.body",
+        (
+            job.id,
+            job.state,
+            job.before.top.path,
+            job.origin,
+            job.created.isoformat(),
+            finished,
+            job.revocation,
+            json.dumps(encode(job)),
+        ),
+    )
+
+
+def _add(db: sqlite3.Connection, holder: Holder, needs: Sequence[Need], *, keep: bool) -> None:
+    """Rows for the holder; `keep` leaves one that exists as it is."""
+    conflict = "NOTHING" if keep else "UPDATE SET mode=excluded.mode, reason=excluded.reason, path=excluded.path"
+    for need in needs:
+        db.execute(
+            "INSERT INTO access_rows (id, dev, ino, path, holder_kind, holder_id, mode, since, reason) "  # noqa: S608
+            f"VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (dev, ino, holder_kind, holder_id) DO {conflict}",
+            (
+                str(uuid.uuid4()),
+                *_key(need.layer.file),
+                need.layer.path,
+                *holder,
+                need.mode,
+                now().isoformat(),
+                need.reason,
+            ),
+        )
+
+
+def _release(db: sqlite3.Connection, holder: Holder) -> list[FileId]:
+    rows = db.execute("SELECT dev, ino FROM access_rows WHERE holder_kind=? AND holder_id=?", holder).fetchall()
+    db.execute("DELETE FROM access_rows WHERE holder_kind=? AND holder_id=?", holder)
+    return [_file(dev, ino) for dev, ino in rows]

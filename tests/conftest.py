@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import AgentProcess, reachable
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder for images that other users may pass through."""
+    images = tmp_path / "img"
+    images.mkdir(mode=0o755)
+    with reachable(images):
+        yield images
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[AgentProcess]:
+    """A running agent with quick timers."""
+    settings = {"JOBS_PROGRESS_INTERVAL": "0.1", "JOBS_SETTLE_RETRY": "0.1"}
+    with AgentProcess(tmp_path, settings) as process:
+        yield process

@@ -1,0 +1,156 @@
+"""`hostagent export`, `grant` and `status`: what is asked of the agent, and what is shown."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fake_agent import ID, FakeAgent, job, problem
+
+EXPORT = f"/v1/exports/{ID}"
+URI = "nbd+unix:///disk?socket=/run/hostagent/x.sock"
+
+
+def export(state: str = "running", **more: object) -> dict[str, object]:
+    return {
+        "id": ID, "image": "/images/top.qcow2", "uri": URI, "socket": "/run/hostagent/x.sock", "name": "disk",
+        "format": "qcow2", "size": 1 << 30, "shallow": False, "writable": False, "state": state, "reason": None,
+        "created": "2024-05-01T10:00:00Z", "stopped": None, "expires": None, "ttl": None, "idle_timeout": None,
+        "clients": [{"pid": 7, "name": "nbdcopy", "uid": 0}], "daemon": "d", "pid": 99, "labels": {}, "revision": 1,
+        **more,
+    }  # fmt: skip
+
+
+def grant(state: str = "granted", **more: object) -> dict[str, object]:
+    return {
+        "id": "g1", "path": "/images/base.qcow2", "mode": "r", "holder": {"kind": "job", "id": ID},
+        "since": "2024-05-01T10:00:00Z", "reason": "reads it as backing", "access": "acl", "state": state,
+        "detail": None, **more,
+    }  # fmt: skip
+
+
+def host(**more: object) -> dict[str, object]:
+    return {
+        "host": "node7", "version": "0.1.0", "qemu": "7.2.22", "libvirt": {"connected": False, "version": None},
+        "user": {"name": "qemu", "uid": 107},
+        "access": "acl", "pid": 4711, "started": "2024-05-01T10:00:00Z", "storage_daemons": [], "orphans": [],
+        "revocations": {"pending": 0, "oldest_seconds": None}, "last_errors": [],
+        "store": {"path": "/var/lib/hostagent/hostagent.db", "events": 5, "jobs": 3}, "jobs": {"completed": 2},
+        "exports": {"running": 1}, **more,
+    }  # fmt: skip
+
+
+def test_export_start_asks_for_what_was_said_and_prints_the_uri(agent: FakeAgent, run, capsys) -> None:
+    agent.on("POST", "/v1/exports", (202, export()))
+    words = ["--writable", "--shallow", "--bitmap", "b0", "--bitmap", "b1", "--ttl", "60", "--idle-timeout", "5.5"]
+    assert run("export", "start", "/images/top.qcow2", *words, "--format", "qcow2", "--label", "a=1", "--id", ID) == 0
+    assert capsys.readouterr().out == f"export {ID} running\n  uri  {URI}\n"
+    assert agent.calls[0].body == {
+        "image": "/images/top.qcow2", "writable": True, "shallow": True, "bitmaps": ["b0", "b1"], "ttl": 60.0,
+        "idle_timeout": 5.5, "format": "qcow2", "labels": {"a": "1"}, "id": ID,
+    }  # fmt: skip
+
+
+def test_export_start_returns_when_clients_can_connect(agent: FakeAgent, run, capsys) -> None:
+    agent.on("POST", "/v1/exports", (202, export("starting")))
+    agent.on("GET", EXPORT, (304, None), (200, export("starting")), (200, export("running", revision=2)))
+    assert run("--json", "export", "start", "/images/top.qcow2") == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "running"
+
+
+def test_an_export_that_did_not_start_is_an_error(agent: FakeAgent, run, capsys) -> None:
+    agent.on("POST", "/v1/exports", (202, export("failed", reason="the daemon ended")))
+    assert run("export", "start", "/images/top.qcow2") == 1
+    assert "the daemon ended" in capsys.readouterr().err
+
+
+def test_export_list_and_show_say_who_is_connected(agent: FakeAgent, run, capsys) -> None:
+    agent.on("GET", "/v1/exports", (200, {"items": [export()], "next": None}))
+    agent.on("GET", EXPORT, (200, export()))
+    assert run("export", "list", "--state", "running", "--label", "a=1") == 0
+    assert agent.calls[0].query == {"state": ["running"], "label": ["a=1"]}
+    assert "read-only" in capsys.readouterr().out
+    assert run("export", "show", ID) == 0
+    assert "nbdcopy (pid 7, uid 0)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "query"), [([], {}), (["--force"], {"force": ["true"]})])
+def test_export_stop_forces_only_when_told(
+    agent: FakeAgent, run, words: list[str], query: dict[str, list[str]]
+) -> None:
+    agent.on("DELETE", EXPORT, (200, export("stopped")))
+    assert run("export", "stop", ID, *words) == 0
+    assert agent.calls[0].query == query
+
+
+def test_an_empty_list_is_said_on_stderr_and_is_empty_json(agent: FakeAgent, run, capsys) -> None:
+    agent.on("GET", "/v1/exports", (200, {"items": [], "next": None}))
+    assert run("export", "list") == 0
+    assert capsys.readouterr() == ("", "no exports\n")
+    assert run("export", "list", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"items": []}
+
+
+def test_grant_list_filters_by_path_and_holder(agent: FakeAgent, run, capsys) -> None:
+    agent.on("GET", "/v1/grants", (200, {"items": [grant()], "next": None}))
+    assert run("grant", "list", "--path", "/images/base.qcow2", "--holder", f"job:{ID}") == 0
+    assert agent.calls[0].query == {"path": ["/images/base.qcow2"], "holder": [f"job:{ID}"]}
+    out = capsys.readouterr().out
+    assert f"job:{ID}" in out and "reads it as backing" in out
+
+
+def test_revoking_what_is_needed_exits_6_and_names_the_holder(agent: FakeAgent, run, capsys) -> None:
+    agent.on("DELETE", "/v1/grants/g1", (409, problem("busy", f"job:{ID} needs it", remedy="abort the job")))
+    assert run("grant", "revoke", "g1") == 6
+    assert f"job:{ID} needs it" in capsys.readouterr().err
+
+
+def test_an_id_cannot_become_another_path(agent: FakeAgent, run) -> None:
+    assert run("grant", "show", "../host?x=1") == 3
+    assert agent.calls[0].path == "/v1/grants/..%2Fhost%3Fx%3D1"
+
+
+def test_status_says_when_nothing_needs_attention(agent: FakeAgent, run, capsys) -> None:
+    agent.on("GET", "/v1/host", (200, host()))
+    agent.on("GET", "/v1/exports", (200, {"items": [], "next": None}))
+    agent.on("GET", "/v1/jobs", (200, {"items": [], "next": None}))
+    assert run("status") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("node7: hostagent 0.1.0\n")
+    for words in ("nothing needs attention", "no job is active", "nothing is exported", "not connected"):
+        assert words in out
+
+
+def test_status_shows_first_what_needs_a_person(agent: FakeAgent, run, capsys) -> None:
+    stuck = {"id": "d", "pid": 99, "state": "unresponsive", "image": "/images/a.qcow2", "exports": 0, "job": ID,
+             "since": "2024-05-01T10:00:00Z"}  # fmt: skip
+    orphan = {"pid": 98, "id": "e", "image": None, "exports": ["disk"], "holds": "export disk"}
+    failed = {"time": "2024-05-01T10:00:00Z", "what": "job 5", "message": "no space left", "remedy": "make room"}
+    pending = {"pending": 2, "oldest_seconds": 90}
+    told = host(
+        storage_daemons=[stuck], orphans=[orphan], revocations=pending, last_errors=[failed], jobs={"running": 1}
+    )
+    agent.on("GET", "/v1/host", (200, told))
+    agent.on("GET", "/v1/exports", (200, {"items": [export()], "next": None}))
+    agent.on("GET", "/v1/jobs", lambda call: (200, {"items": [job()] if call.query == {"state": ["running"]} else [],
+                                                    "next": None}))  # fmt: skip
+    assert run("status") == 0
+    out = capsys.readouterr().out
+    for words in (
+        "storage daemon 99 of /images/a.qcow2 is unresponsive", f"hostagent job abort --force {ID}",
+        "storage daemon 98 runs, but belongs to no job", "it holds export disk",
+        "2 files wait", "1 min 30 s", "jobs (1 active)",
+        "exports (1)", "job 5: no space left", "make room",
+    ):  # fmt: skip
+        assert words in out
+    assert out.index("unresponsive") < out.index("jobs (1 active)")
+
+
+def test_status_as_json_has_the_host_the_active_jobs_and_the_exports(agent: FakeAgent, run, capsys) -> None:
+    agent.on("GET", "/v1/host", (200, host()))
+    agent.on("GET", "/v1/exports", (200, {"items": [export()], "next": None}))
+    agent.on("GET", "/v1/jobs", (200, {"items": [], "next": None}))
+    assert run("status", "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["host"]["host"] == "node7"
+    assert [item["id"] for item in data["exports"]] == [ID]

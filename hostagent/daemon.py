@@ -62,11 +62,12 @@ from hostagent.nbd.exports import Exports
 from hostagent.nbd.offline import OfflineDriver
 from hostagent.records import ExportRecord
 from hostagent.store import Store
-from jobs.actor import job_event
-from jobs.engine import Engine, Limits
+from jobs.engine import Engine
 from jobs.errors import JobError
 from jobs.model import FileId, Job, State
+from jobs.outcome import job_event
 from jobs.ports import SystemClock
+from jobs.world import Limits
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from jobs import pull
-from jobs.actor import Actor, Ask, Limits, Slots, World
+from jobs.actor import Actor
 from jobs.errors import JobError
+from jobs.inbox import Ask
 from jobs.model import Cursor, FileId, Job, JobSpec, Operation, Plan, Revocation, State
 from jobs.ports import Access, BlockDriver, Clock, JobStore, Observer
 from jobs.progress import View
+from jobs.slots import Slots
+from jobs.world import Limits, World
 
 log = logging.getLogger(__name__)
 
@@ -235,5 +238,3 @@ def _supported(spec: JobSpec) -> None:
             remedy="pull is what this version does",
         )
 
-
-__all__ = ["Engine", "Limits"]

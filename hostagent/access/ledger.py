@@ -41,6 +41,8 @@ class LedgerStore(Protocol):
 
     async def access_files(self, files: Sequence[FileId] | None = None) -> list[AccessFile]: ...
 
+    async def delete_row(self, row_id: str) -> None: ...
+
     async def put_access_file(self, entry: AccessFile, events: Sequence[Event] = ()) -> None: ...
 
 
@@ -121,6 +123,9 @@ class Ledger:
     async def converge_all(self, *, trigger: str) -> dict[FileId, AccessResult]:
         """Every file that a row names, or that we gave access to and have not proven gone."""
         rows = await self._store.access_rows()
+        for row in rows:
+            if row.holder.kind == "image" and not await asyncio.to_thread(os.path.lexists, row.holder.id):
+                await self._store.delete_row(row.id)  # the overlay that stood on the file is gone
         entries = await self._store.access_files()
         files = {row.file for row in rows} | {e.file for e in entries if e.verdict != AccessVerdict.REVOKED}
         return await self.converge(sorted(files), trigger=trigger)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hostagent.records import AccessFile, AccessRow, ExportRecord
-from jobs.model import Chain, Job, Plan
+from jobs.model import Chain, Job, Plan, State
 from jobs.progress import View
 
 Json = dict[str, Any]
@@ -44,7 +44,7 @@ def job(value: Job, view: View | None = None) -> Json:
         "revocation": value.revocation.value,
         "chain": {
             "before": value.before.paths(),
-            "after": value.after.paths(),
+            "after": (value.before if value.state in (State.FAILED, State.ABORTED) else value.after).paths(),
             "revoked": list(value.revoked),
             "kept": [{"path": k.path, "reason": k.reason, "holders": list(k.holders)} for k in value.kept],
         },

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 
 from hostagent import __version__
-from hostagent.cli import arguments, doctor, events_cmd, exports, grants, images, jobs, later, serve, status
+from hostagent.cli import arguments, demo, doctor, events_cmd, exports, grants, images, jobs, later, serve, status
 from hostagent.cli.client import CliError
 from hostagent.cli.terminal import complain
 from hostagent.errors import CODES, EXIT_ERROR, EXIT_INTERRUPTED, AgentError
 from jobs.errors import JobError
 
-NOUNS = (jobs, images, exports, grants, events_cmd, status, doctor, serve)
+NOUNS = (jobs, images, exports, grants, events_cmd, status, doctor, serve, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,22 +55,8 @@ def parser() -> argparse.ArgumentParser:
     nouns = top.add_subparsers(dest="noun", metavar="NOUN", required=True)
     for module in NOUNS:
         module.register(nouns, common)
-    _register_demo(nouns, common)
     later.register(nouns, common)
     return top
-
-
-def _register_demo(nouns: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
-    text = "show it at work, in a folder of its own, without root"
-    demo = nouns.add_parser("demo", help=text, description=text, parents=[common])
-    demo.add_argument("--keep", action="store_true", help="leave the folder and its images in place")
-    demo.set_defaults(run=_demo)
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from hostagent.cli.demo import run
-
-    return run(args)
 
 
 def _prepare_streams() -> None:

@@ -124,6 +124,12 @@ class PreparedChain:
     def _ours(self) -> tuple[int, ...]:
         return (self.daemon.pid,) if self.daemon else ()
 
+    @property
+    def published(self) -> bool:
+        """Whether others than the agent could ever connect to the daemon's socket. It is never taken back: somebody
+        who connected then may still be about to name the export that he wants."""
+        return self.daemon is not None and bool(self.daemon.places.socket.stat().st_mode & 0o077)
+
     def descriptor(self, file: FileId) -> int | None:
         """The agent's own read descriptor of a layer."""
         if self._opened is None:

@@ -121,7 +121,7 @@ class OfflineDriver:
             found: BlockJob = await chain.ask(daemon.block_job(job_name(job)))
             if found.phase is not Phase.ABSENT:
                 return
-            await self._clear(chain, daemon)
+            await self._clear(job, chain, daemon)
             await chain.lease(write=True)
             await chain.open_for_writing()
             base = next((node for node in chain.nodes if node.layer.file == _base(job)), None)
@@ -139,10 +139,10 @@ class OfflineDriver:
         chain = self._chain(job)
         async with chain.lock:
             daemon = await chain.serve()
-            await self._clear(chain, daemon)
+            await self._clear(job, chain, daemon)
             await chain.lease(write=True)
             await chain.open_for_writing()
-            alone = chain.users == {job.holder}
+            alone = chain.users == {job.holder} and not chain.published
             depth = len(job.before.layers) - len(job.after.layers) + 1
             reader = READER if len(job.after.layers) > 1 else None
             try:
@@ -168,15 +168,17 @@ class OfflineDriver:
                 return await _copy_up(work, stop)
             finally:
                 if daemon.alive:
-                    await self._clear(chain, daemon)
+                    await self._clear(job, chain, daemon)
 
-    async def _clear(self, chain: PreparedChain, daemon: StorageDaemon) -> None:
+    async def _clear(self, job: Job, chain: PreparedChain, daemon: StorageDaemon) -> None:
         """Remove what serves only the agent's own connections, left by a slice or by an agent that was killed."""
+        if not job.incremental:
+            return
         left = await chain.ask(daemon.exports())
         for name in (READER, CONTROL):
             if name in left:
                 await chain.ask(daemon.remove_export(name, hard=True))
-        if READER in left or chain.nodes:
+        if len(job.after.layers) > 1:
             await chain.ask(daemon.remove_copy_on_read())
 
     async def rest(self, job: Job) -> None:
@@ -185,7 +187,7 @@ class OfflineDriver:
             return
         async with chain.lock:
             if chain.daemon is not None:
-                await self._clear(chain, chain.daemon)
+                await self._clear(job, chain, chain.daemon)
             await chain.close_for_writing()
             await chain.release(job.holder)
 
@@ -269,6 +271,7 @@ class OfflineDriver:
 
     async def _drop(self, job: Job, chain: PreparedChain) -> None:
         if chain.daemon is not None and chain.daemon.alive:
+            await self._clear(job, chain, chain.daemon)
             found = await chain.ask(chain.daemon.block_job(job_name(job)))
             if found.phase is Phase.CONCLUDED:
                 await chain.ask(chain.daemon.dismiss(job_name(job)))

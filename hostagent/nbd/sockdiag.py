@@ -41,6 +41,9 @@ class Client(NamedTuple):
     name: str
     uid: int | None
 
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid})" if self.pid else "a process that cannot be seen from here"
+
 
 def clients(socket_path: str, *, skip_pids: Collection[int] = (), timeout: float = 5.0) -> list[Client]:
     """One entry for each connection to the listener bound at this absolute path, but for those of `skip_pids`."""

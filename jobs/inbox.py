@@ -1,0 +1,83 @@
+"""What comes in for one job: requests of users, and hints that something may have happened. Bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from jobs.errors import JobError
+from jobs.model import Job
+
+SIZE = 64
+"""Requests and hints that may wait for one job; a hint that finds it full is dropped (the poll finds what it told)."""
+
+
+class Ask(StrEnum):
+    LOOK = "look"
+    ABORT = "abort"
+    FORCE = "force"
+    PAUSE = "pause"
+    RESUME = "resume"
+    NEXT = "next"
+    SPEED = "speed"
+
+
+@dataclass(slots=True)
+class Message:
+    ask: Ask
+    value: Any = None
+    reply: asyncio.Future[Job] | None = None
+
+    def answer(self, job: Job) -> None:
+        if self.reply is not None and not self.reply.done():
+            self.reply.set_result(job)
+
+    def refuse(self, error: JobError) -> None:
+        if self.reply is not None and not self.reply.done():
+            self.reply.set_exception(error)
+
+
+class Inbox:
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Message] = asyncio.Queue(maxsize=SIZE)
+
+    def hint(self) -> None:
+        if not self._queue.full():
+            self._queue.put_nowait(Message(Ask.LOOK))
+
+    async def ask(self, ask: Ask, value: Any, timeout: float, name: str) -> Job:
+        """Put a request for job `name` and wait until it is carried out or refused."""
+        if self._queue.full():
+            raise JobError("limit", f"job {name} has {SIZE} requests waiting", remedy="try again later")
+        reply: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(Message(ask, value, reply))
+        try:
+            return await asyncio.wait_for(reply, timeout)
+        except TimeoutError:
+            raise JobError(
+                "timeout",
+                f"job {name} did not take up {ask} within {timeout:g} s (jobs.start_timeout)",
+                remedy="look at `hostagent status`: its storage daemon may not answer",
+            ) from None
+
+    async def next(self, timeout: float | None) -> Message | None:
+        try:
+            return await asyncio.wait_for(self._queue.get(), timeout)
+        except TimeoutError:
+            return None
+
+    async def next_or(self, other: asyncio.Future[Any]) -> Message | None:
+        """The next message, or None when `other` is done first."""
+        getter = asyncio.ensure_future(self._queue.get())
+        try:
+            await asyncio.wait({getter, other}, return_when=asyncio.FIRST_COMPLETED)
+            return getter.result() if getter.done() else None
+        finally:
+            getter.cancel()
+
+    def refuse_all(self, error: Callable[[], JobError]) -> None:
+        while not self._queue.empty():
+            self._queue.get_nowait().refuse(error())

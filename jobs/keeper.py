@@ -1,0 +1,167 @@
+"""The one copy of a job that is believed: what the store has, and the progress since.
+
+Persist, then believe, then tell. A store that cannot be written holds the job here, and loses nothing: what runs in the
+hypervisor goes on, and is recorded as soon as there is room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from events.model import JobEventKind
+from jobs.errors import JobError
+from jobs.machine import Signal, step
+from jobs.model import Cursor, Failure, Holder, Job, Kept, Revocation, State
+from jobs.outcome import END_EVENTS, access_change, job_event
+from jobs.ports import AccessVerdict
+from jobs.progress import Progress, View, advance
+from jobs.world import World
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    def __init__(self, world: World, job: Job) -> None:
+        self.job = job
+        self._w = world
+        self._end_seen: float | None = None
+        self._reported = False
+        self._progress = Progress(world.clock.monotonic(), job.cursor)
+
+    @property
+    def view(self) -> View:
+        return self._progress.view(self._w.clock.monotonic())
+
+    # Changes
+
+    async def move(self, signal: Signal, *, kind: JobEventKind | None = None, **changes: Any) -> None:
+        before = self.job.state
+        job = step(self.job, signal, self._w.clock.now(), **changes)
+        await self._save(job, kind)
+        fields = {"job": job.id, "path": job.before.top.path, "from": before, "to": job.state, "cur": job.cursor.cur}
+        log.info("job %s", job.state, extra={"fields": fields})
+
+    async def change(self, **changes: Any) -> None:
+        """Other fields of the job, in the same state."""
+        await self._save(replace(self.job, revision=self.job.revision + 1, **changes), None)
+
+    async def reached(self, cur: int) -> None:
+        """An increment is durable up to here."""
+        cursor = advance(self.job.cursor, Cursor(cur, self.job.cursor.end))
+        self._progress.update(self._w.clock.monotonic(), cursor)
+        await self.change(cursor=cursor)
+
+    def report(self, cursor: Cursor) -> None:
+        """The hypervisor's cursor: shown, not stored; after a restart the hypervisor says it again."""
+        cursor = advance(self.job.cursor, cursor)
+        if not self._reported:  # a stored or skipped stretch is no speed
+            self._reported = True
+            self._progress = Progress(self._w.clock.monotonic(), cursor)
+        self._progress.update(self._w.clock.monotonic(), cursor)
+        if cursor != self.job.cursor:
+            self.job = replace(self.job, cursor=cursor, revision=self.job.revision + 1)
+            self._w.changed(self.job)
+
+    def begin_progress(self) -> None:
+        self._progress = Progress(self._w.clock.monotonic(), self.job.cursor)
+
+    def seen_end(self) -> None:
+        """The end was seen now, for the first time."""
+        if self._end_seen is None:
+            self._end_seen = self._w.clock.monotonic()
+
+    async def _save(self, job: Job, kind: JobEventKind | None) -> None:
+        await self._until_stored(job, lambda: self._w.store.save(job, [job_event(job, kind)] if kind else []))
+
+    async def _until_stored(self, job: Job, write: Callable[[], Awaitable[None]]) -> None:
+        delay = self._w.limits.settle_retry
+        while True:
+            try:
+                await write()
+                break
+            except JobError as error:
+                if error.code != "store_full":
+                    raise
+                log.error("the store cannot be written", extra={"fields": {"job": job.id, "error": error.message}})
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, self._w.limits.settle_retry_max)
+        self.job = job
+        self._w.changed(job)
+
+    # The end
+
+    async def record(self, signal: Signal, failure: Failure | None, seen: Cursor | None) -> None:
+        """The outcome, in one transaction with what it does to access; then what the job had open is closed."""
+        now = self._w.clock.now()
+        completed = signal is Signal.PROVEN_COMPLETED
+        cursor = advance(self.job.cursor, seen) if seen else self.job.cursor
+        if completed:
+            cursor = Cursor(cursor.end, cursor.end)
+        pending = Revocation.PENDING if completed and self.job.dropped else Revocation.NONE
+        job = step(self.job, signal, now, finished=now, error=failure, cursor=cursor, revocation=pending, upto=None)
+
+        async def record(sharers: tuple[Holder, ...]) -> Job:
+            events, change = [job_event(job, END_EVENTS[job.state])], access_change(job, sharers)
+            await self._until_stored(job, lambda: self._w.store.finish(job, events, change))
+            _log_outcome(job)
+            return job
+
+        try:
+            await self._w.driver.conclude(self.job, record)
+        except JobError as error:
+            if not self.job.state.terminal:
+                raise
+            log.warning("the job's files are not closed yet", extra={"fields": {"job": job.id, "error": str(error)}})
+        if self._end_seen is not None:
+            self._w.observer.event_lag(self._w.clock.monotonic() - self._end_seen)
+        seconds = (now - (job.started or job.created)).total_seconds()
+        self._w.observer.job_finished(job.spec.operation, job.state, seconds)
+
+    async def settle_access(self) -> None:
+        """Make files match the ledger after the end; again and again until what the job dropped is settled."""
+        delay = self._w.limits.settle_retry
+        while True:
+            try:
+                await self._w.driver.drop(self.job)
+                if await self._settle_dropped():
+                    await self._w.driver.leave(self.job)
+                    settled = self.job.dropped if self.job.state is State.COMPLETED else ()
+                    others = [layer.file for layer in self.job.before.layers if layer not in settled]
+                    await self._w.access.converge(others, trigger=self.job.spec.operation)
+                    return
+            except JobError as error:
+                log.warning("access is not settled yet", extra={"fields": {"job": self.job.id, "error": str(error)}})
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, self._w.limits.settle_retry_max)
+
+    async def _settle_dropped(self) -> bool:
+        """Take back the files that the chain lost; False while that is still owed."""
+        job = self.job
+        if job.revocation is not Revocation.PENDING:
+            return True
+        found = await self._w.access.converge([layer.file for layer in job.dropped], trigger=job.spec.operation)
+        results = [found[layer.file] for layer in job.dropped]
+        if any(result.verdict is AccessVerdict.PENDING for result in results):
+            return False
+        revoked = tuple(r.path for r in results if r.verdict is AccessVerdict.REVOKED)
+        kept = tuple(
+            Kept(r.path, r.reason or "still needed", r.holders)
+            for r in results
+            if r.verdict in (AccessVerdict.KEPT, AccessVerdict.GRANTED)
+        )
+        state = Revocation.KEPT if kept else Revocation.DONE
+        if self._end_seen is not None:
+            self._w.observer.revocation_lag(self._w.clock.monotonic() - self._end_seen)
+        await self.change(revocation=state, revoked=revoked, kept=kept)
+        return True
+
+
+def _log_outcome(job: Job) -> None:
+    fields = {"job": job.id, "path": job.before.top.path, "outcome": job.state, "cur": job.cursor.cur}
+    if job.error is not None:
+        fields |= {"code": job.error.code, "error": job.error.message}
+    log.info("job %s", job.state, extra={"fields": fields})

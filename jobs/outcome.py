@@ -1,0 +1,57 @@
+"""What a job's end means to others: its event, and what it changes in the ledger. Pure."""
+
+from __future__ import annotations
+
+from events.model import JobEvent, JobEventKind, Status
+from jobs.errors import JobError
+from jobs.model import Failure, Holder, Job, Need, State
+from jobs.ports import AccessChange
+from jobs.settle import classify
+
+END_EVENTS = {
+    State.COMPLETED: JobEventKind.COMPLETED,
+    State.FAILED: JobEventKind.FAILED,
+    State.ABORTED: JobEventKind.CANCELLED,
+}
+
+
+def job_event(job: Job, kind: JobEventKind) -> JobEvent:
+    status = None
+    if kind is JobEventKind.COMPLETED:
+        status = Status.COMPLETED
+    elif kind in (JobEventKind.FAILED, JobEventKind.CANCELLED):
+        status = Status.FAILED
+    error = job.error
+    return JobEvent(
+        kind=kind,
+        job=job.id,
+        operation=job.spec.operation,
+        path=job.before.top.path,
+        state=job.state,
+        cur=job.cursor.cur,
+        end=job.cursor.end,
+        status=status,
+        reason=error.code if error else None,
+        error={"code": error.code, "message": error.message, "remedy": error.remedy} if error else None,
+        origin=job.origin,
+        labels=job.spec.labels,
+    )
+
+
+def access_change(job: Job, sharers: tuple[Holder, ...]) -> AccessChange:
+    """What the ledger loses with the job. A job that did not complete leaves its backing chain to the image."""
+    image = Holder("image", job.before.top.path)
+    if job.state is State.COMPLETED:
+        return AccessChange(
+            release=job.holder, forget=tuple(layer.file for layer in job.dropped), sharers=(*sharers, image)
+        )
+    reason = f"job {job.id} is {job.state}: the image still depends on it"
+    inherit = tuple(Need(layer, "r", reason) for layer in job.before.layers[1:]) if job.started else ()
+    return AccessChange(release=job.holder, inherit=inherit, heir=image)
+
+
+def failure_of(error: JobError) -> Failure:
+    """What stood in the way of a job, as its outcome will say it."""
+    if error.code == "job_failed":
+        return classify(error.message)
+    return Failure(error.code, error.message, error.remedy)

@@ -1,0 +1,37 @@
+"""What every actor shares: the ports, the bounds, the slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from jobs.model import Job
+from jobs.ports import Access, BlockDriver, Clock, JobStore, Observer
+from jobs.slots import Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The engine's bounds; seconds and bytes. See the `jobs` section of the configuration."""
+
+    width: int = 4
+    queue: int = 1000
+    progress_interval: float = 0.5
+    abort_timeout: float = 30.0
+    settle_retry: float = 1.0
+    settle_retry_max: float = 30.0
+    request_timeout: float = 30.0
+
+
+@dataclass(slots=True)
+class World:
+    """`changed` is told of each new value of a job, progress too; it must not block."""
+
+    driver: BlockDriver
+    store: JobStore
+    access: Access
+    clock: Clock
+    observer: Observer
+    limits: Limits
+    slots: Slots
+    changed: Callable[[Job], None] = field(default=lambda job: None)

@@ -251,7 +251,12 @@ class Agent:
 
     async def start(self) -> None:
         _raise_file_limit()
-        self._make_folders()
+        try:
+            self._make_folders()
+        except OSError as error:
+            what = f"a folder of the agent's cannot be made: {error}"
+            remedy = "choose other folders with --state-dir and --runtime-dir"
+            raise AgentError("unavailable", what, remedy=remedy) from error
         await self._store.open()
         await self._after_reboot()
         await self._chains.recover()

@@ -81,7 +81,14 @@ class Store:
         """Take the folder, bring the schema up to date. Raises JobError busy when another agent has it."""
         self._lock_fd = _lock(self._folder)
         loop = asyncio.get_running_loop()
-        self._db = await loop.run_in_executor(self._thread, self._connect)
+        try:
+            self._db = await loop.run_in_executor(self._thread, self._connect)
+        except sqlite3.Error as error:
+            raise JobError(
+                "unavailable",
+                f"the store in {str(self._folder)!r} cannot be opened: {error}",
+                remedy="see that its file system has room and works; a damaged store can be moved away: images are safe",
+            ) from error
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)

@@ -115,7 +115,8 @@ class Actor:
             await driver.start(self.job)
         first = self.job.started is None
         started = self.job.started or self._w.clock.now()
-        self._keeper.begin_progress()
+        if first:
+            self._keeper.begin_progress()
         await self._keeper.move(Signal.STARTED, kind=JobEventKind.STARTED if first else None, started=started)
 
     async def _running(self) -> None:

@@ -78,6 +78,10 @@ class Monitor:
             ) from error
         self._watch = asyncio.create_task(self._until_closed(), name=f"monitor {self._name}")
 
+    @property
+    def connected(self) -> bool:
+        return self._client.runstate is Runstate.RUNNING
+
     async def execute(self, command: str, timeout: float | None = None, **arguments: Any) -> Any:
         """The command's return value. `Refused` when the monitor says no, JobError unresponsive when it says nothing.
 

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 STREAM_FILTER = "stream"
 COPY_ON_READ = "cor"
+MOMENT = 0.5
+"""Seconds between a process's closing of its sockets and its end, at most (it is flushing nothing any more then)."""
 EXPORT = "export-"
 """Prefix of QEMU's export ids, which must begin with a letter; the NBD name is what follows."""
 CHARDEV = "hostagent-"
@@ -166,12 +168,16 @@ class StorageDaemon:
     def alive(self) -> bool:
         return not self._watch.gone
 
+    async def ended(self, within: float) -> bool:
+        """Whether the process ends in the next moments: a broken connection is seen before the end of its peer."""
+        return await self._watch.wait(within)
+
     async def monitor(self) -> Monitor:
         """The connection; made anew when it was lost and the process lives."""
         async with self._connecting:
             if self._monitor is None:
                 if not self.alive:
-                    raise JobError("storage_daemon_died", f"storage daemon {self.id} has ended{self._last_words()}")
+                    raise self.death()
                 monitor = Monitor(
                     f"storage daemon {self.id}",
                     connect_timeout=self._settings.connect_timeout,
@@ -191,9 +197,16 @@ class StorageDaemon:
         try:
             return await monitor.execute(command, timeout, **arguments)
         except JobError as error:
-            if isinstance(error, Refused) or self.alive:
+            if isinstance(error, Refused) or not await self.ended(0.0 if monitor.connected else MOMENT):
                 raise
-            raise JobError("storage_daemon_died", f"storage daemon {self.id} ended{self._last_words()}") from error
+            raise self.death() from error
+
+    def death(self) -> JobError:
+        return JobError(
+            "storage_daemon_died",
+            f"storage daemon {self.id} (pid {self.pid}) ended{self._last_words()}",
+            remedy="start the job again: it goes on from what is already there",
+        )
 
     async def quit(self) -> bool:
         """SIGTERM: it cancels its job, flushes, closes and ends. True when it has ended within qsd.stop_timeout."""

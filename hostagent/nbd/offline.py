@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hostagent import nbdclient
-from hostagent.drivers.qsd import COPY_ON_READ, BlockJob, StorageDaemon
+from hostagent.drivers.qsd import COPY_ON_READ, MOMENT, BlockJob, StorageDaemon
 from hostagent.errors import AgentError
 from hostagent.images.chain import OpenChain, verify
 from hostagent.images.header import read_backing
@@ -80,9 +80,9 @@ class OfflineDriver:
         return Plan(chain, after, chain.top.virtual_size, tuple(warnings), {"space": space})
 
     async def prepare(self, job: Job) -> None:
-        running = self._chains.find(job.before.top.file)
-        if running is not None and running.daemon is not None and job.holder in running.users:
-            return
+        chain = self._chains.find(job.before.top.file)
+        if job.started is not None and chain is not None and chain.daemon is not None and job.holder in chain.users:
+            return  # it was prepared before it started; its header may have changed since
         opened = await self._chains.open(job.before.top.path, format="qcow2")
         try:
             verify(opened, job.before)
@@ -166,6 +166,10 @@ class OfflineDriver:
                     timeout=self._limits.nbd_timeout,
                 )
                 return await _copy_up(work, stop)
+            except JobError as error:
+                if error.code == "io_error" and await daemon.ended(MOMENT):
+                    raise daemon.death() from error
+                raise
             finally:
                 if daemon.alive:
                     await self._clear(job, chain, daemon)

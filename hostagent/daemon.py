@@ -16,6 +16,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,6 +137,7 @@ class Agent:
         self._group = _group(config)
         self._background: list[asyncio.Task[Any]] = []
         self._refreshing = False
+        self._serving: asyncio.Task[None] | None = None
         self._store = Store(
             self._state_dir,
             host=config.agent.host,
@@ -257,6 +259,7 @@ class Agent:
             what = f"a folder of the agent's cannot be made: {error}"
             remedy = "choose other folders with --state-dir and --runtime-dir"
             raise AgentError("unavailable", what, remedy=remedy) from error
+        _refuse_second_listener(self._config.api.socket)
         await self._store.open()
         await self._after_reboot()
         await self._chains.recover()
@@ -271,9 +274,8 @@ class Agent:
         recovered = await self._engine.recover()
         self._make_service()
         await self._refresh()
-        listener = self._listen()
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._listen()]), name="api")
         self._background += [
-            asyncio.create_task(self._server.serve(sockets=[listener]), name="api"),
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._keep_house(), name="house"),
         ]
@@ -294,10 +296,11 @@ class Agent:
 
     async def stop(self) -> None:
         """Let go of everything; storage daemons run on."""
-        if hasattr(self, "_server"):
+        if self._serving is not None:
             self._server.should_exit = True
-            limit = self._config.agent.stop_timeout + 1
-            await asyncio.wait({self._background[0]}, timeout=limit)
+            await asyncio.wait({self._serving}, timeout=self._config.agent.stop_timeout + 1)
+            self._serving.cancel()
+            self._config.api.socket.unlink(missing_ok=True)
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -307,8 +310,6 @@ class Agent:
         self._prober.close()
         with contextlib.suppress(AttributeError):  # it was never opened
             await self._store.close()
-        if hasattr(self, "_server"):
-            self._config.api.socket.unlink(missing_ok=True)
         log.info("agent stopped")
 
     def _make_folders(self) -> None:
@@ -363,7 +364,7 @@ class Agent:
 
     def _listen(self) -> socket.socket:
         """The API's socket, with its mode from the first moment on."""
-        path = Path(self._config.api.socket)
+        path = self._config.api.socket
         _refuse_second_listener(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with _umask(0o177):
@@ -563,18 +564,22 @@ def _raise_file_limit() -> None:
 
 
 def _refuse_second_listener(path: Path) -> None:
-    """Replace a socket that nobody listens on; refuse one that is answered."""
+    """Remove a socket that nobody listens on; refuse one that is answered, and anything that is no socket."""
+    if not os.path.lexists(path):
+        return
+    refuse = {"field": "api.socket", "value": str(path), "remedy": "choose another path"}
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise AgentError("invalid", f"{str(path)!r} exists and is no socket", **refuse)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
+        except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             return
         except OSError as error:
-            what = f"cannot use the socket {str(path)!r}: {error}"
-            raise AgentError("unavailable", what, remedy="choose a shorter path") from error
-    raise AgentError("busy", f"another agent answers at {str(path)!r}", remedy="stop it, or set api.socket")
+            raise AgentError("unavailable", f"cannot use the socket {str(path)!r}: {error}", **refuse) from error
+    raise AgentError("busy", f"another agent answers at {str(path)!r}", **refuse)
 
 
 @contextlib.contextmanager

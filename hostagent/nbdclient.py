@@ -7,6 +7,7 @@ durable when it returns: its last request is a flush (docs: libnbd(3), NBD proto
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import select
@@ -62,7 +63,7 @@ class Slice:
 
 def handshake(socket: str, export: str, timeout: float) -> int:
     """Connect, negotiate, and leave. The export's size in bytes: whoever connects now is served."""
-    with _Connection(socket, export, timeout) as connection:
+    with _errors(f"export {export!r} at {socket!r}"), _Connection(socket, export, timeout) as connection:
         return int(connection.handle.get_size())
 
 
@@ -71,19 +72,31 @@ def copy_up(work: Slice, stop: threading.Event) -> int:
 
     Raises AgentError no_space or io_error; what was copied before that stays.
     """
-    with _Connection(work.socket, work.control, work.timeout, status=True) as control:
+    with (
+        _errors(f"export {work.control!r} at {work.socket!r}"),
+        _Connection(work.socket, work.control, work.timeout, status=True) as control,
+    ):
         if work.reader is None:
             return _Copy(work, control, control, stop).run()
         with _Connection(work.socket, work.reader, work.timeout) as reader:
             return _Copy(work, control, reader, stop).run()
 
 
+@contextlib.contextmanager
+def _errors(what: str) -> Iterator[None]:
+    """What libnbd raises, in a call or as a request's end, as AgentError."""
+    if nbd is None:
+        raise AgentError("unavailable", "the libnbd binding is not installed", remedy="apt install python3-libnbd")
+    try:
+        yield
+    except nbd.Error as error:
+        raise _translated(error, what) from error
+
+
 class _Connection:
     """An NBD connection whose every wait ends."""
 
     def __init__(self, socket: str, export: str, timeout: float, *, status: bool = False) -> None:
-        if nbd is None:
-            raise AgentError("unavailable", "the libnbd binding is not installed", remedy="apt install python3-libnbd")
         self._timeout = timeout
         self._what = f"export {export!r} at {socket!r}"
         self.handle: Any = nbd.NBD()
@@ -94,8 +107,6 @@ class _Connection:
         try:
             self.handle.aio_connect_unix(socket)
             self.until(lambda: bool(self.handle.aio_is_ready()))
-        except nbd.Error as error:
-            raise _translated(error, self._what) from error
         except AgentError as error:
             if error.code != "timeout":
                 raise
@@ -163,10 +174,7 @@ class _Connection:
         return _merged(found.get("base:allocation", []), found.get("qemu:allocation-depth", []))
 
     def completed(self, cookie: int) -> bool:
-        try:
-            return bool(self.handle.aio_command_completed(cookie))
-        except nbd.Error as error:
-            raise _translated(error, self._what) from error
+        return bool(self.handle.aio_command_completed(cookie))
 
 
 class _Copy:

@@ -87,7 +87,7 @@ class Store:
             raise JobError(
                 "unavailable",
                 f"the store in {str(self._folder)!r} cannot be opened: {error}",
-                remedy="see that its file system has room and works; a damaged store can be moved away: images are safe",
+                remedy="see that its file system has room; a damaged store can be moved away: images are safe",
             ) from error
 
     async def close(self) -> None:
@@ -346,6 +346,15 @@ class Store:
                 _release(db, end)
 
         await self._change(work, events)
+
+    async def forget_export(self, export: ExportRecord) -> None:
+        """An export that could not be started: neither it nor its rows were ever there."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM exports WHERE id=?", (export.id,))
+            _release(db, export.holder)
+
+        await self._run(work)
 
     async def exports(self, *, active: bool | None = None) -> list[ExportRecord]:
         where = {None: "1", True: "stopped IS NULL", False: "stopped IS NOT NULL"}[active]

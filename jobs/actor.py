@@ -19,12 +19,12 @@ from jobs import pull
 from jobs.errors import JobError
 from jobs.inbox import Ask, Inbox, Message
 from jobs.keeper import Keeper
-from jobs.machine import HOLDS_SLOT, Signal, step
+from jobs.machine import HOLDS_SLOT, Signal, accepts, step
 from jobs.model import Failure, Job, State
 from jobs.outcome import failure_of
 from jobs.ports import Contact, Phase
 from jobs.progress import View
-from jobs.settle import decide
+from jobs.settle import AGAIN, decide
 from jobs.world import World
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,17 @@ class Actor:
             elif state in (State.COMPLETING, State.ABORTING, State.UNKNOWN):
                 await self._pause_before_retry(error)
             else:
-                self._failure = failure_of(error)
-                await self._keeper.move(Signal.ENDED)
+                await self._fail(failure_of(error))
+        except Exception as error:
+            if self.job.state is not state or not accepts(self.job, Signal.ENDED):
+                raise
+            log.exception("a fault of the agent", extra={"fields": {"job": self.job.id}})
+            await self._fail(Failure("internal", f"a fault of the agent: {error!r}", "see the agent's log; " + AGAIN))
+
+    async def _fail(self, failure: Failure) -> None:
+        """The job cannot go on. What became of it is still for the image to say."""
+        self._failure = failure
+        await self._keeper.move(Signal.ENDED)
 
     async def _queued(self) -> None:
         admitted = asyncio.ensure_future(self._w.slots.take())

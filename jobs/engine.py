@@ -39,7 +39,6 @@ class Engine:
         self._actors: dict[str, Actor] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._creating = asyncio.Lock()
-        self._stopping = False
 
     async def recover(self) -> int:
         """Take up every job that has not ended, and every end whose revocation is pending. How many."""
@@ -50,7 +49,6 @@ class Engine:
 
     async def stop(self) -> None:
         """Let go of the jobs; what runs in storage daemons goes on, and is taken up at the next start."""
-        self._stopping = True
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -213,18 +211,19 @@ class Engine:
         self._tasks[job.id] = asyncio.create_task(self._run(actor), name=f"job {job.id}")
 
     async def _run(self, actor: Actor) -> None:
-        try:
-            await actor.run()
-            self._actors.pop(actor.job.id, None)
-        except Exception:  # a task root: the job stays as it was stored, and is taken up again
-            log.exception("the writer of a job ended", extra={"fields": {"job": actor.job.id}})
-            if not self._stopping:
-                await asyncio.sleep(self._world.limits.settle_retry)
-                stored = await self._world.store.get(actor.job.id)
-                self._world.observer.reconcile("actor_restarted")
-                if stored is not None:
-                    self._spawn(stored)
-                return
+        """Run the writer; one that fails itself begins again where the job stands, ever more slowly."""
+        limits = self._world.limits
+        delay = limits.settle_retry
+        while True:
+            try:
+                await actor.run()
+                break
+            except Exception:  # a task root
+                log.exception("the writer of a job failed", extra={"fields": {"job": actor.job.id}})
+                self._world.observer.reconcile("writer_failed")
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, limits.settle_retry_max)
+        self._actors.pop(actor.job.id, None)
         self._tasks.pop(actor.job.id, None)
 
 

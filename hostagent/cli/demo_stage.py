@@ -251,8 +251,7 @@ class Stage:
             self._release_all()
             self.agent.terminate()
             _end(self.agent)
-        for pid in self._storage_daemons():
-            _end_by_pid(pid)
+        self._end_storage_daemons()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._made_user:
             subprocess.run(["userdel", USER], capture_output=True, timeout=END_TIMEOUT, check=False)
@@ -271,6 +270,19 @@ class Stage:
     def active_jobs(self) -> list[Json]:
         ended = ("completed", "failed", "aborted")
         return [job for job in self.client.items("/v1/jobs", {}) if job["state"] not in ended]
+
+    def _end_storage_daemons(self) -> None:
+        """SIGTERM, and time to flush. Its images go in a moment, so that one which hangs may be killed here."""
+        self._signal_storage_daemons(signal.SIGTERM)
+        deadline = time.monotonic() + END_TIMEOUT
+        while self._storage_daemons() and time.monotonic() < deadline:
+            time.sleep(GRACE)
+        self._signal_storage_daemons(signal.SIGKILL)
+
+    def _signal_storage_daemons(self, number: signal.Signals) -> None:
+        for pid in self._storage_daemons():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def _storage_daemons(self) -> list[int]:
         """Pids of this agent's storage daemons: the runtime folder has a folder for each, named like its monitor."""
@@ -297,14 +309,3 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait(END_TIMEOUT)
     except subprocess.TimeoutExpired:
         child.kill()
-
-
-def _end_by_pid(pid: int) -> None:
-    """SIGTERM, and time to flush. The images go in a moment, so that one which hangs may be killed here."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + END_TIMEOUT
-        while time.monotonic() < deadline:
-            os.kill(pid, 0)
-            time.sleep(GRACE)
-        os.kill(pid, signal.SIGKILL)

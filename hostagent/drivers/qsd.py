@@ -66,6 +66,13 @@ class Places:
     def log(self) -> Path:
         return self.folder / "log"
 
+    def remove(self) -> None:
+        """The files of a process that has ended."""
+        for path in (self.socket, self.monitor, self.log):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -229,13 +236,6 @@ class StorageDaemon:
             await self._monitor.close()
             self._monitor = None
         self._watch.close()
-
-    def forget_files(self) -> None:
-        """Remove the sockets, the log and the folder of a process that has ended."""
-        for path in (self.places.socket, self.places.monitor, self.places.log):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.places.folder.rmdir()
 
     def _last_words(self) -> str:
         try:

@@ -139,6 +139,24 @@ class PreparedChain:
                 return fd
         return None
 
+    def take_over(self, opened: OpenChain) -> None:
+        """The same files, opened once more by somebody who joins: kept where we have none, else closed."""
+        if opened is self._opened:
+            return
+        if self._opened is None:
+            self._opened = opened
+            return
+        opened.close()
+        if opened.chain.top.format != self.layers[0].format:
+            raise JobError(
+                "busy",
+                f"{self.path!r} is in use as {self.layers[0].format}, and cannot be {opened.chain.top.format} too",
+                field="format",
+                value=opened.chain.top.format,
+                remedy="stop its exports first, or say the format that they use",
+                holders=sorted(str(user) for user in self.users),
+            )
+
     # Leases
 
     async def lease(self, *, write: bool) -> None:
@@ -329,19 +347,24 @@ class Chains:
             if chain is None:
                 layers = opened.chain.layers[:1] if shallow else opened.chain.layers
                 chain = self._chains[key] = PreparedChain(self, opened, Chain(layers), shallow=shallow)
-            async with chain.lock:
-                if self._chains.get(key) is not chain:
-                    continue
-                if chain._opened is None:
-                    chain._opened = opened
+            try:
+                await chain.lock.acquire()
+            except BaseException:
                 if chain._opened is not opened:
                     opened.close()
+                raise
+            try:
+                if self._chains.get(key) is not chain:
+                    continue
+                chain.take_over(opened)
+                yield chain
+                return
+            finally:
                 try:
-                    yield chain
-                finally:
                     if not chain.users and self._chains.get(key) is chain:
                         await chain.close()
-                return
+                finally:
+                    chain.lock.release()
 
     # What the chains call
 
@@ -364,7 +387,7 @@ class Chains:
             await daemon.launch(descriptors)
         except BaseException:
             chain.closed = False
-            daemon.forget_files()
+            daemon.places.remove()
             raise
         finally:
             for fd in descriptors:
@@ -376,7 +399,7 @@ class Chains:
         except BaseException:
             await daemon.kill()  # nobody uses it yet
             chain.daemon, chain.nodes, chain.closed = None, [], False
-            daemon.forget_files()
+            daemon.places.remove()
             await self._store.delete_daemon(daemon_id)
             raise
         chain.closed = False
@@ -400,7 +423,7 @@ class Chains:
     async def _clean(self, chain: PreparedChain) -> None:
         if chain.daemon is not None:
             await chain.daemon.detach()
-            chain.daemon.forget_files()
+            chain.daemon.places.remove()
             await self._store.delete_daemon(chain.daemon.id)
 
     def suspect(self, chain: PreparedChain) -> None:
@@ -431,11 +454,7 @@ class Chains:
                 await self._adopt(record)
             else:
                 dead.append(record)
-                places = self._places(record.id)
-                for path in (places.socket, places.monitor, places.log):
-                    path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    places.folder.rmdir()
+                self._places(record.id).remove()
                 await self._store.delete_daemon(record.id)
         await self._find_orphans()
         return dead
@@ -500,9 +519,12 @@ class Chains:
     async def _find_orphans(self) -> None:
         known = {chain.daemon.id for chain in self._chains.values() if chain.daemon}
         self.orphans = []
-        for daemon_id, pid in (await asyncio.to_thread(qsd.find_ours)).items():
-            if daemon_id not in known and self._places(daemon_id).folder.is_dir():
-                await self._examine(daemon_id, pid)
+        alive = await asyncio.to_thread(qsd.find_ours)
+        for folder in sorted(self.settings.daemons.iterdir()):
+            if folder.name in alive and folder.name not in known:
+                await self._examine(folder.name, alive[folder.name])
+            elif folder.name not in known:
+                self._places(folder.name).remove()  # launched, and dead before it had a record
 
     async def _examine(self, daemon_id: str, pid: int) -> None:
         """A daemon in our folder that no record names: end it when it holds nothing, else report it."""
@@ -519,7 +541,7 @@ class Chains:
         fields = {"daemon": daemon_id, "pid": pid, "holds": holds or "nothing"}
         log.warning("orphaned storage daemon", extra={"fields": fields})
         if not holds and await daemon.quit():
-            daemon.forget_files()
+            daemon.places.remove()
             return
         await daemon.detach()
         self.orphans.append(Orphan(daemon_id, pid, tuple(exports), holds))

@@ -56,6 +56,8 @@ class ExportStore(Protocol):
         self, export: ExportRecord, events: Sequence[Event] = (), *, end: Holder | None = None
     ) -> None: ...
 
+    async def forget_export(self, export: ExportRecord) -> None: ...
+
     async def exports(self, *, active: bool | None = None) -> list[ExportRecord]: ...
 
     async def export(self, export_id: str) -> ExportRecord | None: ...
@@ -175,7 +177,7 @@ class Exports:
             )
             await self._store.put_export(record, [_event(record, ExportEventKind.STARTED)])
         except BaseException as error:
-            await self._undo(record, chain, str(error))
+            await self._undo(record, chain)
             if isinstance(error, AgentError):
                 raise JobError(error.code, error.message, remedy=error.remedy) from error
             raise
@@ -183,12 +185,13 @@ class Exports:
         log.info("export running", extra={"fields": {"export": record.id, "path": record.path, "uri": record.uri}})
         return record
 
-    async def _undo(self, record: ExportRecord, chain: PreparedChain, reason: str) -> None:
+    async def _undo(self, record: ExportRecord, chain: PreparedChain) -> None:
         if chain.daemon is not None and chain.daemon.alive:
             with contextlib.suppress(JobError):
                 await chain.ask(chain.daemon.remove_export(record.id, hard=True))
         chain.users.discard(record.holder)
-        await self._end(record, "stopped", f"it could not be started: {reason}", None)
+        self._active.pop(record.id, None)
+        await self._store.forget_export(record)
         await self._access.converge([layer.file for layer in chain.layers], trigger="export")
 
     # Stop
@@ -225,14 +228,12 @@ class Exports:
             clients=[client._asdict() for client in clients],
         )
 
-    async def _end(
-        self, record: ExportRecord, state: str, reason: str, kind: ExportEventKind | None
-    ) -> ExportRecord:
+    async def _end(self, record: ExportRecord, state: str, reason: str, kind: ExportEventKind) -> ExportRecord:
         """Record the end; its rows of the ledger go in the same transaction."""
         ended = replace(
             record, state=state, reason=reason, stopped=self._clock.now(), pid=None, revision=record.revision + 1
         )
-        await self._store.put_export(ended, [_event(ended, kind)] if kind else [], end=record.holder)
+        await self._store.put_export(ended, [_event(ended, kind)], end=record.holder)
         self._active.pop(record.id, None)
         if (timer := self._timers.pop(record.id, None)) and timer is not asyncio.current_task():
             timer.cancel()

@@ -1,25 +1,36 @@
-# make setup   packages (apt, through sudo when not root) and a private virtual environment in .venv
-# make demo    the main job, shown on a real qemu-storage-daemon; KEEP=1 leaves the agent running
-# make test    everything that belongs to a change: lint, types, unit, contract and real-parts tests
+# make setup      packages (apt, through sudo when not root) and a private virtual environment in .venv
+# make demo       the main job, shown on a real qemu-storage-daemon; KEEP=1 leaves the agent running
+# make test       everything that belongs to a change: lint, types, unit, contract and real-parts tests
 # make test-full  the same, and what takes longer (the long kill matrix)
-# make bench   figures, against named peers in the same run
-# make lint    ruff and mypy alone
+# make bench      figures, against named peers in the same run
+# make lint       ruff and mypy alone
+# make clean      without .venv and caches
+#
+# Each sets up what it needs by itself, once; again when pyproject.toml or tools/setup.sh change.
+
+# Debian 12's Python 3.11.2 sometimes fails to parse for pytest (gh-106905): let it keep what it parsed once.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON := .venv/bin/python
-STAMP := .venv/.ready
+RUN := .venv/.run
+DEVELOP := .venv/.develop
 
 .PHONY: setup demo test test-full bench lint clean
 
-setup: $(STAMP)
+setup: $(DEVELOP)
 
-$(STAMP): pyproject.toml tools/setup.sh
-	@tools/setup.sh
-	@touch $(STAMP)
+$(RUN): pyproject.toml tools/setup.sh
+	@tools/setup.sh run
+	@touch $(RUN)
 
-demo: $(STAMP)
+$(DEVELOP): pyproject.toml tools/setup.sh
+	@tools/setup.sh develop
+	@touch $(RUN) $(DEVELOP)
+
+demo: $(RUN)
 	@.venv/bin/hostagent demo $(if $(KEEP),--keep)
 
-lint: $(STAMP)
+lint: $(DEVELOP)
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 
@@ -29,7 +40,7 @@ test: lint
 test-full: lint
 	@$(PYTHON) -m pytest -q
 
-bench: $(STAMP)
+bench: $(DEVELOP)
 	@$(PYTHON) -m tests.bench
 
 clean:

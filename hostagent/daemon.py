@@ -307,6 +307,7 @@ class Agent:
         await self._engine.stop()
         await self._exports.close()
         await self._chains.let_go()
+        self._ledger.close()
         self._prober.close()
         with contextlib.suppress(AttributeError):  # it was never opened
             await self._store.close()

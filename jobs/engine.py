@@ -85,6 +85,7 @@ class Engine:
         if known := await self._same_request(spec, job_id):
             return known, False
         plan = await self._world.driver.plan(spec)  # not under the lock: one hung image must not hold up the others
+        await self._until_cleared(plan.before.top.file)
         async with self._creating:
             if known := await self._same_request(spec, job_id):
                 return known, False
@@ -161,6 +162,13 @@ class Engine:
             remedy="choose another id, or leave it out",
         )
 
+    async def _until_cleared(self, file: FileId) -> None:
+        """Wait for the job before on this image, when it has ended and only its access is still being settled."""
+        ended = [actor.job for actor in self._actors.values() if actor.job.state.terminal]
+        tasks = {self._tasks[job.id] for job in ended if job.before.top.file == file and job.id in self._tasks}
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._world.limits.request_timeout)
+
     def _refuse_when_full(self) -> None:
         if len(self.active()) >= self._world.limits.queue:
             raise JobError(
@@ -174,12 +182,13 @@ class Engine:
         for actor in self._actors.values():
             other = actor.job
             if other.before.top.file == plan.before.top.file:
+                ended = "wait: its access is still being settled (`hostagent status`)"
                 raise JobError(
                     "busy",
                     f"job {other.id} ({other.spec.operation}, {other.state}) works on {plan.before.top.path!r}",
                     field="target",
                     value=spec.target,
-                    remedy=f"wait for it, or `hostagent job abort {other.id}`",
+                    remedy=ended if other.state.terminal else f"wait for it, or `hostagent job abort {other.id}`",
                     holders=[str(other.holder)],
                 )
 

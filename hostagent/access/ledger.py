@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from events.model import Event, GrantEvent, GrantEventKind
@@ -30,6 +32,9 @@ from jobs.ports import AccessResult, AccessVerdict, Clock
 log = logging.getLogger(__name__)
 
 Mode = Literal["r", "rw"]
+
+MOST_ENTRIES = 100_000
+"""Entries of one folder that are looked through for a file that was renamed."""
 
 
 class LedgerStore(Protocol):
@@ -96,6 +101,7 @@ class Ledger:
         self._daemons = daemons
         self._observe = observe
         self._files = Locks()
+        self._handles: dict[FileId, int] = {}
 
     # What others call
 
@@ -124,11 +130,16 @@ class Ledger:
         """Every file that a row names, or that we gave access to and have not proven gone."""
         rows = await self._store.access_rows()
         for row in rows:
-            if row.holder.kind == "image" and not await asyncio.to_thread(os.path.lexists, row.holder.id):
+            if row.holder.kind == "image" and await asyncio.to_thread(_is_deleted, row.holder.id, row.file.dev):
                 await self._store.delete_row(row.id)  # the overlay that stood on the file is gone
         entries = await self._store.access_files()
         files = {row.file for row in rows} | {e.file for e in entries if e.verdict != AccessVerdict.REVOKED}
         return await self.converge(sorted(files), trigger=trigger)
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
 
     async def run(self, interval: float) -> None:
         """Converge by timer, for what no event tells: a process that closed a file, somebody's chmod."""
@@ -158,7 +169,7 @@ class Ledger:
         path = rows[0].path if rows else known.path if known else ""
         was = known or self._blank(file, path)
         try:
-            finding = await self._grant(was, rows) if rows else await self._revoke(was)
+            finding = await self._grant(was, rows) if rows else await self._revoke(was, trigger)
         except JobError as error:
             if strict:
                 raise
@@ -190,6 +201,18 @@ class Ledger:
     # Giving
 
     async def _grant(self, was: AccessFile, rows: Sequence[AccessRow]) -> _Finding:
+        try:
+            return await self._give(was, rows)
+        except FileNotFoundError:
+            raise JobError(
+                "image_changed",
+                f"{was.path!r} is not the file any more that it was",
+                field="path",
+                value=was.path,
+                remedy="see who moved or replaced it, then try again",
+            ) from None
+
+    async def _give(self, was: AccessFile, rows: Sequence[AccessRow]) -> _Finding:
         need: Mode = "rw" if any(row.mode == "rw" for row in rows) else "r"
         held = tuple(str(row.holder) for row in rows)
         given = replace(was, path=rows[0].path, verdict=AccessVerdict.GRANTED, holders=held, reason=None)
@@ -206,7 +229,7 @@ class Ledger:
 
     def _plan_grant(self, entry: AccessFile, need: Mode) -> AccessFile:
         """Whether we must give anything; if so, the entry with the ACL to go back to."""
-        with _opened(entry) as fd:
+        with self._opened(entry) as fd:
             if self._probe.can_open(fd, need):
                 reason = acl.explain(acl.read(fd), self._subject.uid, self._subject.groups, need)
                 return replace(entry, reason=reason)
@@ -233,7 +256,7 @@ class Ledger:
     def _apply_grant(self, entry: AccessFile, need: Mode) -> AccessFile:
         uid, groups = self._subject.uid, self._subject.groups
         assert entry.before is not None
-        with _opened(entry) as fd:
+        with self._opened(entry) as fd:
             before, given = _decode(entry.before), _decode(entry.given) if entry.given else None
             if entry.mode != need or given is None or not self._probe.can_open(fd, need):
                 given = acl.apply_change(fd, uid, need, before=before, given=given, gids=groups)
@@ -249,7 +272,7 @@ class Ledger:
 
     # Taking back
 
-    async def _revoke(self, was: AccessFile) -> _Finding:
+    async def _revoke(self, was: AccessFile, trigger: str) -> _Finding:
         kept = replace(was, verdict=AccessVerdict.KEPT, holders=())
         processes = await self._thread(self._open_in, was.file)
         ours = [process for process in processes if process.pid in self._daemons()]
@@ -262,30 +285,55 @@ class Ledger:
         if self._subject.own:
             reason = f"the agent runs as {self._subject.name} itself: file modes were not touched"
             return _Finding(replace(kept, mode="", reason=reason), GrantEventKind.KEPT)
-        finding: _Finding = await self._thread(self._take_back, was)
+        finding: _Finding = await self._thread(self._take_back, was, trigger)
         return finding
 
-    def _take_back(self, was: AccessFile) -> _Finding:
+    def _take_back(self, was: AccessFile, trigger: str) -> _Finding:
         try:
-            with _opened(was) as fd:
+            with self._opened(was) as fd:
                 if was.mode:
                     assert was.before is not None
                     given = _decode(was.given) if was.given else None
                     acl.apply_undo(fd, self._subject.uid, _decode(was.before), given)
                 reason = self._still_open(fd)
         except FileNotFoundError:
-            entry = replace(_cleared(was), verdict=AccessVerdict.REVOKED, reason="the file is gone", holders=())
-            return _Finding(entry, GrantEventKind.REVOKED)
-        except JobError as error:
-            if error.code != "image_changed":
-                raise
-            entry = replace(was, verdict=AccessVerdict.KEPT, reason=error.message, holders=())
-            return _Finding(entry, GrantEventKind.KEPT)
+            return self._not_found(was, trigger)
+        self._forget_handle(was.file)
         if reason is None:
             entry = replace(_cleared(was), verdict=AccessVerdict.REVOKED, reason=None, holders=())
             return _Finding(entry, GrantEventKind.REVOKED)
         entry = replace(_cleared(was), verdict=AccessVerdict.KEPT, reason=reason, holders=())
         return _Finding(entry, GrantEventKind.KEPT)
+
+    def _not_found(self, was: AccessFile, trigger: str) -> _Finding:
+        """Deleted or moved while the agent was away: that cannot be told, unless the operator says that it is gone."""
+        if trigger == "operator" or not was.mode:
+            entry = replace(_cleared(was), verdict=AccessVerdict.REVOKED, reason="the file is gone", holders=())
+            return _Finding(entry, GrantEventKind.REVOKED)
+        reason = f"it is not in its folder; if it was moved, an ACL entry for {self._subject.name} went with it"
+        return _Finding(replace(was, verdict=AccessVerdict.KEPT, reason=reason, holders=()), GrantEventKind.KEPT)
+
+    # Files
+
+    @contextlib.contextmanager
+    def _opened(self, entry: AccessFile) -> Iterator[int]:
+        """The very file, wherever it was moved to, for reading. FileNotFoundError when it cannot be found.
+
+        An O_PATH descriptor stands for each file from the first grant to the last revocation, so that neither a rename
+        nor a swap leads to another one. After a restart it is looked for at its path, and in its folder by inode.
+        """
+        handle = self._handles.get(entry.file)
+        if handle is None:
+            handle = self._handles[entry.file] = _find(entry)
+        fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _forget_handle(self, file: FileId) -> None:
+        if (handle := self._handles.pop(file, None)) is not None:
+            os.close(handle)
 
     def _still_open(self, fd: int) -> str | None:
         """Why the user can still open the file, in either mode; None when it cannot."""
@@ -308,29 +356,52 @@ class Ledger:
                 f"access could not be changed within {self._settings.converge_timeout:g} s (access.converge_timeout)",
                 remedy="see whether the file's storage hangs",
             ) from None
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise JobError("io_error", f"access could not be changed: {error}", remedy="look at the storage") from error
+
+
+def _is_deleted(overlay: str, dev: int) -> bool:
+    """Whether there is no such file in a folder that is there: a file system that is away says nothing."""
+    try:
+        return Path(overlay).parent.stat().st_dev == dev and not os.path.lexists(overlay)
+    except OSError:
+        return False
 
 
 def _cleared(entry: AccessFile) -> AccessFile:
     return replace(entry, mode="", before=None, given=None)
 
 
-@contextlib.contextmanager
-def _opened(entry: AccessFile) -> Iterator[int]:
-    """The file by path, if it is still the same one. FileNotFoundError when there is none."""
-    fd = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def _find(entry: AccessFile) -> int:
+    """An O_PATH descriptor of the file: at its path, else by inode in its folder. FileNotFoundError when not there."""
+    if (handle := _grasp(entry.path, entry.file)) is not None:
+        return handle
+    folder = Path(entry.path).parent
+    if folder.stat().st_dev != entry.file.dev:
+        raise JobError(
+            "unavailable",
+            f"the file system of {entry.path!r} is not mounted",
+            remedy="mount it again; what was given there is taken back then",
+        )
+    with os.scandir(folder) as items:
+        for item in itertools.islice(items, MOST_ENTRIES):
+            if item.inode() == entry.file.ino and (handle := _grasp(item.path, entry.file)) is not None:
+                return handle
+    raise FileNotFoundError(entry.path)
+
+
+def _grasp(path: str, file: FileId) -> int | None:
     try:
-        found = os.fstat(fd)
-        if FileId(found.st_dev, found.st_ino) != entry.file:
-            raise JobError(
-                "image_changed",
-                f"another file lies at {entry.path!r} now; the one that had access was moved or replaced",
-                remedy=f"find inode {entry.file.ino} on that file system and look at it with getfacl",
-            )
-        yield fd
-    finally:
-        os.close(fd)
+        handle = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    found = os.fstat(handle)
+    if FileId(found.st_dev, found.st_ino) == file:
+        return handle
+    os.close(handle)
+    return None
 
 
 def _encode(snapshot: Snapshot) -> dict[str, Any]:

@@ -6,9 +6,10 @@ Front ends translate and do nothing else; whatever this refuses has changed noth
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -80,12 +81,14 @@ class AgentService:
 
     async def start_job(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
         self._has_room()
-        job, created = await self._engine.create(_job_spec(spec, self._anywhere(peer)), _id(spec))
+        with _about("target"):
+            job, created = await self._engine.create(_job_spec(spec, self._anywhere(peer)), _id(spec))
         return self._job(job), created
 
     async def plan_job(self, spec: Json, *, peer: Peer) -> Json:
         asked = _job_spec(spec, self._anywhere(peer))
-        plan = await self._engine.plan(asked)
+        with _about("target"):
+            plan = await self._engine.plan(asked)
         if busy := self._engine.on_file(plan.before.top.file):
             what = f"job {busy.id} works on {plan.before.top.path!r}"
             raise JobError("busy", what, field="target", value=asked.target, remedy="wait for it, or abort it")
@@ -169,7 +172,8 @@ class AgentService:
             idle_timeout=spec.get("idle_timeout"),
             labels=spec.get("labels") or {},
         )
-        record, created = await self._exports.start(asked, _id(spec), anywhere=self._anywhere(peer))
+        with _about("image"):
+            record, created = await self._exports.start(asked, _id(spec), anywhere=self._anywhere(peer))
         return await self._export(record), created
 
     async def list_exports(
@@ -357,6 +361,17 @@ class AgentService:
                 f"only {free} bytes are free beside the store in {str(self._facts.state_dir)!r}",
                 remedy="make space there, or lower store.min_free; running work goes on",
             )
+
+
+@contextlib.contextmanager
+def _about(field: str) -> Iterator[None]:
+    """What is wrong with an image is said of the member of the request that named it."""
+    try:
+        yield
+    except JobError as error:
+        if error.field in (None, "path"):
+            error.field = field
+        raise
 
 
 def _job_spec(spec: Json, anywhere: bool) -> JobSpec:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hostagent.drivers import process, qsd
+from hostagent.drivers.qmp import Refused
 from hostagent.drivers.qsd import Node, Places, StorageDaemon
 from hostagent.images.chain import ChainLimits, OpenChain, open_chain
 from hostagent.records import DaemonRecord
@@ -198,8 +199,22 @@ class PreparedChain:
 
     async def open_for_writing(self) -> None:
         daemon = await self.serve()
-        if not self.writable:
+        if self.writable:
+            return
+        try:
             await self._reopen(daemon, writable=True)
+        except Refused as error:
+            # A refused NBD_CMD_CACHE leaves a cluster in qcow2's caches that can never be written (QEMU 7.2).
+            if "failed to flush" not in error.text.lower():
+                raise
+            raise JobError(
+                "busy",
+                f"the storage daemon of {self.path!r} can write no more: a client of its read-only export sent CACHE",
+                field="target",
+                value=self.path,
+                remedy="stop the image's exports (they serve until then), pull, and export it again",
+                holders=sorted(str(user) for user in self.users if user.kind == "export"),
+            ) from error
 
     async def flush(self) -> None:
         """Make everything that was written through this daemon durable. Reopening a node flushes it (block.c)."""

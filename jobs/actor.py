@@ -159,7 +159,6 @@ class Actor:
             self._keeper.seen_end()
             await self._keeper.move(Signal.ENDED)
         elif seen.phase is Phase.PENDING:
-            self._keeper.seen_end()
             await self._w.driver.finalize(self.job)
 
     async def _step(self) -> None:

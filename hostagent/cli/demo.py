@@ -62,10 +62,12 @@ def run(args: argparse.Namespace) -> int:
             _hand_over(stage)
             return EXIT_OK
         stage.heading("Clean up")
-    except BaseException as problem:
+    except BaseException as problem:  # whatever it is, an interrupt too: first clean up
         if isinstance(problem, CliError):
             stage.last_words()
         stage.close()
+        if isinstance(problem, OSError):
+            raise CliError("io_error", f"the demonstration cannot go on: {problem}") from problem
         raise
     stage.close()
     stage.say(f"the agent, its storage daemon and {folder} are gone; {time.monotonic() - began:.0f} s in all", "green")
@@ -187,8 +189,8 @@ def _pull_on(stage: Stage, size: int, export: Json) -> None:
     stage.held(more > 0, f"while the agent was dead, the client has read another {format_size(more)}")
     stage.start_agent()
     after = stage.client.get(f"/v1/jobs/{job['id']}").data["cursor"]["cur"]
-    stage.held(after >= before, f"the job goes on from its cursor: {_percent(before, size)}, then the kill, "
-               f"then {_percent(after, size)}")  # fmt: skip
+    cursors = f"{_percent(before, size)}, then the kill, then {_percent(after, size)}"
+    stage.held(after >= before, f"the job goes on from its cursor: {cursors}")
     waited(EXIT_OK)
 
 
@@ -199,8 +201,8 @@ def _prove(stage: Stage, export: Json, checksum: str) -> None:
     _prove_revocation(stage, export)
     last = stage.reading()
     stage.stop_reader()
-    stage.held(True, f"the client read {format_size(last.total)} over one connection; all of it was right, and its "
-               f"slowest answer took {last.slowest} ms")  # fmt: skip
+    read = f"the client read {format_size(last.total)} over one connection"
+    stage.proved(f"{read}; all of it was right, and its slowest answer took {last.slowest} ms")
     stage.held(stage.output('nbdcopy "$URI" - | sha256sum') == checksum, "the export reads as it did before")
     stage.run("qemu-img compare copy.raw disk.qcow2")
     series = "block_jobs_finished_total|access_revocations_total|access_revocation_lag_seconds_(sum|count)|nbd_exports"
@@ -218,10 +220,10 @@ def _prove_revocation(stage: Stage, export: Json) -> None:
     if stage.user:
         stage.run("getfacl -c base.raw")
         _try_to_read(stage, works=False)
-        stage.held(True, f"{stage.user} can no longer open the base")
+        stage.proved(f"{stage.user} can no longer open the base")
     else:
-        held = [grant for grant in stage.client.items("/v1/grants", {"path": str(stage.folder / "base.raw")})
-                if grant["holder"]["kind"] != "none"]  # fmt: skip
+        grants = stage.client.items("/v1/grants", {"path": str(stage.folder / "base.raw")})
+        held = any(grant["holder"]["kind"] != "none" for grant in grants)
         stage.held(not held, "nobody holds the base in the ledger any more")
         stage.say("File modes were not touched: the storage daemon runs as you. As root, the ACL goes as well.", "dim")
 
@@ -280,5 +282,5 @@ def _hand_over(stage: Stage) -> None:
     for export in stage.client.items("/v1/exports", {"state": "running"}):
         stage.say(f"  {path} export stop {export['id']}", "bold")
     stage.say(f"  kill {stage.agent.pid} && sleep 1 && rm -r {stage.folder}", "bold")
-    if stage.user:
+    if stage.made_user:
         stage.say(f"  userdel {stage.user}", "bold")

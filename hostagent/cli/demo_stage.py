@@ -56,7 +56,7 @@ class Stage:
         self._console = console
         self._reader: subprocess.Popen[bytes] | None = None
         self._children: list[subprocess.Popen[bytes]] = []
-        self._made_user = False
+        self.made_user = False
         self._bar = False
         self._environment = {**_clean_environment(), "HOSTAGENT_SOCKET": str(self.socket)}
 
@@ -77,6 +77,10 @@ class Stage:
         """Say a claim that has been tried, or end the demonstration because it is false."""
         if not truth:
             raise CliError("internal", f"this did not hold: {claim}")
+        self.proved(claim)
+
+    def proved(self, claim: str) -> None:
+        """Say what the commands before have proved: each ended as it was expected to."""
         self.say(f"✓ {claim}", "green")
 
     # Commands
@@ -164,14 +168,14 @@ class Stage:
         missing = [name for name in wanted if shutil.which(name, path=self._environment["PATH"]) is None]
         if missing:
             packages = sorted({wanted[name] for name in missing} - {""})
-            remedy = f"apt install {' '.join(packages)}" if packages else "make setup"
+            remedy = f"make setup, or as root: apt install {' '.join(packages)}" if packages else "make setup"
             raise CliError("unavailable", f"the demonstration needs {', '.join(missing)}", remedy=remedy)
 
     def _make_user(self, name: str) -> None:
         try:
             pwd.getpwnam(name)
         except KeyError:
-            self._made_user = True
+            self.made_user = True
             self.run(f"useradd --system --no-create-home --shell /usr/sbin/nologin {name}")
 
     # Agent
@@ -253,7 +257,7 @@ class Stage:
             _end(self.agent)
         self._end_storage_daemons()
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self._made_user:
+        if self.made_user:
             subprocess.run(["userdel", USER], capture_output=True, timeout=END_TIMEOUT, check=False)
 
     def _release_all(self) -> None:

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -130,11 +131,20 @@ class StorageDaemon:
         self._watch = Watch(child.pid, self._on_exit, child)
         try:
             await self.monitor()
-        except BaseException:
+        except BaseException as error:
+            died = await self.ended(MOMENT) if isinstance(error, JobError) else False
             await self.kill()  # nobody has had anything of it yet
+            if died:
+                raise self.death() from error
             raise
 
     def _launch(self, descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
+        if shutil.which(self._settings.binary) is None:
+            raise JobError(
+                "unavailable",
+                f"{self._settings.binary!r} is not installed",
+                remedy="install qemu-system-common (Debian), or set qsd.binary; run `hostagent doctor`",
+            )
         with (
             _listener(self.places.monitor, 2) as monitor,
             _listener(self.places.socket, self._settings.max_connections) as nbd,
@@ -161,7 +171,7 @@ class StorageDaemon:
                 raise JobError(
                     "unavailable",
                     f"{self._settings.binary!r} cannot be started as {self._settings.user.name!r}: {error}",
-                    remedy="install qemu-system-common (Debian), or set qsd.binary; run `hostagent doctor`",
+                    remedy="run `hostagent doctor`",
                 ) from error
 
     async def adopt(self, pid: int) -> None:
@@ -247,12 +257,18 @@ class StorageDaemon:
     # Graph
 
     async def open_chain(self, nodes: Sequence[Node]) -> None:
-        """Add all layers read-only, base first."""
+        """Add all layers read-only, base first; sent at once, carried out in order."""
         below: str | None = None
+        options = []
         for node in reversed(nodes):
-            await self.execute("blockdev-add", **_file_options(node, writable=False))
-            await self.execute("blockdev-add", **_format_options(node, below, writable=False))
+            options.append(_file_options(node, writable=False))
+            options.append(_format_options(node, below, writable=False))
             below = node.format_node
+        adding = (self.execute("blockdev-add", **one) for one in options)
+        replies = await asyncio.gather(*adding, return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, BaseException):
+                raise reply
 
     async def reopen(self, top: Node, below: Node | None, *, writable: bool) -> None:
         """Reopen the top layer's two nodes in one command; `below` None cuts the backing link."""

@@ -316,6 +316,15 @@ class Agent:
     def _make_folders(self) -> None:
         self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        found = self._runtime_dir.lstat()
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+            raise AgentError(
+                "denied",
+                f"others than you may write in {str(self._runtime_dir)!r} (uid {found.st_uid})",
+                field="agent.runtime_dir",
+                value=str(self._runtime_dir),
+                remedy="remove it, or set agent.runtime_dir",
+            )
         (self._runtime_dir / "qsd").mkdir(mode=0o700, exist_ok=True)
         sockets = self._runtime_dir / "nbd"
         sockets.mkdir(mode=0o750, exist_ok=True)

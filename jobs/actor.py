@@ -288,6 +288,9 @@ class Actor:
             message.refuse(error)
             if error.code == "unresponsive" and self.job.state in (State.RUNNING, State.PAUSED):
                 await self._lost(error)
+        except BaseException:
+            message.refuse(JobError("internal", "a fault of the agent", remedy="see the agent's log"))
+            raise
 
     async def _carry_out(self, message: Message) -> None:
         driver, job = self._w.driver, self.job

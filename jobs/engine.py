@@ -85,7 +85,8 @@ class Engine:
         if known := await self._same_request(spec, job_id):
             return known, False
         plan = await self._world.driver.plan(spec)  # not under the lock: one hung image must not hold up the others
-        await self._until_cleared(plan.before.top.file)
+        if await self._until_cleared(plan.before.top.file):
+            plan = await self._world.driver.plan(spec)
         async with self._creating:
             if known := await self._same_request(spec, job_id):
                 return known, False
@@ -162,12 +163,16 @@ class Engine:
             remedy="choose another id, or leave it out",
         )
 
-    async def _until_cleared(self, file: FileId) -> None:
-        """Wait for the job before on this image, when it has ended and only its access is still being settled."""
+    async def _until_cleared(self, file: FileId) -> bool:
+        """Wait for the job before on this image, when it has ended and only its access is still being settled.
+
+        Whether there was one: a pull may follow an abort at once.
+        """
         ended = [actor.job for actor in self._actors.values() if actor.job.state.terminal]
         tasks = {self._tasks[job.id] for job in ended if job.before.top.file == file and job.id in self._tasks}
         if tasks:
             await asyncio.wait(tasks, timeout=self._world.limits.request_timeout)
+        return bool(tasks)
 
     def _refuse_when_full(self) -> None:
         if len(self.active()) >= self._world.limits.queue:

@@ -144,14 +144,14 @@ class Keeper:
         if job.revocation is not Revocation.PENDING:
             return True
         found = await self._w.access.converge([layer.file for layer in job.dropped], trigger=job.spec.operation)
-        results = [found[layer.file] for layer in job.dropped]
-        if any(result.verdict is AccessVerdict.PENDING for result in results):
+        results = [(layer.path, found[layer.file]) for layer in job.dropped]
+        if any(result.verdict is AccessVerdict.PENDING for _, result in results):
             return False
-        revoked = tuple(r.path for r in results if r.verdict is AccessVerdict.REVOKED)
+        revoked = tuple(path for path, result in results if result.verdict is AccessVerdict.REVOKED)
         kept = tuple(
-            Kept(r.path, r.reason or "still needed", r.holders)
-            for r in results
-            if r.verdict in (AccessVerdict.KEPT, AccessVerdict.GRANTED)
+            Kept(path, result.reason or "still needed", result.holders)
+            for path, result in results
+            if result.verdict in (AccessVerdict.KEPT, AccessVerdict.GRANTED)
         )
         state = Revocation.KEPT if kept else Revocation.DONE
         if self._end_seen is not None:

@@ -50,6 +50,8 @@ class LedgerStore(Protocol):
 
     async def put_access_file(self, entry: AccessFile, events: Sequence[Event] = ()) -> None: ...
 
+    async def forget_access_file(self, file: FileId) -> None: ...
+
 
 class Probe(Protocol):
     def can_open(self, fd: int, mode: Mode) -> bool: ...
@@ -161,21 +163,47 @@ class Ledger:
 
     async def _settle(self, file: FileId, trigger: str, *, strict: bool = False) -> AccessResult:
         """One file. `strict` raises what stands in the way of a grant."""
-        rows = await self._store.access_rows([file])
+        rows = await self._rows(file)
         known = next(iter(await self._store.access_files([file])), None)
+        if rows and known and file not in self._handles and await asyncio.to_thread(_is_former, known.path, file):
+            known = None  # of a file that was deleted: its inode number is used again
         if not rows and (known is None or known.verdict == AccessVerdict.REVOKED):
-            verdict = AccessVerdict.UNCHANGED if known is None else AccessVerdict.REVOKED
-            return AccessResult(known.path if known else "", verdict, known.reason if known else None)
-        path = rows[0].path if rows else known.path if known else ""
-        was = known or self._blank(file, path)
+            return self._nothing_to_do(known)
+        was = known or self._blank(file, rows[-1].path)
         try:
             finding = await self._grant(was, rows) if rows else await self._revoke(was, trigger)
         except JobError as error:
             if strict:
                 raise
             finding = _Finding(replace(was, verdict=AccessVerdict.PENDING, reason=error.message, holders=()), None)
-            log.warning("access is pending", extra={"fields": {"path": path, "error": error.message}})
+            log.warning("access is pending", extra={"fields": {"path": was.path, "error": error.message}})
         return await self._record(was, finding, trigger)
+
+    async def _rows(self, file: FileId) -> list[AccessRow]:
+        """The file's rows, oldest first, without those of images that stood on a file which is gone."""
+        rows = await self._store.access_rows([file])
+        images = [row for row in rows if row.holder.kind == "image"]
+        stale = [row for row in images if await asyncio.to_thread(self._is_stale, row, alone=len(rows) == 1)]
+        for row in stale:
+            await self._store.delete_row(row.id)
+        return [row for row in rows if row not in stale]
+
+    def _is_stale(self, row: AccessRow, *, alone: bool) -> bool:
+        """Whether the row tells of a deleted file: inode numbers are used again. One that is only away comes back."""
+        if (handle := self._handles.get(row.file)) is not None:
+            return os.fstat(handle).st_nlink == 0
+        return _is_former(row.path, row.file) and (os.path.lexists(row.path) or not alone)
+
+    def _nothing_to_do(self, known: AccessFile | None) -> AccessResult:
+        if self._subject.own:
+            return AccessResult(known.path if known else "", AccessVerdict.KEPT, self._own_reason)
+        if known is None:
+            return AccessResult("", AccessVerdict.UNCHANGED)
+        return AccessResult(known.path, AccessVerdict.REVOKED, known.reason)
+
+    @property
+    def _own_reason(self) -> str:
+        return f"the agent runs as {self._subject.name} itself: file modes were not touched"
 
     def _blank(self, file: FileId, path: str) -> AccessFile:
         access = "own" if self._subject.own else "acl"
@@ -188,6 +216,8 @@ class Ledger:
             changed = (entry.verdict, entry.mode, entry.reason) != (was.verdict, was.mode, was.reason)
             event = self._event(entry, finding.kind, trigger) if finding.kind and changed else None
             await self._store.put_access_file(entry, [event] if event else [])
+            if entry.access == "own" and entry.verdict == AccessVerdict.KEPT:
+                await self._store.forget_access_file(entry.file)  # it was never closed, and needs no remembering
             if changed and entry.verdict in (AccessVerdict.REVOKED, AccessVerdict.KEPT, AccessVerdict.PENDING):
                 self._observe(trigger, entry.verdict)
             if changed:
@@ -215,7 +245,7 @@ class Ledger:
     async def _give(self, was: AccessFile, rows: Sequence[AccessRow]) -> _Finding:
         need: Mode = "rw" if any(row.mode == "rw" for row in rows) else "r"
         held = tuple(str(row.holder) for row in rows)
-        given = replace(was, path=rows[0].path, verdict=AccessVerdict.GRANTED, holders=held, reason=None)
+        given = replace(was, path=rows[-1].path, verdict=AccessVerdict.GRANTED, holders=held, reason=None)
         if self._subject.own:
             return _Finding(replace(given, mode=need), GrantEventKind.GRANTED)
         if was.mode == "":
@@ -274,17 +304,16 @@ class Ledger:
 
     async def _revoke(self, was: AccessFile, trigger: str) -> _Finding:
         kept = replace(was, verdict=AccessVerdict.KEPT, holders=())
+        if self._subject.own:
+            return _Finding(replace(kept, mode="", reason=self._own_reason), GrantEventKind.KEPT)
         processes = await self._thread(self._open_in, was.file)
         ours = [process for process in processes if process.pid in self._daemons()]
-        if ours and not self._subject.own:
+        if ours:
             raise JobError("busy", f"{was.path!r} is still open in our storage daemon ({ours[0]})")
-        foreign = tuple(str(process) for process in processes if process not in ours)
-        if foreign and not self._subject.own:
-            reason = f"it is open in {', '.join(foreign)}"
-            return _Finding(replace(kept, reason=reason, holders=foreign), GrantEventKind.KEPT)
-        if self._subject.own:
-            reason = f"the agent runs as {self._subject.name} itself: file modes were not touched"
-            return _Finding(replace(kept, mode="", reason=reason), GrantEventKind.KEPT)
+        if processes:
+            foreign = tuple(str(process) for process in processes)
+            kept = replace(kept, reason=f"it is open in {', '.join(foreign)}", holders=foreign)
+            return _Finding(kept, GrantEventKind.KEPT)
         finding: _Finding = await self._thread(self._take_back, was, trigger)
         return finding
 
@@ -360,6 +389,15 @@ class Ledger:
             raise
         except OSError as error:
             raise JobError("io_error", f"access could not be changed: {error}", remedy="look at the storage") from error
+
+
+def _is_former(path: str, file: FileId) -> bool:
+    """Whether the path leads to nothing, or to another file."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return True
+    return FileId(found.st_dev, found.st_ino) != file
 
 
 def _is_deleted(overlay: str, dev: int) -> bool:

@@ -27,7 +27,7 @@ from hostagent.records import AccessFile, ExportRecord
 from hostagent.store import Store
 from jobs.engine import Engine
 from jobs.errors import JobError
-from jobs.model import Holder, Job, JobSpec, Operation, State
+from jobs.model import Holder, Job, JobSpec, Operation
 
 Json = dict[str, Any]
 
@@ -113,9 +113,8 @@ class AgentService:
         limit: int,
         after: str | None,
     ) -> Json:
-        states = tuple(State(name).value for name in _states(state))
         found = await self._store.jobs(
-            states=states, path=target, origin=origin, labels=dict(labels), limit=limit, after=after
+            states=(state,) if state else (), path=target, origin=origin, labels=dict(labels), limit=limit, after=after
         )
         fresh = {job.id: job for job in self._engine.active()}
         items = [self._job(fresh.get(job.id, job)) for job in found]
@@ -179,14 +178,13 @@ class AgentService:
     async def list_exports(
         self, *, state: str | None, target: str | None, labels: Mapping[str, str], limit: int, after: str | None
     ) -> Json:
-        wanted = set(_split(state))
         found = sorted(await self._exports.all(), key=lambda record: (record.created, record.id), reverse=True)
         if after is not None:
             found = found[1 + next((n for n, record in enumerate(found) if record.id == after), len(found)) :]
         matching = [
             record
             for record in found
-            if (not wanted or record.state in wanted)
+            if state in (None, record.state)
             and target in (None, record.path, record.image)
             and labels.items() <= dict(record.labels).items()
         ][: limit + 1]
@@ -415,16 +413,3 @@ def _offline(target: str, field: str) -> str:
 
 def _id(spec: Json) -> str | None:
     return str(spec["id"]) if spec.get("id") else None
-
-
-def _split(text: str | None) -> list[str]:
-    return [word for word in (text or "").split(",") if word]
-
-
-def _states(text: str | None) -> list[str]:
-    known = [state.value for state in State]
-    for word in _split(text):
-        if word not in known:
-            remedy = f"one of {', '.join(known)}"
-            raise JobError("invalid", f"state {word!r} is not known", field="state", value=word, remedy=remedy)
-    return _split(text)

@@ -63,6 +63,7 @@ class Monitor:
         self._client.remove_listener(default)
         self._client.register_listener(self._client.events)
         self._watch: asyncio.Task[None] | None = None
+        self._disconnecting: asyncio.Future[None] | None = None
 
     async def connect(self, path: str) -> None:
         """Raises JobError unresponsive when there is no greeting in time (another client may have the monitor)."""
@@ -118,6 +119,10 @@ class Monitor:
         self._on_close()
 
     async def _disconnect(self) -> None:
+        """Once, whoever asks first, and never cancelled: qemu.qmp's disconnect() is not made to run twice at a time."""
+        if self._disconnecting is None:
+            self._disconnecting = asyncio.ensure_future(self._client.disconnect())
+            self._disconnecting.add_done_callback(lambda task: task.cancelled() or task.exception())
         # It raises what ended the connection, also after a clean `quit`.
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
-            await asyncio.wait_for(self._client.disconnect(), self._connect_timeout)
+            await asyncio.wait_for(asyncio.shield(self._disconnecting), self._connect_timeout)

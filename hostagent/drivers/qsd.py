@@ -130,13 +130,21 @@ class StorageDaemon:
         self.pid = child.pid
         self._watch = Watch(child.pid, self._on_exit, child)
         try:
-            await self.monitor()
+            await self.monitor(within=self._settings.start_timeout)
         except BaseException as error:
-            died = await self.ended(MOMENT) if isinstance(error, JobError) else False
+            died = isinstance(error, JobError) and await self.ended(MOMENT)
             await self.kill()  # nobody has had anything of it yet
-            if died:
-                raise self.death() from error
+            if isinstance(error, JobError):
+                raise self._no_start(died=died) from error
             raise
+
+    def _no_start(self, *, died: bool) -> JobError:
+        limit = f"did not answer within {self._settings.start_timeout:g} s (qsd.start_timeout)"
+        return JobError(
+            "unavailable",
+            f"a new storage daemon {'ended at once' if died else limit}{self._last_words()}",
+            remedy="see the machine's load, and that the hypervisor user may execute qsd.binary; then try again",
+        )
 
     def _launch(self, descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
         if shutil.which(self._settings.binary) is None:
@@ -189,15 +197,15 @@ class StorageDaemon:
         """Whether the process ends in the next moments: a broken connection is seen before the end of its peer."""
         return await self._watch.wait(within)
 
-    async def monitor(self) -> Monitor:
-        """The connection; made anew when it was lost and the process lives."""
+    async def monitor(self, within: float | None = None) -> Monitor:
+        """The connection; made anew when it was lost and the process lives. `within` seconds: qmp.connect_timeout."""
         async with self._connecting:
             if self._monitor is None:
                 if not self.alive:
                     raise self.death()
                 monitor = Monitor(
                     f"storage daemon {self.id}",
-                    connect_timeout=self._settings.connect_timeout,
+                    connect_timeout=self._settings.connect_timeout if within is None else within,
                     call_timeout=self._settings.call_timeout,
                     on_event=self._on_event,
                     on_close=self._disconnected,

@@ -47,10 +47,11 @@ def images(tmp_path: Path, craft: Craft) -> Images:
 
 
 @pytest.fixture(autouse=True)
-def no_descriptor_is_left_open() -> Iterator[None]:
-    before = sorted(os.listdir("/proc/self/fd"))
+def no_descriptor_is_left_open(tmp_path: Path) -> Iterator[None]:
     yield
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    links = (Path(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.lexists(entry.path))
+    opened = [target for link in links if str(target := os.readlink(link)).startswith(str(tmp_path))]
+    assert not opened
 
 
 def refusal(path: Path | str, *, pools: tuple[str, ...] = (), format: str | None = None, depth: int = 200) -> JobError:

@@ -316,20 +316,14 @@ class Agent:
     def _make_folders(self) -> None:
         self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        found = self._runtime_dir.lstat()
-        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
-            raise AgentError(
-                "denied",
-                f"others than you may write in {str(self._runtime_dir)!r} (uid {found.st_uid})",
-                field="agent.runtime_dir",
-                value=str(self._runtime_dir),
-                remedy="remove it, or set agent.runtime_dir",
-            )
         (self._runtime_dir / "qsd").mkdir(mode=0o700, exist_ok=True)
         sockets = self._runtime_dir / "nbd"
         sockets.mkdir(mode=0o750, exist_ok=True)
         if self._group is not None:
             os.chown(sockets, -1, self._group)
+        _refuse_foreign_folder(self._state_dir, "agent.state_dir")
+        for folder in (self._runtime_dir, self._runtime_dir / "qsd", sockets):
+            _refuse_foreign_folder(folder, "agent.runtime_dir")
 
     async def _after_reboot(self) -> None:
         """A new boot may give file systems other device numbers: files are found again by path and inode."""
@@ -571,6 +565,19 @@ def _raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _refuse_foreign_folder(folder: Path, setting: str) -> None:
+    """Sockets and the store are only as safe as the folder that they lie in."""
+    found = folder.resolve().stat()
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+        raise AgentError(
+            "denied",
+            f"others can put files into {str(folder)!r} (uid {found.st_uid}, mode {found.st_mode & 0o7777:04o})",
+            field=setting,
+            value=str(folder),
+            remedy="choose a folder that only this user can write",
+        )
 
 
 def _refuse_second_listener(path: Path) -> None:

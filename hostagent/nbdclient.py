@@ -187,17 +187,17 @@ class _Copy:
         self._stop = stop
         self._flying: dict[int, int] = {}
         self._moved = 0
+        self._position = work.begin
         self._began = time.monotonic()
 
     def run(self) -> int:
-        position = self._work.begin
-        while position < self._work.goal and not self._enough():
-            position = self._span(position)
+        while self._position < self._work.goal and not self._enough():
+            self._position = self._span(self._position)
         while self._flying:
             self._reap()
         cookie = self._control.handle.aio_flush()
         self._control.until(lambda: self._control.completed(cookie))
-        return position
+        return self._position
 
     def _span(self, position: int) -> int:
         """Go through one span of known extents; the new position."""
@@ -257,7 +257,7 @@ class _Copy:
 
     def _enough(self) -> bool:
         late = time.monotonic() - self._began > self._work.seconds
-        return self._stop.is_set() or self._moved >= self._work.budget or (late and self._moved > 0)
+        return self._stop.is_set() or self._moved >= self._work.budget or (late and self._position > self._work.begin)
 
 
 def _merged(allocation: list[int], depths: list[int]) -> list[tuple[int, bool, int]]:

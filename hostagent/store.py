@@ -258,14 +258,11 @@ class Store:
                     (kept,),
                 )
             # What is closed, or was never ours to close, needs no memory once no job may still ask for the verdict.
-            owed = f"SELECT 1 FROM jobs WHERE revocation = '{Revocation.PENDING}'"
+            owed = "SELECT 1 FROM jobs WHERE revocation = 'pending'"
             needed = "SELECT 1 FROM access_rows r WHERE r.dev = access_files.dev AND r.ino = access_files.ino"
             old = "verdict = 'kept' AND json_extract(body, '$.mode') = '' AND json_extract(body, '$.since') < ?"
-            db.execute(
-                f"DELETE FROM access_files WHERE (verdict = 'revoked' OR ({old})) "  # noqa: S608
-                f"AND NOT EXISTS ({owed}) AND NOT EXISTS ({needed})",
-                (horizon,),
-            )
+            settled = f"(verdict = 'revoked' OR ({old})) AND NOT EXISTS ({owed}) AND NOT EXISTS ({needed})"
+            db.execute(f"DELETE FROM access_files WHERE {settled}", (horizon,))  # noqa: S608
             self._first_seq = max(self._first_seq, self._last_seq - self._events_kept + 1)
             db.execute("DELETE FROM events WHERE seq < ?", (self._first_seq,))
             return db.total_changes - before

@@ -1,35 +1,54 @@
 #!/usr/bin/env bash
-# Install what is missing: distribution packages (apt), and a virtual environment in .venv. Says what it does.
+# tools/setup.sh run       what the agent and `make demo` need
+# tools/setup.sh develop   that, and what tests and linters need (the default)
+#
+# Installs what is missing and says so: Debian packages with apt (through sudo when not root), and a virtual
+# environment in .venv, which sees the distribution's libnbd binding. Nothing else on the machine is changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-# program or module → Debian package
-declare -A PROGRAMS=(
-  [qemu-storage-daemon]=qemu-system-common [qemu-img]=qemu-utils [nbdinfo]=libnbd-bin [nbdkit]=nbdkit
-  [setfacl]=acl [mkfs.xfs]=xfsprogs [mkfs.ext4]=e2fsprogs [curl]=curl [promtool]=prometheus
-)
-missing=()
 PATH=$PATH:/usr/sbin:/sbin
-for program in "${!PROGRAMS[@]}"; do
-  command -v "$program" >/dev/null || missing+=("${PROGRAMS[$program]}")
+purpose=${1:-develop}
+
+# program → its Debian package
+declare -A programs=(
+  [qemu-storage-daemon]=qemu-system-common [qemu-img]=qemu-utils [qemu-io]=qemu-utils
+  [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [getfacl]=acl [curl]=curl [ps]=procps
+)
+extra=
+case $purpose in
+  run) ;;
+  develop)
+    programs+=([nbdkit]=nbdkit [mkfs.xfs]=xfsprogs [mkfs.ext4]=e2fsprogs)
+    extra='[test]'
+    ;;
+  *)
+    sed -n '2,3s/^# //p' "$0" >&2
+    exit 2
+    ;;
+esac
+
+missing=()
+for program in "${!programs[@]}"; do
+  command -v "$program" >/dev/null || missing+=("${programs[$program]}")
 done
 /usr/bin/python3 -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)
 /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 
 if [ ${#missing[@]} -gt 0 ]; then
-  echo "setup: installing ${missing[*]} with apt"
+  mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+  echo "setup: installing with apt: ${missing[*]}"
   sudo=()
   if [ "$(id -u)" -ne 0 ]; then
-    command -v sudo >/dev/null || { echo "setup: as root, run: apt install ${missing[*]}" >&2; exit 1; }
+    command -v sudo >/dev/null || { echo "setup: there is no sudo; as root: apt install ${missing[*]}" >&2; exit 1; }
     sudo=(sudo)
   fi
   "${sudo[@]}" apt-get update -qq
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-if [ ! -x .venv/bin/python ]; then
-  echo "setup: making a virtual environment in .venv (with the distribution's libnbd binding)"
-  /usr/bin/python3 -m venv --system-site-packages .venv
+if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+  echo "setup: making a virtual environment in .venv"
+  /usr/bin/python3 -m venv --clear --system-site-packages .venv
 fi
-echo "setup: installing Python packages into .venv"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+echo "setup: installing into .venv: hostagent$extra and the Python packages that it needs"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$extra"

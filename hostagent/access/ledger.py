@@ -112,13 +112,18 @@ class Ledger:
         await self._store.add_needs(holder, needs)
         files = [need.layer.file for need in needs]
         try:
-            for file in files:
-                async with self._files.alone(file):
-                    await self._settle(file, "grant", strict=True)
+            done = await asyncio.gather(*(self._acquire(file) for file in files), return_exceptions=True)
+            for failure in done:
+                if isinstance(failure, BaseException):
+                    raise failure
         except JobError:
             await self._store.release(holder)
             await self.converge(files, trigger="grant")
             raise
+
+    async def _acquire(self, file: FileId) -> None:
+        async with self._files.alone(file):
+            await self._settle(file, "grant", strict=True)
 
     async def converge(self, files: Sequence[FileId], *, trigger: str) -> dict[FileId, AccessResult]:
         """Make these files match the ledger. A file that cannot be settled now is `pending`, and never an exception."""

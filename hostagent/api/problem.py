@@ -81,7 +81,7 @@ def of_error(error: JobError | AgentError) -> Response:
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> Response:
     """The first thing that is wrong with a request. Unknown fields come before values: a typing slip explains both."""
     first = next((error for error in errors if error["type"] == "unknown_field"), errors[0])
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    where = [str(part) for part in first["loc"][1:]]  # the first says body, query, path or header
     context = first.get("ctx", {})
     field = ".".join([*where, *([context["name"]] if first["type"] == "unknown_field" else [])]) or "body"
     if first["type"] == "missing":

@@ -229,7 +229,11 @@ async def complete_job(front: TheFront, id: str, body: models.EmptyBody | None =
 
 @exports.get("", response_model=models.ExportPage)
 async def list_exports(
-    front: TheFront, page: ThePage, labels: TheLabels, state: Filter = None, target: Filter = None
+    front: TheFront,
+    page: ThePage,
+    labels: TheLabels,
+    state: Literal["starting", "running", "stopped", "lost"] | None = None,
+    target: Filter = None,
 ) -> Response:
     return answer(
         await front.service.list_exports(state=state, target=target, labels=labels, limit=page.limit, after=page.after)

@@ -281,6 +281,6 @@ def _hand_over(stage: Stage) -> None:
     stage.say("End it:")
     for export in stage.client.items("/v1/exports", {"state": "running"}):
         stage.say(f"  {path} export stop {export['id']}", "bold")
-    stage.say(f"  kill {stage.agent.pid} && sleep 1 && rm -r {stage.folder}", "bold")
+    stage.say(f"  kill {stage.agent.pid} && sleep 2 && rm -rf {stage.folder}", "bold")
     if stage.made_user:
         stage.say(f"  userdel {stage.user}", "bold")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,10 +66,13 @@ class Monitor:
         self._watch: asyncio.Task[None] | None = None
         self._disconnecting: asyncio.Future[None] | None = None
 
-    async def connect(self, path: str) -> None:
-        """Raises JobError unresponsive when there is no greeting in time (another client may have the monitor)."""
+    async def connect(self, path: str, connected: socket.socket | None = None) -> None:
+        """Raises JobError unresponsive when there is no greeting in time (another client may have the monitor).
+
+        `connected` is taken over, and used instead of connecting to `path`.
+        """
         try:
-            await asyncio.wait_for(self._client.connect(path), self._connect_timeout)
+            await asyncio.wait_for(self._client.connect(connected or path), self._connect_timeout)
         except (TimeoutError, QMPError, OSError) as error:
             await self._disconnect()
             what = f"no answer within {self._connect_timeout:g} s" if isinstance(error, TimeoutError) else str(error)
@@ -92,7 +96,7 @@ class Monitor:
         if command in CRASHES_QEMU:
             raise ValueError(f"{command} can crash QEMU while a stream job is concluded")
         limit = self._call_timeout if timeout is None else timeout
-        sent = {key.replace("_", "-"): value for key, value in arguments.items() if value is not None}
+        sent = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
             return await asyncio.wait_for(self._client.execute(command, sent or None), limit)
         except ExecuteError as error:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,8 +35,9 @@ log = logging.getLogger(__name__)
 
 CONTROL = "hostagent-control"
 READER = "hostagent-reader"
-INTERNAL = frozenset({CONTROL, READER})
 """Exports for the agent's own connections; never left behind between two slices."""
+INSPECTIONS = 16
+"""Chains that are read at a time."""
 
 
 class Lease(Protocol):
@@ -106,6 +109,9 @@ class PreparedChain:
         self.lock = asyncio.Lock()
         self.daemon: StorageDaemon | None = None
         self.writable = False
+        self.published = False
+        """Whether others than the agent could ever connect to the daemon's socket. It is never taken back: who
+        connected then may still be about to name the export that he wants."""
         self.answers = True
         self.closed = False
         self.died = False
@@ -124,12 +130,6 @@ class PreparedChain:
     @property
     def _ours(self) -> tuple[int, ...]:
         return (self.daemon.pid,) if self.daemon else ()
-
-    @property
-    def published(self) -> bool:
-        """Whether others than the agent could ever connect to the daemon's socket. It is never taken back: somebody
-        who connected then may still be about to name the export that he wants."""
-        return self.daemon is not None and bool(self.daemon.places.socket.stat().st_mode & 0o077)
 
     def descriptor(self, file: FileId) -> int | None:
         """The agent's own read descriptor of a layer."""
@@ -330,6 +330,9 @@ class Chains:
         self._clock = clock
         self._chains: dict[tuple[FileId, bool], PreparedChain] = {}
         self.orphans: list[Orphan] = []
+        # Threads of their own: an open() on dead storage never returns, and must not use up those that others need.
+        self._inspectors = ThreadPoolExecutor(INSPECTIONS, thread_name_prefix="inspect")
+        self._inspecting = 0
         self.sink: Sink
 
     def all(self) -> list[PreparedChain]:
@@ -343,15 +346,30 @@ class Chains:
         limits = self.settings.limits
         if not anywhere:
             limits = ChainLimits(limits.pools, limits.max_depth, top_anywhere=False)
-        work = asyncio.to_thread(open_chain, path, limits=limits, format=format)
+        if self._inspecting >= INSPECTIONS:
+            raise JobError(
+                "limit",
+                f"{self._inspecting} images are being read already",
+                remedy="try again; if it stays so, the storage of some of them hangs",
+            )
+        self._inspecting += 1
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._inspectors, functools.partial(open_chain, path, limits=limits, format=format))
+        work.add_done_callback(self._inspected)
         try:
-            return await asyncio.wait_for(work, self.settings.inspect_timeout)
-        except TimeoutError:
+            return await asyncio.wait_for(asyncio.shield(work), self.settings.inspect_timeout)
+        except BaseException as error:
+            work.add_done_callback(_close_late)
+            if not isinstance(error, TimeoutError):
+                raise
             raise JobError(
                 "timeout",
                 f"{path!r} could not be read within {self.settings.inspect_timeout:g} s (images.inspect_timeout)",
                 remedy="see whether its storage hangs",
             ) from None
+
+    def _inspected(self, _: object) -> None:
+        self._inspecting -= 1
 
     @contextlib.asynccontextmanager
     async def joined(self, opened: OpenChain, *, shallow: bool = False) -> AsyncIterator[PreparedChain]:
@@ -458,6 +476,7 @@ class Chains:
         if self.settings.socket_gid is not None:
             os.chown(socket, -1, self.settings.socket_gid)
         socket.chmod(0o660)
+        chain.published = True
 
     # Restart
 
@@ -498,6 +517,7 @@ class Chains:
         chain.nodes = [Node(layer, n, fd) for n, (layer, fd) in layers if layer.file in modes]
         chain.layers = [node.layer for node in chain.nodes]
         chain.writable = modes.get(record.file, False)
+        chain.published = True  # it may have been
         if opened is not None:
             await self._lease_again(chain)
         try:
@@ -591,3 +611,8 @@ class Chains:
             created=self._clock.now(),
         )
 
+
+def _close_late(work: asyncio.Future[OpenChain]) -> None:
+    """Nobody waits any more for what was opened."""
+    if not work.cancelled() and work.exception() is None:
+        work.result().close()

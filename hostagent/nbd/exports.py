@@ -295,30 +295,26 @@ class Exports:
             self._timers[record.id] = asyncio.create_task(self._expire(record), name=f"export {record.id} expires")
 
     async def _expire(self, record: ExportRecord) -> None:
-        """Waits for the time to live; looks for clients only when there is an idle timeout."""
+        """Waits for the time to live; looks for clients only when there is an idle timeout; stops it in the end."""
         idle_since = self._clock.monotonic()
         while True:
             left = (record.expires - self._clock.now()).total_seconds() if record.expires else None
-            if left is not None and left <= 0:
-                await self._expired(record, "its time to live is over")
-                return
-            if record.idle_timeout is None:
-                assert left is not None
-                await asyncio.sleep(left)
-                continue
-            if await asyncio.to_thread(self.clients, record):
-                idle_since = self._clock.monotonic()
-            elif self._clock.monotonic() - idle_since >= record.idle_timeout:
-                await self._expired(record, f"no client for {record.idle_timeout:g} s")
-                return
-            pause = max(self._settings.idle_check, record.idle_timeout / 10)
-            await asyncio.sleep(min(pause, left) if left is not None else pause)
-
-    async def _expired(self, record: ExportRecord, reason: str) -> None:
-        try:
-            await self.stop(record.id, force=True, reason=reason)
-        except JobError as error:
-            log.warning("an export cannot be stopped", extra={"fields": {"export": record.id, "error": error.message}})
+            idle = record.idle_timeout
+            try:
+                if left is not None and left <= 0:
+                    await self.stop(record.id, force=True, reason="its time to live is over")
+                    return
+                if idle is not None and len(await asyncio.to_thread(self.clients, record)):
+                    idle_since = self._clock.monotonic()
+                elif idle is not None and self._clock.monotonic() - idle_since >= idle:
+                    await self.stop(record.id, force=True, reason=f"no client for {idle:g} s")
+                    return
+            except JobError as error:
+                fields = {"export": record.id, "error": error.message}
+                log.warning("an export cannot be stopped yet", extra={"fields": fields})
+                left = None
+            pause = self._settings.idle_check if idle is None else max(self._settings.idle_check, idle / 10)
+            await asyncio.sleep(pause if left is None else left if idle is None else min(pause, left))
 
 
 def _same(known: ExportRecord, spec: ExportSpec) -> ExportRecord:

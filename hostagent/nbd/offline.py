@@ -109,6 +109,7 @@ class OfflineDriver:
         if not wanted or chain is None or chain.writable:
             return ()
         with await self._chains.open(job.before.top.path, format="qcow2") as opened:
+            verify(opened, job.before)
             result = await self._qemu_img.check(opened)
         return (result.warning,) if result.warning else ()
 
@@ -340,11 +341,15 @@ def _space(opened: OpenChain, after: Chain) -> dict[str, int]:
 
 def _durable_backing(top: Layer, fd: int | None) -> str | None:
     """The backing file that the header on stable storage names. Raises when the file is not the job's image."""
-    own = os.open(top.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC) if fd is None else os.dup(fd)
+    handle = os.open(top.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC) if fd is None else os.dup(fd)
     try:
-        found = os.fstat(own)
+        found = os.fstat(handle)
         if FileId(found.st_dev, found.st_ino) != top.file:
             raise JobError("image_changed", f"{top.path!r} is another file now", remedy="see who replaced it")
+        own = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(handle)
+    try:
         os.fdatasync(own)
         return read_backing(own)
     finally:

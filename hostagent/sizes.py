@@ -53,7 +53,12 @@ def parse_rate(text: str, *, field: str = "bandwidth") -> int:
             value=rate[:_LONGEST],
             remedy=f"virsh's means MiB/s; write {number}MiB/s (or {number}B/s for bytes per second)",
         )
-    return parse_size(rate.removesuffix("/s"), field=field)
+    try:
+        return parse_size(rate.removesuffix("/s"), field=field)
+    except AgentError as error:
+        shown = rate[:_LONGEST]
+        remedy = "write 50MiB/s, or `unlimited`"
+        raise AgentError("invalid", f"{shown!r} is not a rate", field=field, value=shown, remedy=remedy) from error
 
 
 def format_size(size: float) -> str:

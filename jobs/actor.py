@@ -213,7 +213,6 @@ class Actor:
         """Completing or aborting: ask for the end where that is our part, then settle."""
         if self.job.state is State.ABORTING or self._failure is not None:
             await self._w.driver.cancel(self.job)
-        deadline = self._w.clock.monotonic() + self._w.limits.abort_timeout
         while not self.job.state.terminal:
             seen = await self._w.driver.observe(self.job)
             verdict = decide(self.job, seen, self._failure)
@@ -227,20 +226,9 @@ class Actor:
             if self.job.state is State.COMPLETING and self._failure is None:
                 await self._keeper.move(Signal.STARTED)
                 return
-            await self._wait_for_end(deadline)
-
-    async def _wait_for_end(self, deadline: float) -> None:
-        message = await self._inbox.next(self._w.limits.progress_interval)
-        late = self._w.clock.monotonic() > deadline
-        if message is None or message.ask is Ask.LOOK:
-            return
-        if message.ask is Ask.FORCE and not late:
-            left = deadline - self._w.clock.monotonic()
-            message.refuse(
-                JobError("busy", f"the abort has {left:.0f} s left to end by itself", remedy="then use --force again")
-            )
-            return
-        await self._request(message)
+            message = await self._inbox.next(self._w.limits.progress_interval)
+            if message is not None and message.ask is not Ask.LOOK:
+                await self._request(message)
 
     async def _unknown(self) -> None:
         """Contact is lost. A look may find it again; there is no deadline."""
@@ -323,6 +311,7 @@ class Actor:
 
     async def _abort(self, *, force: bool) -> None:
         if force and self.job.state in (State.ABORTING, State.UNKNOWN):
+            self._refuse_haste()
             await self._w.driver.cancel(self.job, force=True)
         if self.job.state is State.UNKNOWN:
             await self._keeper.change(intent="abort")
@@ -330,6 +319,13 @@ class Actor:
             await self._keeper.move(Signal.ABORT, intent="abort")
 
     # Small things
+
+    def _refuse_haste(self) -> None:
+        """Killing loses what was not written: first the job has its time to end, or to be heard of again."""
+        left = self._w.limits.abort_timeout - (self._w.clock.now() - self.job.since).total_seconds()
+        if left > 0:
+            message = f"job {self.job.id} has {left:.0f} s left to end by itself (jobs.abort_timeout)"
+            raise JobError("busy", message, remedy="then use --force again")
 
     async def _lost(self, error: JobError) -> None:
         log.warning("contact lost", extra={"fields": {"job": self.job.id, "error": error.message}})

@@ -444,7 +444,7 @@ class Chains:
     def lost(self, chain: PreparedChain) -> None:
         self._chains.pop((chain.file, chain.shallow), None)
         chain.let_go()
-        log.warning("storage daemon ended by itself", extra={"fields": {"path": chain.path, "pid": chain.pid}})
+        log.warning("storage daemon ended", extra={"fields": {"path": chain.path, "pid": chain.pid}})
         asyncio.get_running_loop().create_task(self._clean(chain))
         self.sink.daemon_gone(chain)
 

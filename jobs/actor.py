@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from events.model import JobEventKind
 from jobs import pull
 from jobs.errors import JobError
 from jobs.inbox import Ask, Inbox, Message
@@ -36,7 +35,6 @@ class Actor:
         self._keeper = Keeper(world, job)
         self._inbox = Inbox()
         self._has_slot = False
-        self._failure: Failure | None = None
 
     @property
     def job(self) -> Job:
@@ -60,13 +58,16 @@ class Actor:
         try:
             while not self.job.state.terminal:
                 await self._live()
+            self._let_go()  # before its access is settled, which may take as long as somebody's storage hangs
             await self._keeper.settle_access()
         finally:
-            self._give_slot()
-            self._inbox.refuse_all(self._gone)
+            self._let_go()
 
-    def _gone(self) -> JobError:
-        return JobError("conflict", f"job {self.job.id} is {self.job.state}", state=self.job.state.value)
+    def _let_go(self) -> None:
+        self._give_slot()
+        self._inbox.refuse_all(
+            JobError("conflict", f"job {self.job.id} is {self.job.state}", state=self.job.state.value)
+        )
 
     async def _live(self) -> None:
         """One stay in one state. What a handler raises is the job's failure, or lost contact."""
@@ -79,9 +80,9 @@ class Actor:
         except JobError as error:
             if self.job.state is not state:
                 raise
-            if error.code == "unresponsive" and state is not State.QUEUED:
+            if error.code == "unresponsive" and accepts(self.job, Signal.LOST):
                 await self._lost(error)
-            elif state in (State.COMPLETING, State.ABORTING, State.UNKNOWN):
+            elif state in (State.WAITING, State.COMPLETING, State.ABORTING, State.UNKNOWN):
                 await self._pause_before_retry(error)
             else:
                 await self._fail(failure_of(error))
@@ -93,8 +94,7 @@ class Actor:
 
     async def _fail(self, failure: Failure) -> None:
         """The job cannot go on. What became of it is still for the image to say."""
-        self._failure = failure
-        await self._keeper.move(Signal.ENDED)
+        await self._keeper.move(Signal.ENDED, error=failure)
 
     async def _queued(self) -> None:
         admitted = asyncio.ensure_future(self._w.slots.take())
@@ -122,11 +122,7 @@ class Actor:
                 await self._keeper.change(warnings=(*self.job.warnings, *warnings))
         if not self.job.incremental:
             await driver.start(self.job)
-        first = self.job.started is None
-        started = self.job.started or self._w.clock.now()
-        if first:
-            self._keeper.begin_progress()
-        await self._keeper.move(Signal.STARTED, kind=JobEventKind.STARTED if first else None, started=started)
+        await self._keeper.started()
 
     async def _running(self) -> None:
         if self._agent_driven:
@@ -153,8 +149,9 @@ class Actor:
         seen = await self._w.driver.observe(self.job)
         if seen.cursor is not None:
             self._keeper.report(seen.cursor)
+            await self._keeper.remember()
         if seen.contact is Contact.UNRESPONSIVE:
-            await self._keeper.move(Signal.LOST)
+            await self._keeper.lost()
         elif seen.contact is Contact.DEAD or seen.phase in (Phase.CONCLUDED, Phase.ABSENT):
             self._keeper.seen_end()
             await self._keeper.move(Signal.ENDED)
@@ -168,13 +165,21 @@ class Actor:
             stop = asyncio.Event()
             slice_ = asyncio.ensure_future(self._w.driver.advance(replace(self.job, upto=upto), stop))
             message: Message | None = None
-            while not slice_.done() and message is None:
-                message = await self._inbox.next_or(slice_)
-                if message is not None and message.ask is Ask.LOOK:
-                    message = None
-            if message is not None:
+            try:
+                while not slice_.done() and message is None:
+                    message = await self._inbox.next_or(slice_)
+                    if message is not None and message.ask is Ask.LOOK:
+                        message = None
                 stop.set()
-            await self._keeper.reached(await slice_)
+                await self._keeper.reached(await slice_)
+            except BaseException:
+                if message is not None:
+                    self._inbox.put_back(message)
+                raise
+            finally:
+                if not slice_.done():
+                    slice_.cancel()
+                    await asyncio.wait({slice_}, timeout=self._w.limits.abort_timeout)
             if message is not None:
                 await self._request(message)
         if self.job.state is State.RUNNING and self.job.cursor.cur < self.job.cursor.end:
@@ -183,9 +188,8 @@ class Actor:
     async def _paused(self) -> None:
         await self._look_while_paused()
         while self.job.state is State.PAUSED:
-            message = await self._inbox.next(None)
-            assert message is not None
-            if message.ask is Ask.LOOK:
+            message = await self._inbox.next(None if self._agent_driven else self._w.limits.progress_interval)
+            if message is None or message.ask is Ask.LOOK:
                 await self._look_while_paused()
             else:
                 await self._request(message)
@@ -195,7 +199,7 @@ class Actor:
             return  # nothing runs: it goes on from its cursor whatever became of the daemon
         seen = await self._w.driver.observe(self.job)
         if seen.contact is Contact.UNRESPONSIVE:
-            await self._keeper.move(Signal.LOST)
+            await self._keeper.lost()
         elif seen.contact is Contact.DEAD or seen.phase in (Phase.CONCLUDED, Phase.ABSENT):
             self._keeper.seen_end()
             await self._keeper.move(Signal.ENDED)
@@ -211,20 +215,20 @@ class Actor:
 
     async def _ending(self) -> None:
         """Completing or aborting: ask for the end where that is our part, then settle."""
-        if self.job.state is State.ABORTING or self._failure is not None:
+        if self.job.state is State.ABORTING or self.job.error is not None:
             await self._w.driver.cancel(self.job)
         while not self.job.state.terminal:
             seen = await self._w.driver.observe(self.job)
-            verdict = decide(self.job, seen, self._failure)
+            verdict = decide(self.job, seen, self.job.error)
             if verdict.signal is Signal.LOST:
-                await self._keeper.move(Signal.LOST)
+                await self._keeper.lost()
                 return
             if verdict.signal is not None:
                 self._keeper.seen_end()
                 await self._keeper.record(verdict.signal, verdict.failure, seen.cursor)
                 return
-            if self.job.state is State.COMPLETING and self._failure is None:
-                await self._keeper.move(Signal.STARTED)
+            if self.job.state is State.COMPLETING and self.job.error is None:
+                await self._keeper.started()
                 return
             message = await self._inbox.next(self._w.limits.progress_interval)
             if message is not None and message.ask is not Ask.LOOK:
@@ -244,12 +248,14 @@ class Actor:
                 continue
             if self.job.intent == "abort":
                 await self._keeper.move(Signal.ABORT)
+            elif self.job.error is not None:
+                await self._keeper.move(Signal.ENDED)
             elif seen.phase in (Phase.RUNNING, Phase.PENDING):
-                await self._keeper.move(Signal.STARTED)
+                await self._keeper.started()
             elif seen.phase is Phase.PAUSED:
                 await self._keeper.move(Signal.PAUSED)
             elif self._agent_driven and seen.contact is Contact.ALIVE:
-                await self._keeper.move(Signal.STARTED)
+                await self._keeper.started()
             else:
                 self._keeper.seen_end()
                 await self._keeper.move(Signal.ENDED)
@@ -260,7 +266,6 @@ class Actor:
         State.RUNNING: _running,
         State.PAUSED: _paused,
         State.WAITING: _waiting,
-        State.READY: _running,
         State.COMPLETING: _ending,
         State.ABORTING: _ending,
         State.UNKNOWN: _unknown,
@@ -269,6 +274,8 @@ class Actor:
     # Requests
 
     async def _request(self, message: Message) -> None:
+        if message.given_up:
+            return
         try:
             await self._carry_out(message)
             message.answer(self.job)
@@ -276,6 +283,9 @@ class Actor:
             message.refuse(error)
             if error.code == "unresponsive" and self.job.state in (State.RUNNING, State.PAUSED):
                 await self._lost(error)
+        except asyncio.CancelledError:
+            message.refuse(JobError("unavailable", "the agent is stopping", remedy="ask again when it is back"))
+            raise
         except BaseException:
             message.refuse(JobError("internal", "a fault of the agent", remedy="see the agent's log"))
             raise
@@ -330,11 +340,13 @@ class Actor:
     async def _lost(self, error: JobError) -> None:
         log.warning("contact lost", extra={"fields": {"job": self.job.id, "error": error.message}})
         if self.job.state is not State.UNKNOWN:
-            await self._keeper.move(Signal.LOST)
+            await self._keeper.lost()
 
     async def _pause_before_retry(self, error: JobError) -> None:
         log.warning("settling failed, trying again", extra={"fields": {"job": self.job.id, "error": error.message}})
-        await self._inbox.next(self._w.limits.settle_retry)
+        message = await self._inbox.next(self._w.limits.settle_retry)
+        if message is not None and message.ask is not Ask.LOOK:
+            await self._request(message)
 
     async def _interruptible(self, work: Awaitable[tuple[str, ...]]) -> tuple[str, ...] | None:
         """The result of `work`, or None when a request changed the job's state meanwhile (`work` is cancelled)."""

@@ -21,6 +21,10 @@ from jobs.world import Limits, World
 log = logging.getLogger(__name__)
 
 
+UNSTORED = 1_000_000
+"""More revisions than a job has between two stores."""
+
+
 class Engine:
     """All jobs of the host. Not thread-safe: everything runs on one event loop."""
 
@@ -44,7 +48,8 @@ class Engine:
         """Take up every job that has not ended, and every end whose revocation is pending. How many."""
         jobs = await self._world.store.unsettled()
         for job in jobs:
-            self._spawn(job)
+            # Revisions grow with the shown progress too, which was not stored: none may come twice.
+            self._spawn(replace(job, revision=job.revision + UNSTORED))
         return len(jobs)
 
     async def stop(self) -> None:
@@ -93,8 +98,8 @@ class Engine:
             self._refuse_when_full()
             self._refuse_when_busy(spec, plan)
             job = self._new(spec, plan, job_id or str(uuid.uuid4()))
-            await self._world.store.save(job)
-            self._spawn(job)
+            # Shielded: a caller who leaves must not leave a stored job without its writer.
+            await asyncio.shield(asyncio.ensure_future(self._save_and_spawn(job)))
         self._world.changed(job)
         log.info("job queued", extra={"fields": {"job": job.id, "path": job.before.top.path}})
         return job, True
@@ -218,6 +223,10 @@ class Engine:
         if actor is None or actor.job.state.terminal:
             raise JobError("conflict", f"job {job.id} is {job.state}", state=job.state.value)
         return actor
+
+    async def _save_and_spawn(self, job: Job) -> None:
+        await self._world.store.save(job)
+        self._spawn(job)
 
     def _spawn(self, job: Job) -> None:
         actor = Actor(self._world, job)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -31,6 +30,11 @@ class Message:
     value: Any = None
     reply: asyncio.Future[Job] | None = None
 
+    @property
+    def given_up(self) -> bool:
+        """Whether who asked was told already that it was not taken up. An abort is carried out all the same."""
+        return self.reply is not None and self.reply.done() and self.ask not in (Ask.ABORT, Ask.FORCE)
+
     def answer(self, job: Job) -> None:
         if self.reply is not None and not self.reply.done():
             self.reply.set_result(job)
@@ -43,6 +47,7 @@ class Message:
 class Inbox:
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Message] = asyncio.Queue(maxsize=SIZE)
+        self._first: Message | None = None
 
     def hint(self) -> None:
         if not self._queue.full():
@@ -64,20 +69,31 @@ class Inbox:
             ) from None
 
     async def next(self, timeout: float | None) -> Message | None:
+        if self._first is not None:
+            message, self._first = self._first, None
+            return message
         try:
-            return await asyncio.wait_for(self._queue.get(), timeout)
+            # Not wait_for: in Python 3.11 it can swallow a cancellation (bpo-37658), and the agent's stop with it.
+            async with asyncio.timeout(timeout):
+                return await self._queue.get()
         except TimeoutError:
             return None
 
     async def next_or(self, other: asyncio.Future[Any]) -> Message | None:
         """The next message, or None when `other` is done first."""
-        getter = asyncio.ensure_future(self._queue.get())
+        getter = asyncio.ensure_future(self.next(None))
         try:
             await asyncio.wait({getter, other}, return_when=asyncio.FIRST_COMPLETED)
             return getter.result() if getter.done() else None
         finally:
             getter.cancel()
 
-    def refuse_all(self, error: Callable[[], JobError]) -> None:
+    def put_back(self, message: Message) -> None:
+        """It could not be seen to here: the state that follows takes it up first."""
+        self._first = message
+
+    def refuse_all(self, error: JobError) -> None:
+        if self._first is not None:
+            self._first.refuse(error)
         while not self._queue.empty():
-            self._queue.get_nowait().refuse(error())
+            self._queue.get_nowait().refuse(error)

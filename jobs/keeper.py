@@ -24,12 +24,17 @@ from jobs.world import World
 log = logging.getLogger(__name__)
 
 
+REMEMBER = 10.0
+"""Seconds between two stores of a cursor that only the hypervisor moves."""
+
+
 class Keeper:
     def __init__(self, world: World, job: Job) -> None:
         self.job = job
         self._w = world
         self._end_seen: float | None = None
         self._reported = False
+        self._stored = world.clock.monotonic()
         self._progress = Progress(world.clock.monotonic(), job.cursor)
 
     @property
@@ -44,6 +49,21 @@ class Keeper:
         await self._save(job, kind)
         fields = {"job": job.id, "path": job.before.top.path, "from": before, "to": job.state, "cur": job.cursor.cur}
         log.info("job %s", job.state, extra={"fields": fields})
+
+    async def started(self) -> None:
+        """The job runs; the first time that is an event."""
+        first = self.job.started is None
+        if first:
+            self._progress = Progress(self._w.clock.monotonic(), self.job.cursor)
+        kind = JobEventKind.STARTED if first else None
+        await self.move(Signal.STARTED, kind=kind, started=self.job.started or self._w.clock.now(), error=None)
+
+    async def lost(self) -> None:
+        """No answer. A job that was just being started may run by now, and counts as started."""
+        if self.job.state is State.STARTING and self.job.started is None:
+            await self.move(Signal.LOST, kind=JobEventKind.STARTED, started=self._w.clock.now())
+        else:
+            await self.move(Signal.LOST)
 
     async def change(self, **changes: Any) -> None:
         """Other fields of the job, in the same state."""
@@ -66,8 +86,10 @@ class Keeper:
             self.job = replace(self.job, cursor=cursor, revision=self.job.revision + 1)
             self._w.changed(self.job)
 
-    def begin_progress(self) -> None:
-        self._progress = Progress(self._w.clock.monotonic(), self.job.cursor)
+    async def remember(self) -> None:
+        """Store the shown cursor now and then, so that a restart does not show it going far back."""
+        if self._w.clock.monotonic() - self._stored > REMEMBER:
+            await self.change()
 
     def seen_end(self) -> None:
         """The end was seen now, for the first time."""
@@ -90,6 +112,7 @@ class Keeper:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, self._w.limits.settle_retry_max)
         self.job = job
+        self._stored = self._w.clock.monotonic()
         self._w.changed(job)
 
     # The end

@@ -12,13 +12,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import itertools
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from events.model import Event, GrantEvent, GrantEventKind
 from hostagent.access import acl, holders
@@ -32,6 +33,7 @@ from jobs.ports import AccessResult, AccessVerdict, Clock
 log = logging.getLogger(__name__)
 
 Mode = Literal["r", "rw"]
+T = TypeVar("T")
 
 MOST_ENTRIES = 100_000
 """Entries of one folder that are looked through for a file that was renamed."""
@@ -104,6 +106,7 @@ class Ledger:
         self._observe = observe
         self._files = Locks()
         self._handles: dict[FileId, int] = {}
+        self._late: set[FileId] = set()
 
     # What others call
 
@@ -160,7 +163,7 @@ class Ledger:
     async def keepers(self, file: FileId, leaving: Collection[Holder]) -> list[str]:
         """Who would keep the file when `leaving` need it no more: other rows, and foreign processes."""
         rows = [row for row in await self._store.access_rows([file]) if row.holder not in leaving]
-        processes = await asyncio.to_thread(self._open_in, file)
+        processes = await self._thread(file, lambda: self._open_in(file))
         mine = set(self._daemons())
         return [str(row.holder) for row in rows] + [str(p) for p in processes if p.pid not in mine]
 
@@ -168,10 +171,13 @@ class Ledger:
 
     async def _settle(self, file: FileId, trigger: str, *, strict: bool = False) -> AccessResult:
         """One file. `strict` raises what stands in the way of a grant."""
-        rows = await self._rows(file)
-        known = next(iter(await self._store.access_files([file])), None)
-        if rows and known and file not in self._handles and await asyncio.to_thread(_is_former, known.path, file):
-            known = None  # of a file that was deleted: its inode number is used again
+        try:
+            rows = await self._rows(file)
+            known = await self._entry(file, rows)
+        except JobError as error:
+            if strict:
+                raise
+            return AccessResult("", AccessVerdict.PENDING, error.message)
         if not rows and (known is None or known.verdict == AccessVerdict.REVOKED):
             return self._nothing_to_do(known)
         was = known or self._blank(file, rows[-1].path)
@@ -188,10 +194,21 @@ class Ledger:
         """The file's rows, oldest first, without those of images that stood on a file which is gone."""
         rows = await self._store.access_rows([file])
         images = [row for row in rows if row.holder.kind == "image"]
-        stale = [row for row in images if await asyncio.to_thread(self._is_stale, row, alone=len(rows) == 1)]
+        alone = len(rows) == 1
+        stale = await self._thread(file, lambda: [row for row in images if self._is_stale(row, alone=alone)])
         for row in stale:
             await self._store.delete_row(row.id)
         return [row for row in rows if row not in stale]
+
+    async def _entry(self, file: FileId, rows: Sequence[AccessRow]) -> AccessFile | None:
+        """What was done to the file; nothing, when that was a deleted file whose inode number is used again."""
+        found = next(iter(await self._store.access_files([file])), None)
+        if found is not None and rows and await self._thread(file, functools.partial(self._was_another, found)):
+            return None
+        return found
+
+    def _was_another(self, entry: AccessFile) -> bool:
+        return entry.file not in self._handles and _is_former(entry.path, entry.file)
 
     def _is_stale(self, row: AccessRow, *, alone: bool) -> bool:
         """Whether the row tells of a deleted file: inode numbers are used again. One that is only away comes back."""
@@ -254,13 +271,14 @@ class Ledger:
         if self._subject.own:
             return _Finding(replace(given, mode=need), GrantEventKind.GRANTED)
         if was.mode == "":
-            plan = await self._thread(self._plan_grant, given, need)
+            plan = await self._thread(was.file, functools.partial(self._plan_grant, given, need))
             if plan.mode == "":
                 return _Finding(plan, GrantEventKind.GRANTED)
             # Written down before it is done: a crash after this line still knows what to go back to.
             await self._store.put_access_file(plan)
             given = replace(plan, verdict=AccessVerdict.GRANTED)
-        return _Finding(await self._thread(self._apply_grant, given, need), GrantEventKind.GRANTED)
+        applied = await self._thread(was.file, functools.partial(self._apply_grant, given, need))
+        return _Finding(applied, GrantEventKind.GRANTED)
 
     def _plan_grant(self, entry: AccessFile, need: Mode) -> AccessFile:
         """Whether we must give anything; if so, the entry with the ACL to go back to."""
@@ -311,7 +329,7 @@ class Ledger:
         kept = replace(was, verdict=AccessVerdict.KEPT, holders=())
         if self._subject.own:
             return _Finding(replace(kept, mode="", reason=self._own_reason), GrantEventKind.KEPT)
-        processes = await self._thread(self._open_in, was.file)
+        processes = await self._thread(was.file, lambda: self._open_in(was.file))
         ours = [process for process in processes if process.pid in self._daemons()]
         if ours:
             raise JobError("busy", f"{was.path!r} is still open in our storage daemon ({ours[0]})")
@@ -319,8 +337,7 @@ class Ledger:
             foreign = tuple(str(process) for process in processes)
             kept = replace(kept, reason=f"it is open in {', '.join(foreign)}", holders=foreign)
             return _Finding(kept, GrantEventKind.KEPT)
-        finding: _Finding = await self._thread(self._take_back, was, trigger)
-        return finding
+        return await self._thread(was.file, lambda: self._take_back(was, trigger))
 
     def _take_back(self, was: AccessFile, trigger: str) -> _Finding:
         try:
@@ -381,10 +398,17 @@ class Ledger:
         found = holders.find_open([file], uids=[self._subject.uid], skip_pids=[os.getpid()])
         return found.get(file, [])
 
-    async def _thread(self, work: Callable[..., Any], *args: Any) -> Any:
+    async def _thread(self, file: FileId, work: Callable[[], T]) -> T:
+        """Work on a file in a thread, within access.converge_timeout. While work that came late still hangs, no other
+        is begun: it could undo, when it comes through, what was given in the meantime."""
+        if file in self._late:
+            raise JobError("timeout", "an earlier change of the file's access still hangs", remedy="see its storage")
+        future = asyncio.get_running_loop().run_in_executor(None, work)
         try:
-            return await asyncio.wait_for(asyncio.to_thread(work, *args), self._settings.converge_timeout)
+            return await asyncio.wait_for(asyncio.shield(future), self._settings.converge_timeout)
         except TimeoutError:
+            self._late.add(file)
+            future.add_done_callback(lambda done: self._came_late(file, done))
             raise JobError(
                 "timeout",
                 f"access could not be changed within {self._settings.converge_timeout:g} s (access.converge_timeout)",
@@ -394,6 +418,11 @@ class Ledger:
             raise
         except OSError as error:
             raise JobError("io_error", f"access could not be changed: {error}", remedy="look at the storage") from error
+
+    def _came_late(self, file: FileId, work: asyncio.Future[Any]) -> None:
+        self._late.discard(file)
+        if not work.cancelled() and (error := work.exception()) is not None:
+            log.warning("a late change of access failed", extra={"fields": {"error": str(error)}})
 
 
 def _is_former(path: str, file: FileId) -> bool:

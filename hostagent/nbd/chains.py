@@ -144,19 +144,23 @@ class PreparedChain:
         """The same files, opened once more by somebody who joins: kept where we have none, else closed."""
         if opened is self._opened:
             return
-        if self._opened is None:
+        same_format = opened.chain.top.format == self.layers[0].format
+        if self._opened is None and same_format:
             self._opened = opened
-            return
-        opened.close()
-        if opened.chain.top.format != self.layers[0].format:
-            raise JobError(
-                "busy",
-                f"{self.path!r} is in use as {self.layers[0].format}, and cannot be {opened.chain.top.format} too",
-                field="format",
-                value=opened.chain.top.format,
-                remedy="stop its exports first, or say the format that they use",
-                holders=sorted(str(user) for user in self.users),
-            )
+        else:
+            opened.close()
+        if not same_format:
+            raise self._other_format(opened.chain.top.format)
+
+    def _other_format(self, asked: str) -> JobError:
+        return JobError(
+            "busy",
+            f"{self.path!r} is in use as {self.layers[0].format}, and cannot be {asked} too",
+            field="format",
+            value=asked,
+            remedy="stop its exports first, or say the format that they use",
+            holders=sorted(str(user) for user in self.users),
+        )
 
     # Leases
 
@@ -332,7 +336,7 @@ class Chains:
         self.orphans: list[Orphan] = []
         # Threads of their own: an open() on dead storage never returns, and must not use up those that others need.
         self._inspectors = ThreadPoolExecutor(INSPECTIONS, thread_name_prefix="inspect")
-        self._inspecting = 0
+        self._hanging = 0
         self.sink: Sink
 
     def all(self) -> list[PreparedChain]:
@@ -346,20 +350,20 @@ class Chains:
         limits = self.settings.limits
         if not anywhere:
             limits = ChainLimits(limits.pools, limits.max_depth, top_anywhere=False)
-        if self._inspecting >= INSPECTIONS:
+        if self._hanging >= INSPECTIONS:
             raise JobError(
                 "limit",
-                f"{self._inspecting} images are being read already",
-                remedy="try again; if it stays so, the storage of some of them hangs",
+                f"the storage of {self._hanging} images hangs: none can be read now",
+                remedy="look at the host's storage (dmesg); reading goes on when it answers again",
             )
-        self._inspecting += 1
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._inspectors, functools.partial(open_chain, path, limits=limits, format=format))
-        work.add_done_callback(self._inspected)
         try:
             return await asyncio.wait_for(asyncio.shield(work), self.settings.inspect_timeout)
         except BaseException as error:
-            work.add_done_callback(_close_late)
+            if not work.done():
+                self._hanging += 1
+                work.add_done_callback(self._came_late)
             if not isinstance(error, TimeoutError):
                 raise
             raise JobError(
@@ -368,8 +372,11 @@ class Chains:
                 remedy="see whether its storage hangs",
             ) from None
 
-    def _inspected(self, _: object) -> None:
-        self._inspecting -= 1
+    def _came_late(self, work: asyncio.Future[OpenChain]) -> None:
+        """Nobody waits any more for what was opened."""
+        self._hanging -= 1
+        if not work.cancelled() and work.exception() is None:
+            work.result().close()
 
     @contextlib.asynccontextmanager
     async def joined(self, opened: OpenChain, *, shallow: bool = False) -> AsyncIterator[PreparedChain]:
@@ -611,8 +618,3 @@ class Chains:
             created=self._clock.now(),
         )
 
-
-def _close_late(work: asyncio.Future[OpenChain]) -> None:
-    """Nobody waits any more for what was opened."""
-    if not work.cancelled() and work.exception() is None:
-        work.result().close()

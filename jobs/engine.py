@@ -124,7 +124,13 @@ class Engine:
         job = await self.get(job_id)
         if job.state is State.ABORTED or (job.intent == "abort" and not force and not job.state.terminal):
             return job
-        return await self._actor(job).ask(Ask.FORCE if force else Ask.ABORT)
+        try:
+            return await self._actor(job).ask(Ask.FORCE if force else Ask.ABORT)
+        except JobError as error:
+            job = await self.get(job_id)
+            if error.code == "conflict" and job.state is State.ABORTED:
+                return job  # another's request, or ours before, came to its end meanwhile
+            raise
 
     async def pause(self, job_id: str) -> Job:
         job = await self.get(job_id)

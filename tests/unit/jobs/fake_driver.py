@@ -164,6 +164,7 @@ class FakeDriver:
         image.daemon = image.daemon or Daemon()
         if job.id not in image.daemon.blocks:
             image.daemon.blocks[job.id] = BlockJob(self.size, speed=job.bandwidth)
+            self.calls.append(("block job", job.id))
         self.fault("start done", job)
 
     async def advance(self, job: Job, stop: asyncio.Event) -> int:

@@ -95,7 +95,6 @@ class Qsd:
     binary: str = setting("qemu-storage-daemon", "The program, a path or a name to look up in PATH.")
     user: str = setting("", "The user that storage daemons and qemu-img run as.", unset="access.hypervisor_user")
     start_timeout: float = setting(10.0, "Seconds until a new storage daemon listens.", low=0.1, high=600)
-    handshake_timeout: float = setting(10.0, "Seconds until its monitor greets and agrees.", low=0.1, high=600)
     stop_timeout: float = setting(
         10.0, "Seconds to flush and end after `quit`. One that does not is unresponsive, not killed.", low=0.1, high=600
     )
@@ -117,13 +116,6 @@ class Qmp:
     connect_timeout: float = setting(5.0, "Seconds to connect to a monitor.", low=0.1, high=600)
     call_timeout: float = setting(
         10.0, "Seconds until a command is answered. After that the storage daemon is unresponsive.", low=0.1, high=600
-    )
-    reply_limit: int = setting(
-        10 * MIB,
-        "Bytes of one reply. Long backing chains describe themselves many times over.",
-        low=64 * 1024,
-        high=1 * GIB,
-        size=True,
     )
 
 
@@ -160,7 +152,6 @@ class Jobs:
         30.0, "Seconds until a cancelled job must have ended; after that `abort --force` may kill.", low=0.1, high=3600
     )
     start_timeout: float = setting(30.0, "Seconds to start a job, storage daemon included.", low=1, high=3600)
-    stall_after: float = setting(30.0, "Seconds without progress until a job counts as stalled.", low=1, high=3600)
     retention_days: int = setting(14, "Days that a finished job is kept.", low=0, high=3650)
     retention_count: int = setting(10000, "Finished jobs that are kept; the oldest go first.", low=0, high=1000000)
     slice: int = setting(

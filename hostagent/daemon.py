@@ -21,7 +21,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ from hostagent.records import ExportRecord
 from hostagent.store import Store
 from jobs.engine import Engine
 from jobs.errors import JobError
-from jobs.model import FileId, Job, State
+from jobs.model import Chain, FileId, Job, State
 from jobs.outcome import job_event
 from jobs.ports import SystemClock
 from jobs.world import Limits
@@ -328,13 +328,16 @@ class Agent:
     async def _after_reboot(self) -> None:
         """A new boot may give file systems other device numbers: files are found again by path and inode."""
         boot = process.boot_id()
-        if await self._store.fact("boot_id") != boot:
-            for entry in await self._store.access_files():
-                with contextlib.suppress(OSError):
-                    found = os.lstat(entry.path)
-                    if found.st_ino == entry.file.ino and found.st_dev != entry.file.dev:
-                        await self._store.rekey(entry.file, FileId(found.st_dev, found.st_ino))
-            await self._store.set_fact("boot_id", boot)
+        if await self._store.fact("boot_id") == boot:
+            return
+        for entry in await self._store.access_files():
+            if (file := _renumbered(entry.path, entry.file)) != entry.file:
+                await self._store.rekey(entry.file, file)
+        for job in await self._store.unsettled():
+            before, after = _renumbered_chain(job.before), _renumbered_chain(job.after)
+            if before != job.before:
+                await self._store.save(replace(job, before=before, after=after))
+        await self._store.set_fact("boot_id", boot)
 
     def _make_service(self) -> None:
         config = self._config
@@ -565,6 +568,19 @@ def _raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _renumbered(path: str, file: FileId) -> FileId:
+    """The file under the number that its device has now; as it was when it cannot be seen to be the same."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return file
+    return FileId(found.st_dev, found.st_ino) if found.st_ino == file.ino else file
+
+
+def _renumbered_chain(chain: Chain) -> Chain:
+    return Chain(tuple(replace(layer, file=_renumbered(layer.path, layer.file)) for layer in chain.layers))
 
 
 def _refuse_foreign_folder(folder: Path, setting: str) -> None:

@@ -257,7 +257,8 @@ class _Copy:
 
     def _enough(self) -> bool:
         late = time.monotonic() - self._began > self._work.seconds
-        return self._stop.is_set() or self._moved >= self._work.budget or (late and self._position > self._work.begin)
+        begun = self._moved > 0 or self._position > self._work.begin
+        return self._stop.is_set() or self._moved >= self._work.budget or (late and begun)
 
 
 def _merged(allocation: list[int], depths: list[int]) -> list[tuple[int, bool, int]]:

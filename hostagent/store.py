@@ -83,7 +83,10 @@ class Store:
         loop = asyncio.get_running_loop()
         try:
             self._db = await loop.run_in_executor(self._thread, self._connect)
-        except sqlite3.Error as error:
+        except BaseException as error:
+            os.close(self._lock_fd)
+            if not isinstance(error, sqlite3.Error):
+                raise
             raise JobError(
                 "unavailable",
                 f"the store in {str(self._folder)!r} cannot be opened: {error}",
@@ -191,7 +194,8 @@ class Store:
     async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:
         def work(db: sqlite3.Connection) -> None:
             _put_job(db, job)
-            _release(db, change.release)
+            for holder in change.release:
+                _release(db, holder)
             for file in change.forget:
                 for holder in change.sharers:
                     db.execute(

@@ -21,7 +21,7 @@ from jobs.keeper import Keeper
 from jobs.machine import HOLDS_SLOT, Signal, accepts, step
 from jobs.model import Failure, Job, State
 from jobs.outcome import failure_of
-from jobs.ports import Contact, Phase
+from jobs.ports import Contact, Observation, Phase
 from jobs.progress import View
 from jobs.settle import AGAIN, decide
 from jobs.world import World
@@ -35,6 +35,7 @@ class Actor:
         self._keeper = Keeper(world, job)
         self._inbox = Inbox()
         self._has_slot = False
+        self._end: Observation | None = None  # the look that found the job ended, until it is judged
 
     @property
     def job(self) -> Job:
@@ -155,6 +156,7 @@ class Actor:
         elif seen.contact is Contact.DEAD or seen.phase in (Phase.CONCLUDED, Phase.ABSENT):
             self._keeper.seen_end()
             await self._keeper.move(Signal.ENDED)
+            self._end = seen
         elif seen.phase is Phase.PENDING:
             await self._w.driver.finalize(self.job)
 
@@ -218,7 +220,8 @@ class Actor:
         if self.job.state is State.ABORTING or self.job.error is not None:
             await self._w.driver.cancel(self.job)
         while not self.job.state.terminal:
-            seen = await self._w.driver.observe(self.job)
+            seen = self._end or await self._w.driver.observe(self.job)
+            self._end = None
             verdict = decide(self.job, seen, self.job.error)
             if verdict.signal is Signal.LOST:
                 await self._keeper.lost()

@@ -33,6 +33,7 @@ class Keeper:
         self.job = job
         self._w = world
         self._end_seen: float | None = None
+        self._closed = False  # what the job had open is closed, so far as the driver could say
         self._reported = False
         self._stored = world.clock.monotonic()
         self._progress = Progress(world.clock.monotonic(), job.cursor)
@@ -135,6 +136,7 @@ class Keeper:
 
         try:
             await self._w.driver.conclude(self.job, record)
+            self._closed = True
         except JobError as error:
             if not self.job.state.terminal:
                 raise
@@ -149,7 +151,9 @@ class Keeper:
         delay = self._w.limits.settle_retry
         while True:
             try:
-                await self._w.driver.drop(self.job)
+                if not self._closed:
+                    await self._w.driver.drop(self.job)
+                self._closed = False  # should access not settle, the retry makes sure of the files again
                 if await self._settle_dropped():
                     await self._w.driver.leave(self.job)
                     settled = self.job.dropped if self.job.state is State.COMPLETED else ()

@@ -42,12 +42,10 @@ def access_change(job: Job, sharers: tuple[Holder, ...]) -> AccessChange:
     """What the ledger loses with the job. A job that did not complete leaves its backing chain to the image."""
     image = Holder("image", job.before.top.path)
     if job.state is State.COMPLETED:
-        return AccessChange(
-            release=job.holder, forget=tuple(layer.file for layer in job.dropped), sharers=(*sharers, image)
-        )
+        return AccessChange((job.holder, image), forget=tuple(layer.file for layer in job.dropped), sharers=sharers)
     reason = f"job {job.id} is {job.state}: the image still depends on it"
     inherit = tuple(Need(layer, "r", reason) for layer in job.before.layers[1:]) if job.started else ()
-    return AccessChange(release=job.holder, inherit=inherit, heir=image)
+    return AccessChange((job.holder,), inherit=inherit, heir=image)
 
 
 def failure_of(error: JobError) -> Failure:

@@ -51,11 +51,11 @@ class Observation:
 class AccessChange:
     """What a job's end does to the ledger, in the transaction that records it.
 
-    `release` loses all its rows. `forget` (the files that the chain lost) is dropped from every one of `sharers`.
+    `release` lose all their rows. `forget` (the files that the chain lost) is dropped from every one of `sharers`.
     `inherit` stays needed by the image itself, because the chain still depends on it.
     """
 
-    release: Holder
+    release: tuple[Holder, ...]
     forget: tuple[FileId, ...] = ()
     sharers: tuple[Holder, ...] = ()
     inherit: tuple[Need, ...] = ()

@@ -217,7 +217,7 @@ class AgentProcess:
     def events(self) -> list[Json]:
         """All events that are stored."""
         connection = _Connection(str(self.socket), 5)
-        found = []
+        found: list[Json] = []
         try:
             connection.request("GET", "/v1/events", headers={"Last-Event-ID": "0"})
             reply = connection.getresponse()

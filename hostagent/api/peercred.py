@@ -21,13 +21,14 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import h11
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hostagent.api import problem
+from hostagent.api.peer import NOBODY, Peer
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +37,6 @@ SCOPE_KEY = "hostagent.peer"
 _SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h; Python 3.11 has no name for it
 _GROUPS_MAX = 256  # socket.getsockopt refuses a buffer of more than 1024 bytes: 256 gid_t
 _UCRED = struct.Struct("iII")
-
-
-class Peer(NamedTuple):
-    """A connected process, as the kernel knew it when it connected."""
-
-    pid: int
-    uid: int
-    gid: int
-    groups: tuple[int, ...] = ()
-
-
-NOBODY = Peer(pid=0, uid=2**32 - 1, gid=2**32 - 1)
 
 
 @dataclass(frozen=True, slots=True)

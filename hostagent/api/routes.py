@@ -19,7 +19,8 @@ from starlette.responses import Response
 
 from events.bus import Bus
 from hostagent.api import models
-from hostagent.api.peercred import NOBODY, SCOPE_KEY, Peer
+from hostagent.api.peer import NOBODY, Peer
+from hostagent.api.peercred import SCOPE_KEY
 from hostagent.api.problem import nearest
 from hostagent.api.sse import Streams
 from hostagent.api.usecases import Json, Service

@@ -20,7 +20,7 @@ from hostagent import __version__
 from hostagent.access.ledger import Ledger, Subject
 from hostagent.api import views
 from hostagent.api.changes import Changes
-from hostagent.api.peercred import Peer
+from hostagent.api.peer import Peer
 from hostagent.nbd.chains import Chains, PreparedChain
 from hostagent.nbd.exports import Exports, ExportSpec
 from hostagent.records import AccessFile, ExportRecord
@@ -211,7 +211,8 @@ class AgentService:
     # Images and grants
 
     async def inspect_image(self, path: str, format: str | None, *, peer: Peer) -> Json:
-        opened = await self._chains.open(_offline(path, "path"), format=format, anywhere=self._anywhere(peer))
+        with _about("path"):
+            opened = await self._chains.open(_offline(path, "path"), format=format, anywhere=self._anywhere(peer))
         with opened:
             return views.image(opened.chain, opened.headers)
 

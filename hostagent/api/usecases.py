@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from events.model import Record
-from hostagent.api.peercred import Peer
+from hostagent.api.peer import Peer
 
 Json = dict[str, Any]
 

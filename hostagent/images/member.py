@@ -53,7 +53,8 @@ def open_member(wanted: Wanted, limits: ChainLimits) -> tuple[int, str]:
     """A descriptor open for reading, and the file's true path. The caller closes the descriptor."""
     if wanted.overlay is None and not limits.top_anywhere:
         # By name first: who may name images in pools only must not learn which other files there are.
-        _refuse_place(Path(os.path.normpath(wanted.path)), wanted, limits)
+        folder, name = os.path.split(wanted.path)
+        _refuse_place(Path(os.path.realpath(folder), name), wanted, limits)
     with _os_errors(wanted):
         handle = os.open(wanted.path, _GRASP)
         try:

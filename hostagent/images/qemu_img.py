@@ -35,6 +35,12 @@ class RunAs:
     gid: int
     groups: tuple[int, ...] = ()
 
+    @property
+    def options(self) -> list[str]:
+        """For setpriv(1)."""
+        groups = f"--groups={','.join(map(str, self.groups))}" if self.groups else "--clear-groups"
+        return [f"--reuid={self.uid}", f"--regid={self.gid}", groups]
+
 
 @dataclass(frozen=True, slots=True)
 class ToolLimits:
@@ -106,6 +112,8 @@ class QemuImg:
         limits = [f"--cpu={self._limits.cpu}", f"--as={self._limits.memory}", "--core=0"]
         command = [_found("prlimit", "util-linux"), *limits, "--", _found(self._binary, "qemu-utils"), *arguments]
         user = self._user
+        if user is not None:  # setpriv(1), not Popen's `user=`: that forks, which stops the agent for milliseconds
+            command = [_found("setpriv", "util-linux"), *user.options, "--", *command]
         try:
             return await asyncio.create_subprocess_exec(
                 *command,
@@ -116,9 +124,6 @@ class QemuImg:
                 cwd="/",
                 env={"PATH": os.defpath, "LC_ALL": "C"},  # messages are read below, so not in the host's language
                 start_new_session=True,
-                user=None if user is None else user.uid,
-                group=None if user is None else user.gid,
-                extra_groups=None if user is None else user.groups,
             )
         except OSError as error:
             remedy = "run the agent as root, or with its own user for the storage daemons"
@@ -207,6 +212,7 @@ def _failed(image: Layer, said: str) -> JobError:
 
 
 _REASONS = (
+    ("setpriv: ", "unavailable", "run the agent as root, or with its own user for the storage daemons"),
     ("prlimit: ", "unavailable", "lower images.tool_cpu and images.tool_memory to what the agent itself may use"),
     ('Failed to get "', "busy", "end the program that has it open for writing"),
     ('Failed to get shared "', "busy", "end the program that has it open for writing"),

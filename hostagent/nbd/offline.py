@@ -50,6 +50,10 @@ class Limits:
     check_auto_size: int
 
 
+class _UnreadableError(Exception):
+    """The image's header cannot be read now."""
+
+
 class OfflineDriver:
     def __init__(self, chains: Chains, grants: Grants, qemu_img: QemuImg, limits: Limits) -> None:
         self._chains = chains
@@ -110,8 +114,18 @@ class OfflineDriver:
             return ()
         with await self._chains.open(job.before.top.path, format="qcow2") as opened:
             verify(opened, job.before)
-            result = await self._qemu_img.check(opened)
+            serving = asyncio.ensure_future(self._serve(chain))  # each takes some 20 ms, and neither needs the other
+            serving.add_done_callback(lambda task: task.cancelled() or task.exception())
+            try:
+                result = await self._qemu_img.check(opened)
+            finally:
+                await asyncio.wait({serving})  # never cancelled: a process in the making would be nobody's
+            await serving
         return (result.warning,) if result.warning else ()
+
+    async def _serve(self, chain: PreparedChain) -> None:
+        async with chain.lock:
+            await chain.serve()
 
     # The job
 
@@ -198,34 +212,41 @@ class OfflineDriver:
 
     async def observe(self, job: Job) -> Observation:
         chain = self._chains.find(job.before.top.file)
-        if chain is None or chain.died:
-            return Observation(Contact.DEAD, proven=await self._proven(job, None))
-        if chain.daemon is None:
-            return Observation(Contact.ALIVE, proven=await self._proven(job, chain))
+        contact, found = Contact.DEAD, BlockJob(Phase.ABSENT)
+        if chain is not None and not chain.died:
+            contact = Contact.ALIVE
+            try:
+                if chain.daemon is not None:
+                    found = await chain.ask(chain.daemon.block_job(job_name(job)))
+            except JobError as error:
+                if error.code != "storage_daemon_died" and chain.daemon is not None and chain.daemon.alive:
+                    return Observation(Contact.UNRESPONSIVE)
+                contact = Contact.DEAD
+        cursor = None if job.incremental else found.cursor
+        if found.phase not in (Phase.ABSENT, Phase.CONCLUDED):
+            return Observation(contact, found.phase, cursor, found.error)
         try:
-            found = await chain.ask(chain.daemon.block_job(job_name(job)))
-        except JobError as error:
-            dead = error.code == "storage_daemon_died" or not chain.daemon.alive
-            if not dead:
-                return Observation(Contact.UNRESPONSIVE)
-            return Observation(Contact.DEAD, proven=await self._proven(job, chain))
-        ended = found.phase in (Phase.ABSENT, Phase.CONCLUDED)
-        return Observation(
-            Contact.ALIVE,
-            found.phase,
-            None if job.incremental else found.cursor,
-            found.error,
-            proven=ended and await self._proven(job, chain),
-        )
+            proven = await self._proven(job, chain)
+        except _UnreadableError as error:
+            log.warning("the image cannot be read back", extra={"fields": {"job": job.id, "error": str(error)}})
+            return Observation(Contact.UNRESPONSIVE)
+        return Observation(contact, found.phase, cursor, found.error, proven)
 
     async def _proven(self, job: Job, chain: PreparedChain | None) -> bool:
+        """What the header on stable storage says. A file that is gone, replaced or no image is an answer, too; one that
+        cannot be read now is none, but for an abort, which does not wait for it."""
         top = job.before.top
         fd = chain.descriptor(top.file) if chain else None
         try:
-            name = await asyncio.to_thread(_durable_backing, top, fd)
-        except (JobError, OSError) as error:
-            log.warning("the image cannot be read back", extra={"fields": {"job": job.id, "error": str(error)}})
+            reading = asyncio.to_thread(_durable_backing, top, fd)
+            name = await asyncio.wait_for(reading, self._limits.nbd_timeout)
+        except (FileNotFoundError, NotADirectoryError, JobError) as error:
+            log.warning("the image proves nothing", extra={"fields": {"job": job.id, "error": str(error)}})
             return False
+        except (TimeoutError, OSError) as error:
+            if job.intent == "abort":
+                return False
+            raise _UnreadableError(str(error) or "no answer in time") from error
         resolved = None if name is None else await asyncio.to_thread(os.path.realpath, Path(top.path).parent / name)
         return pull.proven(job, name, resolved)
 
@@ -277,9 +298,7 @@ class OfflineDriver:
     async def _drop(self, job: Job, chain: PreparedChain) -> None:
         if chain.daemon is not None and chain.daemon.alive:
             await self._clear(job, chain, chain.daemon)
-            found = await chain.ask(chain.daemon.block_job(job_name(job)))
-            if found.phase is Phase.CONCLUDED:
-                await chain.ask(chain.daemon.dismiss(job_name(job)))
+            await chain.ask(chain.daemon.dismiss(job_name(job)))
         if job.state is State.COMPLETED:
             await chain.shed(job.after)
         await chain.close_for_writing()

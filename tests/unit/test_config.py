@@ -40,17 +40,17 @@ def test_defaults_are_in_force_without_a_file() -> None:
 
 
 def test_each_source_overrides_the_one_before(file: Path) -> None:
-    file.write_text("[jobs]\nwidth = 5\nqueue = 6\nslice = '32MiB'\nstall_after = 8\n")
+    file.write_text("[jobs]\nwidth = 5\nqueue = 6\nslice = '32MiB'\nsettle_retry_max = 8\n")
     (file.parent / "hostagent.d" / "20-b.toml").write_text("[jobs]\nqueue = 8\n")
     (file.parent / "hostagent.d" / "10-a.toml").write_text("[jobs]\nqueue = 7\nslice = 16777216\n")
     (file.parent / "hostagent.d" / "no.txt").write_text("not TOML")
-    env = {"HOSTAGENT_JOBS_SLICE": "8M", "HOSTAGENT_JOBS_STALL_AFTER": "9.5", "HOSTAGENT_SOCKET": "/x", "HOME": "/h"}
-    loaded = config.load(file=file, env=env, overrides={"jobs.stall_after": "10"})
-    assert (loaded.jobs.width, loaded.jobs.queue, loaded.jobs.slice, loaded.jobs.stall_after) == (5, 8, 8 << 20, 10.0)
+    env = {"HOSTAGENT_JOBS_SLICE": "8M", "HOSTAGENT_JOBS_SETTLE_RETRY_MAX": "9.5", "HOSTAGENT_SOCKET": "/x"}
+    loaded = config.load(file=file, env=env, overrides={"jobs.settle_retry_max": "10"})
+    assert (loaded.jobs.width, loaded.jobs.queue, loaded.jobs.slice, loaded.jobs.settle_retry_max) == (5, 8, 8 << 20, 10.0)
     assert loaded.origin["jobs.width"] == str(file)
     assert loaded.origin["jobs.queue"].endswith("20-b.toml")
     assert loaded.origin["jobs.slice"] == "HOSTAGENT_JOBS_SLICE"
-    assert loaded.origin["jobs.stall_after"] == "the command line"
+    assert loaded.origin["jobs.settle_retry_max"] == "the command line"
     assert loaded.origin["jobs.start_timeout"] == "default"
 
 
@@ -84,8 +84,8 @@ def test_an_unknown_variable_is_refused_with_the_nearest_known_one() -> None:
         ("[jobs]\nwidth = 0\n", "jobs.width"),
         ("[jobs]\nslice = '64 apples'\n", "jobs.slice"),
         ("[jobs]\nslice = '1K'\n", "jobs.slice"),
-        ("[jobs]\nstall_after = nan\n", "jobs.stall_after"),
-        ("[jobs]\nstall_after = inf\n", "jobs.stall_after"),
+        ("[jobs]\nsettle_retry_max = nan\n", "jobs.settle_retry_max"),
+        ("[jobs]\nsettle_retry_max = inf\n", "jobs.settle_retry_max"),
         ("[images]\npools = '/images'\n", "images.pools"),
         ("[images]\npools = ['images']\n", "images.pools"),
         ("[images]\nmax_depth = 201\n", "images.max_depth"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from events.bus import Bus
 from events.model import HostEvent, HostEventKind, JobEvent, JobEventKind, Record, now
-from hostagent.api.peercred import Peer
+from hostagent.api.peer import Peer
 from jobs.errors import JobError
 
 Json = dict[str, Any]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from running_agent import serving
 
-from hostagent.api.peercred import NOBODY, Peer, PeerPolicy, peer_of
+from hostagent.api.peer import NOBODY, Peer
+from hostagent.api.peercred import PeerPolicy, peer_of
 
 PULL = {"operation": "pull", "target": "/img/top.qcow2"}
 

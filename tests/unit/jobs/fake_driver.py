@@ -127,6 +127,15 @@ class FakeDriver:
         block.phase, block.error = Phase.CONCLUDED, text
         self.hint(job.id)
 
+    def adopt(self, claims: Sequence[Job]) -> None:
+        """An agent starts: only daemons outlived the one before, and are kept where a job claims them."""
+        for image in self.images.values():
+            users = {job.holder for job in claims if job.before.top.file == image.chain.top.file}
+            users |= {user for user in image.users if user.kind == "export"}
+            if image.daemon is None or not users:
+                image.daemon, image.prepared, users = None, False, set()
+            image.users = users
+
     # Before the job
 
     async def plan(self, spec: JobSpec) -> Plan:

@@ -1,0 +1,151 @@
+"""The peers: the same work by QEMU's own programs, with nothing around it.
+
+A storage daemon that is driven by a QMP script of a few lines, and qemu-nbd. Both are started before the clock where
+starting is not what is measured, and are ended by their own process id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WAIT = 60.0  # seconds for any answer; the longest job here takes a few
+
+
+class Qmp:
+    """A monitor, blocking: one command, one answer; events are kept until they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = _connected(path)
+        self._lines = self._socket.makefile("rb")
+        self._events: list[dict[str, Any]] = []
+        self._receive()  # the greeting
+        self.call("qmp_capabilities")
+
+    def call(self, command: str, **arguments: Any) -> Any:
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while True:
+            message = self._receive()
+            if "error" in message:
+                raise AssertionError(f"{command}: {message['error']['desc']}")
+            if "return" in message:
+                return message["return"]
+            self._events.append(message)
+
+    def until(self, name: str, **data: Any) -> dict[str, Any]:
+        """The next event of that name whose data has these values."""
+        while True:
+            event = self._events.pop(0) if self._events else self._receive()
+            found: dict[str, Any] = event.get("data", {})
+            if event.get("event") == name and data.items() <= found.items():
+                return found
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+    def _receive(self) -> dict[str, Any]:
+        line = self._lines.readline()
+        if not line:
+            raise AssertionError("the storage daemon closed its monitor")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+
+def stream(overlay: Path, base: Path, *, speed: int, flush: bool) -> float:
+    """Seconds from the block-stream command to BLOCK_JOB_COMPLETED.
+
+    `flush`: as the agent does it, everything that was copied is made durable before the header forgets the base.
+    """
+    top = [_node("f0", "file", filename=str(overlay)), _node("l0", "qcow2", file="f0", backing="l1")]
+    below = [_node("f1", "file", filename=str(base)), _node("l1", "raw", file="f1")]
+    with _storage_daemon([*({**node, "read-only": True} for node in below), *top], overlay.parent) as monitor:
+        began = time.perf_counter()
+        options = {"job-id": "pull", "device": "l0", "speed": speed, "auto-finalize": not flush}
+        monitor.call("block-stream", **options)
+        if flush:
+            monitor.until("JOB_STATUS_CHANGE", id="pull", status="pending")
+            monitor.call("blockdev-reopen", options=top)
+            monitor.call("job-finalize", id="pull")
+        ended = monitor.until("BLOCK_JOB_COMPLETED", device="pull")
+        seconds = time.perf_counter() - began
+    if "error" in ended:
+        raise AssertionError(f"block-stream: {ended['error']}")
+    return seconds
+
+
+def _node(name: str, driver: str, **options: Any) -> dict[str, Any]:
+    return {"node-name": name, "driver": driver, **options}
+
+
+@contextlib.contextmanager
+def _storage_daemon(nodes: list[dict[str, Any]], folder: Path) -> Iterator[Qmp]:
+    path = folder / "bare.sock"
+    path.unlink(missing_ok=True)
+    command = ["qemu-storage-daemon", "--chardev", f"socket,id=m,path={path},server=on,wait=off", "--monitor", "m"]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        with contextlib.closing(Qmp(path)) as monitor:
+            for node in nodes:
+                monitor.call("blockdev-add", **node)
+            yield monitor
+    finally:
+        process.terminate()
+        _reap(process)
+
+
+def _connected(path: Path) -> socket.socket:
+    """As soon as somebody listens there."""
+    deadline = time.monotonic() + WAIT
+    while time.monotonic() < deadline:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(WAIT)
+        try:
+            connection.connect(str(path))
+            return connection
+        except OSError:
+            connection.close()
+            time.sleep(0.005)
+    raise AssertionError(f"nothing listens at {path}")
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(WAIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def nbd_server(image: Path, socket_path: Path) -> Iterator[None]:
+    """`qemu-nbd --fork`: it returns when clients may connect. Ended when the block ends."""
+    pid_file = socket_path.with_suffix(".pid")
+    command = ["qemu-nbd", "--fork", "--persistent", "--read-only", "--format=qcow2"]
+    command += [f"--socket={socket_path}", f"--pid-file={pid_file}", str(image)]
+    # No pipe for its output: the child that stays would hold it open.
+    subprocess.run(command, check=True, timeout=WAIT, stdin=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        _end(int(pid_file.read_text()))
+
+
+def _end(pid: int) -> None:
+    """SIGTERM to a process that is not our child, and wait until it is gone."""
+    watch = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(watch, signal.SIGTERM)
+        deadline = time.monotonic() + WAIT
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+    finally:
+        os.close(watch)

@@ -1,0 +1,110 @@
+"""The driver of offline images keeps the promises of a driver, on a real qemu-storage-daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostagent.access.ledger import Ledger, Settings, Subject
+from hostagent.daemon import _FileLease, _Owner
+from hostagent.drivers import qsd
+from hostagent.drivers.process import User
+from hostagent.images.chain import ChainLimits
+from hostagent.images.qemu_img import QemuImg, ToolLimits
+from hostagent.nbd import chains as nbd_chains
+from hostagent.nbd.chains import Chains, PreparedChain
+from hostagent.nbd.offline import Limits, OfflineDriver
+from hostagent.store import Store
+from jobs.ports import SystemClock
+from tests.contract.driver_suite import MIB, SIZE, DriverSuite, Rig
+from tests.harness import backing_of, check_clean, overlay, raw_image, same_content
+
+pytestmark = pytest.mark.qemu
+
+
+class Quiet:
+    """Hears of what happens to storage daemons, and tells nobody."""
+
+    def qmp_event(self, chain: PreparedChain, name: str, data: Mapping[str, Any]) -> None: ...
+
+    def daemon_gone(self, chain: PreparedChain) -> None: ...
+
+    def responsive(self, chain: PreparedChain, answers: bool) -> None: ...
+
+
+def make_chains(folder: Path, store: Store) -> Chains:
+    for name in ("qsd", "nbd"):
+        (folder / name).mkdir(mode=0o700)
+    settings = nbd_chains.Settings(
+        qsd=qsd.Settings(
+            binary="qemu-storage-daemon",
+            user=User.current(),
+            connect_timeout=5.0,
+            call_timeout=10.0,
+            start_timeout=10.0,
+            stop_timeout=5.0,
+            open_files=1024,
+            max_connections=10,
+        ),
+        limits=ChainLimits((), 10),
+        daemons=folder / "qsd",
+        sockets=folder / "nbd",
+        max_daemons=4,
+        probe_interval=1.0,
+        unresponsive_kill=0.0,
+        socket_gid=None,
+        inspect_timeout=10.0,
+    )
+    chains = Chains(settings, store, _FileLease, SystemClock())
+    chains.sink = Quiet()
+    return chains
+
+
+def make_driver(chains: Chains, store: Store) -> OfflineDriver:
+    """As a plain user's agent has it: files are opened by right, not by grant."""
+    ledger = Ledger(
+        store,
+        Subject("us", os.geteuid(), (), own=True),
+        _Owner(),
+        settings=Settings(5.0, manage_shared=False),
+        clock=SystemClock(),
+        daemons=lambda: [],
+        observe=lambda trigger, result: None,
+    )
+    limits = Limits(
+        slice=2 * MIB, requests_in_flight=4, request_size=MIB, nbd_timeout=10.0, check_auto_size=1 << 30
+    )
+    return OfflineDriver(chains, ledger, QemuImg(user=None, limits=ToolLimits()), limits)
+
+
+class TestOfflineDriver(DriverSuite):
+    @contextlib.asynccontextmanager
+    async def rig(self, folder: Path) -> AsyncIterator[Rig]:
+        base = raw_image(folder / "base.raw", SIZE)
+        top = overlay(folder / "top.qcow2", overlay(folder / "mid.qcow2", base), "qcow2")
+        state = folder / "state"
+        state.mkdir()
+        store = Store(state, host="h", publish=lambda record: None)
+        await store.open()
+        with tempfile.TemporaryDirectory(prefix="t3-") as short:  # socket names have 107 bytes
+            chains = make_chains(Path(short), store)
+            yield Rig(make_driver(chains, store), str(top), str(base), lambda: backing_of(top), lambda: kill(chains))
+            assert chains.all() == []
+            assert await store.daemons() == []
+            assert list(Path(short).glob("*/*")) == []
+            assert check_clean(top)
+            assert same_content(top, base)
+        await store.close()
+
+
+async def kill(chains: Chains) -> None:
+    (chain,) = chains.all()
+    assert chain.pid is not None
+    os.kill(chain.pid, signal.SIGKILL)

@@ -1,0 +1,231 @@
+"""Whatever is asked, lost, killed and restarted, in whatever order: the promises that every job keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from jobs.errors import JobError
+from jobs.machine import TRANSITIONS
+from jobs.model import Holder, Job, Revocation, State
+from tests.unit.jobs.agent_in_memory import QUICK, Agent, run
+from tests.unit.jobs.fake_driver import MIB
+
+WIDTH = 2
+IMAGES = ("/a", "/b", "/c")
+ALLOWED = {"conflict", "busy", "limit", "timeout", "unresponsive", "store_full"}  # the engine's own refusals
+PASSED_ON = {"storage_daemon_died", "job_failed", "io_error"}  # what the driver said to a request
+FAULTS = ("unresponsive", "die", "io_error")
+ON_IMAGE = ("pull", "step", "abort", "force", "pause", "resume", "speed", "next", "silence", "heal", "die", "retry")
+ON_AGENT = ("crash", "fill", "empty", "hints lost", "hints found", "hint all", "sleep")
+
+CALLS = ("prepare", "start", "start done", "advance", "advance done", "rest", "finalize", "finalize done", "cancel")
+ENDING_CALLS = ("conclude", "drop", "leave", "observe", "pause", "resume")
+
+on_image = st.tuples(st.sampled_from(ON_IMAGE), st.sampled_from(IMAGES), st.integers(0, 3))
+on_agent = st.tuples(st.sampled_from(ON_AGENT), st.just(""), st.integers(0, 3))
+fault = st.tuples(
+    st.sampled_from([f"{what} in {call}" for what in FAULTS for call in CALLS + ENDING_CALLS]),
+    st.sampled_from(IMAGES),
+    st.integers(0, 3),
+)
+sequences = st.lists(st.one_of(on_image, on_image, on_agent, fault), min_size=3, max_size=30)
+Step = tuple[str, str, int]
+
+
+class Story:
+    """Plays a sequence, then lets everything come right and judges what happened."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.chains = {path: agent.driver.image(path, depth=3) for path in IMAGES}
+        self.jobs: dict[str, Job] = {}
+        self.faults: dict[tuple[str, str], str] = {}
+        self.lives: list[dict[str, list[Job]]] = []
+        agent.driver.fault = self.strike
+
+    def strike(self, call: str, job: Job) -> None:
+        """The fault that was ordered for the next such call."""
+        path = job.before.top.path
+        what = self.faults.pop((call, path), None)
+        if what == "die":
+            self.agent.driver.die(path)
+            raise JobError("storage_daemon_died", "killed")
+        if what == "unresponsive":
+            self.agent.driver.silence(path)
+            raise JobError("unresponsive", "no answer")
+        if what == "io_error":
+            raise JobError("io_error", "Input/output error")
+
+    async def play(self, steps: list[Step]) -> None:
+        for what, path, pause in steps:
+            with contextlib.suppress(TimeoutError):
+                try:
+                    await self.act(what, path)
+                except JobError as error:
+                    assert error.code in ALLOWED | PASSED_ON, (what, error.code, error.message)
+            await asyncio.sleep(pause / 1000)
+
+    async def act(self, what: str, path: str) -> None:
+        agent, engine = self.agent, self.agent.engine
+        job = self.jobs.get(path)
+        if " in " in what:
+            kind, _, call = what.partition(" in ")
+            self.faults[call, path] = kind
+        elif what in ("pull", "step"):
+            increment = 24 * MIB if what == "step" else None
+            base = f"{path}.2" if len(path) % 2 and agent.driver.images[path].backing == f"{path}.1" else None
+            async with asyncio.timeout(0.05):
+                self.jobs[path] = await agent.pull(path, increment=increment, base=base)
+        elif what == "retry" and job:
+            async with asyncio.timeout(0.05):
+                same, created = await engine.create(job.spec, job.id)
+                assert (same.id, created) == (job.id, False)
+        elif what == "crash":
+            self.lives.append(agent.seen)
+            await agent.crash()
+        elif what in ("fill", "empty"):
+            agent.store.full = what == "fill"
+        elif what.startswith("hints "):
+            agent.hints = what == "hints found"
+        elif what == "hint all":
+            for one in random.Random(1).sample(list(self.jobs.values()) * 3, k=3 * len(self.jobs)):  # twice, out of order
+                engine.hint(one.id)
+        elif what in ("silence", "heal", "die"):
+            getattr(agent.driver, what)(path)
+        elif job is not None:
+            async with asyncio.timeout(0.05):
+                await self.ask(what, job)
+
+    async def ask(self, what: str, job: Job) -> None:
+        engine = self.agent.engine
+        if what == "next":
+            now = await engine.get(job.id)
+            if now.incremental:
+                await engine.next(job.id, now.cursor.cur)
+        elif what in ("abort", "force"):
+            await engine.abort(job.id, force=what == "force")
+        elif what == "speed":
+            await engine.set_speed(job.id, 5)
+        else:
+            await getattr(engine, what)(job.id)
+
+    async def come_right(self) -> None:
+        """Storage answers, the store has room, nobody is in the way: every job must come to an end."""
+        agent = self.agent
+        self.faults.clear()
+        agent.store.full = False
+        for path in IMAGES:
+            agent.driver.heal(path)
+        async with asyncio.timeout(5):
+            while agent.engine._actors:
+                for job in agent.engine.active():
+                    with contextlib.suppress(JobError):
+                        if job.state is State.PAUSED:
+                            await agent.engine.resume(job.id)
+                        elif job.state is State.WAITING:
+                            await agent.engine.next(job.id, job.cursor.cur)
+                await asyncio.sleep(0.001)
+        self.lives.append(agent.seen)
+
+    async def judge(self) -> None:
+        store, driver = self.agent.store, self.agent.driver
+        for job in store.jobs.values():
+            self.judge_outcome(job)
+            self.judge_access(job)
+        for life in self.lives:
+            for values in life.values():
+                judge_life(values)
+        assert len(self.agent.counts.finished) <= len(store.jobs)
+        assert all(not image.users and image.daemon is None for image in driver.images.values())
+        await self.judge_slots()
+
+    def judge_outcome(self, job: Job) -> None:
+        kinds = self.agent.store.kinds(job.id)
+        ends = [kind for kind in kinds if kind != "started"]
+        assert job.state.terminal
+        assert ends == [{"completed": "completed", "failed": "failed", "aborted": "cancelled"}[job.state]]
+        assert kinds.count("started") <= 1
+        assert kinds[-1] == ends[0]
+        if job.state is State.COMPLETED:
+            assert job.cursor.cur == job.cursor.end
+            assert job.error is None
+        else:
+            assert job.error is not None
+        if job.state is State.ABORTED:
+            assert job.intent == "abort"
+
+    def judge_access(self, job: Job) -> None:
+        (change,) = [change for ended, change in self.agent.store.finishes if ended.id == job.id]
+        image = Holder("image", job.before.top.path)
+        assert job.holder in change.release
+        asked = [file for files, _ in self.agent.access.asked for file in files]
+        assert set(asked) >= {layer.file for layer in job.before.layers}
+        if job.state is State.COMPLETED:
+            assert set(change.forget) == {layer.file for layer in job.dropped}
+            assert (change.release, change.sharers) == ((job.holder, image), ())
+            assert (change.inherit, change.heir) == ((), None)
+            assert job.revocation is (Revocation.DONE if job.dropped else Revocation.NONE)
+        else:
+            assert change.forget == ()
+            assert job.revocation is Revocation.NONE
+            assert change.heir == image
+            below = {layer.file for layer in job.before.layers[1:]}
+            if job.started or job.cursor.cur:
+                assert {need.layer.file for need in change.inherit} == below
+            assert all(need.mode == "r" for need in change.inherit)
+
+    async def judge_slots(self) -> None:
+        """As many jobs run at once as ever, and not one more."""
+        self.agent.driver.pace = 0
+        driver, jobs = self.agent.driver, []
+        for n in range(2 * WIDTH):
+            driver.image(f"/new{n}")
+            jobs.append(await self.agent.pull(f"/new{n}"))
+        await self.agent.until(jobs[1], lambda job: driver.running() == WIDTH)
+        await asyncio.sleep(0.005)
+        states = [(await self.agent.engine.get(job.id)).state for job in jobs]
+        assert states == [State.RUNNING] * WIDTH + [State.QUEUED] * WIDTH
+
+
+def judge_life(values: list[Job]) -> None:
+    """What one agent showed of a job: only steps of the table, a cursor that never goes back, growing revisions."""
+    for before, after in itertools.pairwise(values):
+        assert after.state is before.state or after.state in TRANSITIONS[before.state].values()
+        assert after.cursor.cur >= before.cursor.cur
+        assert after.cursor.cur <= after.cursor.end
+        assert after.revision > before.revision or after == before
+        assert not (before.state.terminal and after.state is not before.state)
+
+
+def tell(steps: list[Step]) -> None:
+    async def scenario(agent: Agent) -> None:
+        agent.driver.pace = 6 * MIB
+        story = Story(agent)
+        await story.play(steps)
+        await story.come_right()
+        await story.judge()
+
+    run(scenario, replace(QUICK, width=WIDTH, abort_timeout=0.005), size=48 * MIB, slice=8 * MIB)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@example([("pull", "/a", 1), ("unresponsive in start done", "/a", 0), ("abort", "/a", 2), ("heal", "/a", 0)])
+@example([("step", "/a", 3), ("crash", "", 0), ("die", "/a", 0), ("next", "/a", 1), ("crash", "", 0)])
+@given(sequences)
+def test_every_job_keeps_its_promises(steps: list[Step]) -> None:
+    tell(steps)
+
+
+@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize("call", CALLS + ENDING_CALLS)
+@pytest.mark.parametrize("kind", ["pull", "step"])
+def test_a_fault_in_any_call_is_survived(what: str, call: str, kind: str) -> None:
+    tell([(f"{what} in {call}", "/a", 0), (kind, "/a", 3), ("pause", "/a", 1), ("crash", "", 1), ("resume", "/a", 2)])

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.slots import Slots
+
+
+def test_who_came_first_is_served_first() -> None:
+    async def scenario() -> None:
+        slots, served = Slots(1), []
+
+        async def work(name: int) -> None:
+            await slots.take()
+            served.append(name)
+            slots.give()
+
+        await slots.take()
+        waiting = [asyncio.create_task(work(n)) for n in range(5)]
+        await asyncio.sleep(0)
+        slots.give()
+        await asyncio.gather(*waiting)
+        assert served == [0, 1, 2, 3, 4]
+
+    asyncio.run(scenario())
+
+
+@given(st.lists(st.sampled_from(["take", "give", "cancel", "tick", "occupy"]), max_size=40), st.integers(1, 3))
+def test_slots_neither_leak_nor_multiply(steps: list[str], width: int) -> None:
+    """Whatever is taken, cancelled at any moment and given back: in the end there are as many as there were."""
+
+    async def scenario() -> None:
+        slots = Slots(width)
+        tasks: list[asyncio.Task[None]] = []
+        occupied = given = 0
+        for step in steps:
+            holders = [task for task in tasks if task.done() and not task.cancelled()]
+            assert len(holders) - given <= width
+            if step == "take":
+                tasks.append(asyncio.create_task(slots.take()))
+            elif step == "give" and len(holders) > given:
+                slots.give()
+                given += 1
+            elif step == "cancel" and tasks:
+                tasks[-1].cancel()
+            elif step == "occupy":
+                slots.occupy()
+                occupied += 1
+            else:
+                await asyncio.sleep(0)
+        for _ in range(occupied):
+            slots.give()
+        for _ in range(2 * len(tasks) + 2):
+            await asyncio.sleep(0)
+            while len([task for task in tasks if task.done() and not task.cancelled()]) > given:
+                slots.give()
+                given += 1
+        assert all(task.done() for task in tasks)
+        again = [asyncio.create_task(slots.take()) for _ in range(width + 1)]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert [task.done() for task in again] == [True] * width + [False]
+        again[-1].cancel()
+
+    asyncio.run(scenario())

@@ -134,6 +134,8 @@ class Actor:
         if seen.contact is Contact.ALIVE:
             await self._w.driver.prepare(self.job)
             await self._w.driver.start(self.job)
+            if seen.phase is Phase.PAUSED:  # a pause that was not recorded any more
+                await self._w.driver.resume(self.job)
         await self._look()
         await self._stream()
 

@@ -400,6 +400,10 @@ class StorageDaemon:
         cursor = Cursor(int(found["current-progress"]), int(found["total-progress"]))
         return BlockJob(_PHASES[found["status"]], cursor, found.get("error"))
 
+    async def concluded(self) -> list[str]:
+        """The block jobs that have ended and were not dismissed."""
+        return [str(job["id"]) for job in await self.execute("query-jobs") if job["status"] == "concluded"]
+
     async def finalize(self, job_id: str) -> None:
         await self._job("job-finalize", job_id)
 

@@ -233,6 +233,24 @@ class PreparedChain:
         if lease is not None:
             await asyncio.to_thread(lease.share, ours=self._ours)
 
+    async def remove_internal(self, *, reader: bool) -> None:
+        """Remove what serves only the agent's own connections, left by a slice or by an agent that was killed."""
+        assert self.daemon is not None
+        for name in (READER, CONTROL):
+            if name in await self.ask(self.daemon.exports()):
+                await self.ask(self.daemon.remove_export(name, hard=True))
+        if reader:
+            await self.ask(self.daemon.remove_copy_on_read())
+
+    async def tidy(self) -> None:
+        """Remove what a job left that ended, or came to rest, just before the agent was killed: a block job that is not
+        dismissed keeps the top busy, and no other could ever start."""
+        assert self.daemon is not None
+        for job in await self.ask(self.daemon.concluded()):
+            await self.ask(self.daemon.dismiss(job))
+        await self.remove_internal(reader=True)
+        await self.close_for_writing()
+
     async def _reopen(self, daemon: StorageDaemon, *, writable: bool) -> None:
         below = self.nodes[1] if len(self.nodes) > 1 else None
         await self.ask(daemon.reopen(self.nodes[0], below, writable=writable))
@@ -542,12 +560,14 @@ class Chains:
             log.warning("a lease was lost", extra={"fields": {"path": chain.path, "error": error.message}})
 
     async def sweep(self) -> None:
-        """End the adopted daemons that no export and no job claimed."""
+        """End the adopted daemons that no export and no job claimed; rid the others of what an ended job left."""
         for chain in self.all():
             async with chain.lock:
-                if not chain.users:
-                    with contextlib.suppress(JobError):
+                with contextlib.suppress(JobError):  # one that does not answer keeps it
+                    if not chain.users:
                         await chain.close()
+                    elif not any(user.kind == "job" for user in chain.users):
+                        await chain.tidy()
 
     async def let_go(self) -> None:
         """The agent ends: daemons go on."""

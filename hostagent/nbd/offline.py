@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hostagent import nbdclient
-from hostagent.drivers.qsd import COPY_ON_READ, MOMENT, BlockJob, StorageDaemon
+from hostagent.drivers.qsd import COPY_ON_READ, MOMENT, BlockJob
 from hostagent.errors import AgentError
 from hostagent.images.chain import OpenChain, verify
 from hostagent.images.header import read_backing
@@ -136,7 +136,7 @@ class OfflineDriver:
             found: BlockJob = await chain.ask(daemon.block_job(job_name(job)))
             if found.phase is not Phase.ABSENT:
                 return
-            await self._clear(job, chain, daemon)
+            await self._clear(job, chain)
             await chain.lease(write=True)
             await chain.open_for_writing()
             base = next((node for node in chain.nodes if node.layer.file == _base(job)), None)
@@ -154,7 +154,7 @@ class OfflineDriver:
         chain = self._chain(job)
         async with chain.lock:
             daemon = await chain.serve()
-            await self._clear(job, chain, daemon)
+            await self._clear(job, chain)
             await chain.lease(write=True)
             await chain.open_for_writing()
             alone = chain.users == {job.holder} and not chain.published
@@ -187,18 +187,11 @@ class OfflineDriver:
                 raise
             finally:
                 if daemon.alive:
-                    await self._clear(job, chain, daemon)
+                    await self._clear(job, chain)
 
-    async def _clear(self, job: Job, chain: PreparedChain, daemon: StorageDaemon) -> None:
-        """Remove what serves only the agent's own connections, left by a slice or by an agent that was killed."""
-        if not job.incremental:
-            return
-        left = await chain.ask(daemon.exports())
-        for name in (READER, CONTROL):
-            if name in left:
-                await chain.ask(daemon.remove_export(name, hard=True))
-        if len(job.after.layers) > 1:
-            await chain.ask(daemon.remove_copy_on_read())
+    async def _clear(self, job: Job, chain: PreparedChain) -> None:
+        if job.incremental:
+            await chain.remove_internal(reader=len(job.after.layers) > 1)
 
     async def rest(self, job: Job) -> None:
         chain = self._chains.find(job.before.top.file)
@@ -206,7 +199,7 @@ class OfflineDriver:
             return
         async with chain.lock:
             if chain.daemon is not None:
-                await self._clear(job, chain, chain.daemon)
+                await self._clear(job, chain)
             await chain.close_for_writing()
             await chain.release(job.holder)
 
@@ -297,7 +290,7 @@ class OfflineDriver:
 
     async def _drop(self, job: Job, chain: PreparedChain) -> None:
         if chain.daemon is not None and chain.daemon.alive:
-            await self._clear(job, chain, chain.daemon)
+            await self._clear(job, chain)
             await chain.ask(chain.daemon.dismiss(job_name(job)))
         if job.state is State.COMPLETED:
             await chain.shed(job.after)

@@ -18,7 +18,7 @@ extra=
 case $purpose in
   run) ;;
   develop)
-    programs+=([nbdkit]=nbdkit [mkfs.xfs]=xfsprogs [mkfs.ext4]=e2fsprogs)
+    programs+=([mkfs.xfs]=xfsprogs [mkfs.ext4]=e2fsprogs [gcc]=gcc)
     extra='[test]'
     ;;
   *)
@@ -31,6 +31,7 @@ missing=()
 for program in "${!programs[@]}"; do
   command -v "$program" >/dev/null || missing+=("${programs[$program]}")
 done
+[ "$purpose" = run ] || [ -e /usr/include/dlfcn.h ] || missing+=(libc6-dev)  # the tests make a disk that fails
 /usr/bin/python3 -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)
 /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 

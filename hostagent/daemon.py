@@ -18,6 +18,7 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +86,8 @@ def run(config: Config) -> int:
 
 async def _serve(config: Config) -> None:
     loop = asyncio.get_running_loop()
-    loop.set_default_executor(ThreadPoolExecutor(WORKERS, thread_name_prefix="work"))
+    workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="work")
+    loop.set_default_executor(workers)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -96,6 +98,21 @@ async def _serve(config: Config) -> None:
     finally:
         sdnotify.stopping()
         await agent.stop()
+        workers.shutdown(wait=False)
+        _leave_hanging_threads(config.agent.stop_timeout)
+
+
+def _leave_hanging_threads(timeout: float) -> None:
+    """End the process here if a thread does not: one that is in a call to dead storage never returns, and Python waits
+    for every thread at its end. All that matters is stored and synced."""
+    deadline = time.monotonic() + timeout
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.warning("a thread still hangs", extra={"fields": {"thread": thread.name}})
+                logging.shutdown()
+                os._exit(0)
 
 
 class _FileLease:

@@ -126,17 +126,27 @@ def _opened(pid: int, files: Collection[FileId]) -> Iterator[_Opened]:
         descriptors = os.listdir(f"{folder}/fd")  # noqa: PTH208 - thousands of them, and Path costs; so below
     except GONE:
         return
+    inodes = {file.ino for file in files}
     for descriptor in descriptors:
         link = f"{folder}/fd/{descriptor}"
         try:
             if os.readlink(link).startswith(NOT_FILES):  # noqa: PTH115
                 continue
+            fdinfo = Path(folder, "fdinfo", descriptor).read_text()
+            if not _may_be(fdinfo, inodes):
+                continue
             info = os.stat(link)  # noqa: PTH116
             file = FileId(info.st_dev, info.st_ino)
             if file in files:
-                yield from _described(file, Path(folder, "fdinfo", descriptor).read_text())
+                yield from _described(file, fdinfo)
         except OSError:  # gone, or on storage that answers with an error: then it is not the file that we could stat
             continue
+
+
+def _may_be(fdinfo: str, inodes: Collection[int]) -> bool:
+    """Whether the inode number is one of these (Linux 5.14): a stat of another file, on dead storage, would hang."""
+    _, found, rest = fdinfo.partition("\nino:")
+    return not found or int(rest.split(None, 1)[0]) in inodes
 
 
 def _described(file: FileId, fdinfo: str) -> Iterator[_Opened]:

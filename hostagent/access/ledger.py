@@ -406,9 +406,12 @@ class Ledger:
         future = asyncio.get_running_loop().run_in_executor(None, work)
         try:
             return await asyncio.wait_for(asyncio.shield(future), self._settings.converge_timeout)
-        except TimeoutError:
-            self._late.add(file)
-            future.add_done_callback(lambda done: self._came_late(file, done))
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if not future.done():
+                self._late.add(file)
+                future.add_done_callback(lambda done: self._came_late(file, done))
+            if isinstance(error, asyncio.CancelledError):
+                raise
             raise JobError(
                 "timeout",
                 f"access could not be changed within {self._settings.converge_timeout:g} s (access.converge_timeout)",

@@ -20,7 +20,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 from hostagent.drivers.process import User, Watch, command_line, launch
 from hostagent.drivers.qmp import Monitor, Refused
 from jobs.errors import JobError
-from jobs.model import Cursor, Layer
+from jobs.model import Cursor, FileId, Layer
 from jobs.ports import Phase
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class StorageDaemon:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with theirs:
-                child = await asyncio.to_thread(self._launch, descriptors, theirs)
+                child = await self._launched(descriptors, theirs)
             self.pid = child.pid
             self._watch = Watch(child.pid, self._on_exit, child)
         except BaseException:
@@ -139,8 +139,22 @@ class StorageDaemon:
         except BaseException as error:
             died = isinstance(error, JobError) and await self.ended(MOMENT)
             await self.kill()  # nobody has had anything of it yet
+            await self.detach()
             if isinstance(error, JobError):
                 raise self._no_start(died=died) from error
+            raise
+
+    async def _launched(self, descriptors: Sequence[int], first: socket.socket) -> subprocess.Popen[bytes]:
+        """The child. The thread that starts it cannot be stopped, and uses our descriptors: a caller that is cancelled
+        waits for it, and ends what nobody would know of."""
+        launching = asyncio.ensure_future(asyncio.to_thread(self._launch, descriptors, first))
+        try:
+            return await asyncio.shield(launching)
+        except asyncio.CancelledError:
+            with contextlib.suppress(JobError):
+                child = await launching
+                child.kill()
+                await asyncio.to_thread(child.wait)
             raise
 
     def _no_start(self, *, died: bool) -> JobError:
@@ -228,6 +242,10 @@ class StorageDaemon:
                 self._monitor = monitor
             return self._monitor
 
+    @property
+    def connected(self) -> bool:
+        return self._monitor is not None
+
     def _disconnected(self) -> None:
         self._monitor = None
 
@@ -259,8 +277,8 @@ class StorageDaemon:
     async def kill(self) -> None:
         """SIGKILL. What it had not written is lost; only for a daemon that serves nobody but a job."""
         self._watch.signal(signal.SIGKILL)
-        await self._watch.wait(self._settings.stop_timeout)
-        await self.detach()
+        if await self._watch.wait(self._settings.stop_timeout):
+            await self.detach()
 
     async def detach(self) -> None:
         """Let go of the process, running or not."""
@@ -273,8 +291,8 @@ class StorageDaemon:
         try:
             lines = self.places.log.read_text(errors="replace")[-2000:].strip().splitlines()
         except OSError:
-            return ""
-        return f": {lines[-1]}" if lines else ""
+            lines = []
+        return "".join(f": {word}" for word in (self._watch.how, lines[-1] if lines else None) if word)
 
     # Graph
 
@@ -437,18 +455,15 @@ class StorageDaemon:
 
     # What the kernel says, for adoption
 
-    def open_modes(self) -> dict[tuple[int, int], bool]:
-        """(device, inode) → writable, for every file that the process has open for data."""
-        found: dict[tuple[int, int], bool] = {}
-        folder = Path(f"/proc/{self.pid}/fd")
-        for entry in _entries(folder):
+    def open_modes(self, files: Collection[FileId]) -> dict[FileId, bool]:
+        """Which of `files` the process has open for data, and whether for writing. Blocking."""
+        inodes = {file.ino: file for file in files}
+        found: dict[FileId, bool] = {}
+        for entry in _entries(Path(f"/proc/{self.pid}/fd")):
             with contextlib.suppress(OSError, ValueError):
-                flags = _flags(self.pid, entry)
-                if flags & os.O_PATH:
-                    continue
-                stat = (folder / entry).stat()
-                key = (stat.st_dev, stat.st_ino)
-                found[key] = found.get(key, False) or flags & os.O_ACCMODE == os.O_RDWR
+                flags, inode = _fdinfo(self.pid, entry)
+                if not flags & os.O_PATH and (file := inodes.get(inode)) is not None:
+                    found[file] = found.get(file, False) or flags & os.O_ACCMODE == os.O_RDWR
         return found
 
 
@@ -490,11 +505,12 @@ def _entries(folder: Path) -> list[str]:
         return []
 
 
-def _flags(pid: int, fd: str) -> int:
-    for line in Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines():
-        if line.startswith("flags:"):
-            return int(line.split()[1], 8)
-    return os.O_PATH
+def _fdinfo(pid: int, fd: str) -> tuple[int, int]:
+    """A descriptor's flags and inode number (proc(5); before Linux 5.14, which has no `ino`, the file is asked)."""
+    lines = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines()
+    values = dict(line.split(":", 1) for line in lines if ":" in line)
+    inode = int(values["ino"]) if "ino" in values else Path(f"/proc/{pid}/fd/{fd}").stat().st_ino
+    return int(values["flags"], 8), inode
 
 
 def _file_options(node: Node, *, writable: bool) -> dict[str, Any]:

@@ -236,8 +236,9 @@ class PreparedChain:
     async def remove_internal(self, *, reader: bool) -> None:
         """Remove what serves only the agent's own connections, left by a slice or by an agent that was killed."""
         assert self.daemon is not None
+        left = await self.ask(self.daemon.exports())
         for name in (READER, CONTROL):
-            if name in await self.ask(self.daemon.exports()):
+            if name in left:
                 await self.ask(self.daemon.remove_export(name, hard=True))
         if reader:
             await self.ask(self.daemon.remove_copy_on_read())
@@ -456,6 +457,7 @@ class Chains:
             await chain.ask(daemon.open_chain(nodes))
         except BaseException:
             await daemon.kill()  # nobody uses it yet
+            await daemon.detach()
             chain.daemon, chain.nodes, chain.closed = None, [], False
             daemon.places.remove()
             await self._store.delete_daemon(daemon_id)
@@ -469,7 +471,8 @@ class Chains:
     def lost(self, chain: PreparedChain) -> None:
         self._chains.pop((chain.file, chain.shallow), None)
         chain.let_go()
-        log.warning("storage daemon ended", extra={"fields": {"path": chain.path, "pid": chain.pid}})
+        fields = {"path": chain.path, "pid": chain.pid, "why": chain.daemon.death().message if chain.daemon else ""}
+        log.warning("storage daemon ended", extra={"fields": fields})
         asyncio.get_running_loop().create_task(self._clean(chain))
         self.sink.daemon_gone(chain)
 
@@ -505,18 +508,19 @@ class Chains:
 
     # Restart
 
-    async def recover(self) -> list[DaemonRecord]:
-        """Adopt the daemons that still run; the records of those that do not."""
-        dead = []
-        for record in await self._store.daemons():
+    async def recover(self) -> None:
+        """Adopt the daemons that still run; side by side, since one that does not answer takes all its timeouts."""
+        gate = asyncio.Semaphore(INSPECTIONS)
+        await asyncio.gather(*(self._take_up(record, gate) for record in await self._store.daemons()))
+        await self._find_orphans()
+
+    async def _take_up(self, record: DaemonRecord, gate: asyncio.Semaphore) -> None:
+        async with gate:
             if self._is_same(record):
                 await self._adopt(record)
             else:
-                dead.append(record)
                 self._places(record.id).remove()
                 await self._store.delete_daemon(record.id)
-        await self._find_orphans()
-        return dead
 
     def _is_same(self, record: DaemonRecord) -> bool:
         return (
@@ -537,7 +541,7 @@ class Chains:
         chain.daemon = daemon
         self._chains[(record.file, record.shallow)] = chain
         await daemon.adopt(record.pid)
-        modes = daemon.open_modes()
+        modes = await asyncio.to_thread(daemon.open_modes, {layer.file for layer in record.chain.layers})
         layers = list(enumerate(zip(record.chain.layers, record.descriptors, strict=True)))
         chain.nodes = [Node(layer, n, fd) for n, (layer, fd) in layers if layer.file in modes]
         chain.layers = [node.layer for node in chain.nodes]
@@ -545,9 +549,7 @@ class Chains:
         chain.published = True  # it may have been
         if opened is not None:
             await self._lease_again(chain)
-        try:
-            await daemon.execute("query-version")
-        except JobError:
+        if not daemon.connected:
             self.suspect(chain)
         log.info("storage daemon adopted", extra={"fields": {"daemon": record.id, "pid": record.pid}})
 
@@ -561,16 +563,19 @@ class Chains:
 
     async def sweep(self) -> None:
         """End the adopted daemons that no export and no job claimed; rid the others of what an ended job left."""
-        for chain in self.all():
-            async with chain.lock:
-                with contextlib.suppress(JobError):  # one that does not answer keeps it
-                    if not chain.users:
-                        await chain.close()
-                    elif not any(user.kind == "job" for user in chain.users):
-                        await chain.tidy()
+        await asyncio.gather(*(self._sweep(chain) for chain in self.all()))
+
+    async def _sweep(self, chain: PreparedChain) -> None:
+        async with chain.lock:
+            with contextlib.suppress(JobError):
+                if not chain.users:
+                    await chain.close()
+                elif chain.answers and not any(user.kind == "job" for user in chain.users):
+                    await chain.tidy()
 
     async def let_go(self) -> None:
         """The agent ends: daemons go on."""
+        self._inspectors.shutdown(wait=False)
         for chain in self.all():
             if chain._probing is not None:
                 chain._probing.cancel()

@@ -275,10 +275,12 @@ class Exports:
 
     async def _still_served(self, chain: PreparedChain, record: ExportRecord) -> bool:
         assert chain.daemon is not None
+        if not chain.answers:
+            return chain.daemon.alive  # it is not ended for that
         try:
             return record.id in await chain.ask(chain.daemon.exports())
         except JobError:
-            return chain.daemon.alive  # it does not answer: it is not ended for that
+            return chain.daemon.alive
 
     async def close(self) -> None:
         """Let go of all exports; they stay served."""

@@ -170,7 +170,8 @@ class Agent:
         self._subject = Subject(
             self._user.name, self._user.uid, (self._user.gid, *self._user.groups), own=self._user.is_us
         )
-        self._metrics = Metrics(self._snapshot, version=__version__, qemu=_qemu_version(config))
+        self._qemu = _qemu_version(config)
+        self._metrics = Metrics(self._snapshot, version=__version__, qemu=self._qemu)
         self._ledger = self._make_ledger()
         self._chains = self._make_chains()
         self._exports = self._make_exports()
@@ -347,9 +348,8 @@ class Agent:
         boot = process.boot_id()
         if await self._store.fact("boot_id") == boot:
             return
-        for entry in await self._store.access_files():
-            if (file := _renumbered(entry.path, entry.file)) != entry.file:
-                await self._store.rekey(entry.file, file)
+        found = {entry.file: _renumbered(entry.path, entry.file) for entry in await self._store.access_files()}
+        await self._store.rekey({old: new for old, new in found.items() if new != old})
         for job in await self._store.unsettled():
             before, after = _renumbered_chain(job.before), _renumbered_chain(job.after)
             if before != job.before:
@@ -360,7 +360,7 @@ class Agent:
         config = self._config
         facts = HostFacts(
             host=config.agent.host,
-            qemu=_qemu_version(config),
+            qemu=self._qemu,
             state_dir=self._state_dir,
             runtime_dir=self._runtime_dir,
             started=now(),

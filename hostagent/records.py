@@ -99,8 +99,8 @@ class ExportRecord:
 class DaemonRecord:
     """A storage daemon that we started, so that a later agent knows it for its own.
 
-    `pid`, `start_time` (clock ticks since boot, proc(5)) and `boot_id` together name a process for ever. `layers` goes
-    with `descriptors`: the number that each layer's O_PATH descriptor has inside the daemon.
+    `pid`, `start_time` (clock ticks since boot, proc(5)) and `boot_id` together name a process for ever. `descriptors`
+    are the numbers that the O_PATH descriptors of the chain's layers have inside the daemon.
     """
 
     id: str

@@ -14,7 +14,7 @@ import json
 import os
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -324,18 +324,23 @@ class Store:
     async def forget_access_file(self, file: FileId) -> None:
         await self._run(lambda db: db.execute("DELETE FROM access_files WHERE dev=? AND ino=?", _key(file)))
 
-    async def rekey(self, old: FileId, new: FileId) -> None:
-        """A file system got another device number at boot: the same files, under a new identity."""
+    async def rekey(self, moves: Mapping[FileId, FileId]) -> None:
+        """File systems got other device numbers at boot: the same files, under new identities, perhaps swapped."""
 
         def work(db: sqlite3.Connection) -> None:
-            db.execute("UPDATE OR REPLACE access_rows SET dev=?, ino=? WHERE dev=? AND ino=?", (*_key(new), *_key(old)))
-            found = db.execute("SELECT body FROM access_files WHERE dev=? AND ino=?", _key(old)).fetchone()
-            if found:
-                body = json.dumps({**json.loads(found[0]), "file": list(new)})
-                db.execute(
-                    "UPDATE OR REPLACE access_files SET dev=?, ino=?, body=? WHERE dev=? AND ino=?",
-                    (*_key(new), body, *_key(old)),
-                )
+            for old in moves:  # out of the way first, to numbers that no device has
+                aside = (-1 - old.dev, _key(old)[1])
+                for table in ("access_rows", "access_files"):
+                    db.execute(f"UPDATE {table} SET dev=?, ino=? WHERE dev=? AND ino=?", (*aside, *_key(old)))  # noqa: S608
+            for old, new in moves.items():
+                aside = (-1 - old.dev, _key(old)[1])
+                query = "UPDATE OR REPLACE access_rows SET dev=?, ino=? WHERE dev=? AND ino=?"
+                db.execute(query, (*_key(new), *aside))
+                found = db.execute("SELECT body FROM access_files WHERE dev=? AND ino=?", aside).fetchone()
+                if found:
+                    body = json.dumps({**json.loads(found[0]), "file": list(new)})
+                    query = "UPDATE OR REPLACE access_files SET dev=?, ino=?, body=? WHERE dev=? AND ino=?"
+                    db.execute(query, (*_key(new), body, *aside))
 
         await self._run(work)
 

@@ -136,6 +136,8 @@ class Actor:
             await self._w.driver.start(self.job)
             if seen.phase is Phase.PAUSED:  # a pause that was not recorded any more
                 await self._w.driver.resume(self.job)
+            if self.job.bandwidth != self.job.spec.bandwidth and not self.job.incremental:
+                await self._w.driver.set_speed(self.job, self.job.bandwidth)  # perhaps asked while it was unknown
         await self._look()
         await self._stream()
 
@@ -301,7 +303,7 @@ class Actor:
             case Ask.ABORT | Ask.FORCE:
                 await self._abort(force=message.ask is Ask.FORCE)
             case Ask.NEXT:
-                if job.state is State.WAITING:
+                if job.state is State.WAITING and message.value in (None, job.cursor.cur):
                     await self._keeper.move(Signal.NEXT, upto=pull.goal(job))
             case Ask.PAUSE:
                 step(job, Signal.PAUSED, self._w.clock.now())

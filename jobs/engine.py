@@ -118,7 +118,7 @@ class Engine:
             )
         if cursor is not None and (job.cursor.cur > cursor or job.state.terminal or job.upto is not None):
             return job
-        return await self._actor(job).ask(Ask.NEXT)
+        return await self._actor(job).ask(Ask.NEXT, cursor)
 
     async def abort(self, job_id: str, *, force: bool = False) -> Job:
         job = await self.get(job_id)

@@ -98,20 +98,24 @@ class Keeper:
             self._end_seen = self._w.clock.monotonic()
 
     async def _save(self, job: Job, kind: JobEventKind | None) -> None:
-        await self._until_stored(job, lambda: self._w.store.save(job, [job_event(job, kind)] if kind else []))
+        await self._until_written(lambda: self._w.store.save(job, [job_event(job, kind)] if kind else []))
+        self._believe(job)
 
-    async def _until_stored(self, job: Job, write: Callable[[], Awaitable[None]]) -> None:
+    async def _until_written(self, write: Callable[[], Awaitable[None]]) -> None:
         delay = self._w.limits.settle_retry
         while True:
             try:
                 await write()
-                break
+                return
             except JobError as error:
-                if error.code != "store_full":
+                if error.code != "store_full" or self.job.state.terminal:
                     raise
-                log.error("the store cannot be written", extra={"fields": {"job": job.id, "error": error.message}})
+                fields = {"job": self.job.id, "error": error.message}
+                log.error("the store cannot be written", extra={"fields": fields})
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, self._w.limits.settle_retry_max)
+
+    def _believe(self, job: Job) -> None:
         self.job = job
         self._stored = self._w.clock.monotonic()
         self._w.changed(job)
@@ -129,13 +133,14 @@ class Keeper:
         job = step(self.job, signal, now, finished=now, error=failure, cursor=cursor, revocation=pending, upto=None)
 
         async def record(sharers: tuple[Holder, ...]) -> Job:
-            events, change = [job_event(job, END_EVENTS[job.state])], access_change(job, sharers)
-            await self._until_stored(job, lambda: self._w.store.finish(job, events, change))
+            await self._w.store.finish(job, [job_event(job, END_EVENTS[job.state])], access_change(job, sharers))
+            self._believe(job)
             _log_outcome(job)
             return job
 
         try:
-            await self._w.driver.conclude(self.job, record)
+            # A store that is full is told to `conclude`, which lets go of the chain before the next try.
+            await self._until_written(lambda: self._w.driver.conclude(self.job, record))
             self._closed = True
         except JobError as error:
             if not self.job.state.terminal:
@@ -154,8 +159,9 @@ class Keeper:
                 if not self._closed:
                     await self._w.driver.drop(self.job)
                 self._closed = False  # should access not settle, the retry makes sure of the files again
-                if await self._settle_dropped():
-                    await self._w.driver.leave(self.job)
+                done = await self._settle_dropped()
+                await self._w.driver.leave(self.job)  # what is owed now does not need the storage daemon
+                if done:
                     settled = self.job.dropped if self.job.state is State.COMPLETED else ()
                     others = [layer.file for layer in self.job.before.layers if layer not in settled]
                     await self._w.access.converge(others, trigger=self.job.spec.operation)

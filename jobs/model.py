@@ -80,9 +80,6 @@ class Chain:
     def top(self) -> Layer:
         return self.layers[0]
 
-    def below(self, index: int) -> Chain:
-        return Chain(self.layers[index:])
-
     def paths(self) -> list[str]:
         return [layer.path for layer in self.layers]
 
@@ -150,10 +147,8 @@ class JobSpec:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job, whole. `revision` grows with each change; `upto` is where the present increment ends.
-
-    `daemon` is the id of the storage daemon that runs it, `intent` is `abort` once an abort was asked for, `since` is
-    when the present state began.
+    """One job, whole. `revision` grows with each change; `upto` is where the present increment ends; `intent` is
+    `abort` once an abort was asked for, and `since` when the present state began.
     """
 
     id: str
@@ -169,7 +164,6 @@ class Job:
     upto: int | None = None
     bandwidth: int = 0
     intent: str | None = None
-    paused: bool = False
     started: datetime | None = None
     finished: datetime | None = None
     error: Failure | None = None

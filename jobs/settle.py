@@ -31,7 +31,8 @@ def decide(job: Job, seen: Observation, failure: Failure | None = None) -> Verdi
         return Verdict(Signal.LOST)
     if seen.contact is Contact.ALIVE and seen.phase not in (Phase.ABSENT, Phase.CONCLUDED):
         return Verdict(None)
-    if seen.proven and (failure is None or job.dropped):  # where nothing is to be dropped, the proof proves nothing
+    # Of a job that ran, the header tells more than anything that was heard; unless there was nothing to change in it.
+    if seen.proven and (failure is None or (job.started is not None and job.dropped)):
         return Verdict(Signal.PROVEN_COMPLETED)
     if job.intent == "abort":
         return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", "the job was aborted", AGAIN))

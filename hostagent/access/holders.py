@@ -16,7 +16,6 @@ from jobs.model import FileId
 
 PROC = Path("/proc")
 NOT_FILES = ("socket:", "pipe:", "anon_inode:")
-START_TIME_FIELD = 22 - 3  # of proc(5) /proc/PID/stat, counted from the state, the first one after the name
 GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
 
@@ -68,40 +67,11 @@ def find_lockers(file: FileId, byte: int, *, skip_pids: Collection[int] = ()) ->
     return found
 
 
-def process_alive(pid: int, start_time: int) -> bool:
-    """Whether that very process still runs; a zombie does not. Its id alone says nothing, ids are used again.
-
-    Only meaningful within one boot: see `boot_id`.
-    """
-    try:
-        state, *fields = _stat_fields(pid)
-    except GONE:
-        return False
-    return state not in "ZXx" and int(fields[START_TIME_FIELD - 1]) == start_time
-
-
-def start_time(pid: int) -> int:
-    """In clock ticks since boot. Raises ProcessLookupError when there is no such process."""
-    try:
-        return int(_stat_fields(pid)[START_TIME_FIELD])
-    except FileNotFoundError:
-        raise ProcessLookupError(pid) from None
-
-
-def boot_id() -> str:
-    return (PROC / "sys/kernel/random/boot_id").read_text().strip()
-
-
 def process_name(pid: int) -> str:
     try:
         return (PROC / str(pid) / "comm").read_text(errors="replace").strip()
     except GONE:
         return "?"
-
-
-def _stat_fields(pid: int) -> list[str]:
-    """From the state on. The name before it may hold spaces and brackets, so the last bracket counts."""
-    return (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 def _processes(

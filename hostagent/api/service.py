@@ -329,7 +329,7 @@ class AgentService:
     async def ready(self) -> Json:
         checks: Json = {}
         try:
-            await self._store.fact("instance")
+            await self._store.counts()
             checks["store"] = {"ok": True, "detail": str(self._facts.state_dir)}
         except JobError as error:
             checks["store"] = {"ok": False, "detail": error.message}

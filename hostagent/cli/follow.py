@@ -7,17 +7,18 @@ because it lost the agent.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from hostagent import config
 from hostagent.cli.client import RETRY_PAUSE, Client, CliError, Json, patient, quoted
-from hostagent.config import Access
+from hostagent.errors import AgentError
 
 TERMINAL = frozenset({"completed", "failed", "aborted"})
 LONG_POLL = 30.0  # seconds of one question when nobody watches a bar; the agent allows up to a minute
 STEP_POLL = 0.5  # seconds, where `next` was already said and another client may be the one that steps
-REVOCATION_WAIT = Access().wait  # seconds after the end of a job
 ABORT_WAIT = 60.0  # seconds; twice jobs.abort_timeout, after which the agent says what hangs
 
 
@@ -106,8 +107,16 @@ def _wait(display: Display, limits: Limits, job: Json) -> float:
     return max(wait, 0.05)
 
 
+def revocation_wait() -> float:
+    """Seconds after the end of a job: access.wait, as this user's settings say."""
+    try:
+        return config.load(file=config.default_file(os.environ)).access.wait
+    except AgentError:
+        return config.Access().wait  # what is wrong with the settings is the agent's to tell
+
+
 def _until_revoked(client: Client, job: Json, display: Display) -> Json:
-    end = time.monotonic() + REVOCATION_WAIT
+    end = time.monotonic() + revocation_wait()
     while job.get("revocation") == "pending" and (left := end - time.monotonic()) > 0:
         job = _next_reading(client, job, max(left, 0.05))
         display.update(job)

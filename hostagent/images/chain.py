@@ -23,7 +23,7 @@ from jobs.model import Chain, FileId, Layer
 PATH_MAX = 4096  # the kernel's own limit
 FORMATS = ("raw", "qcow2")
 
-__all__ = ["ChainLimits", "OpenChain", "open_chain", "same_file", "verify"]
+__all__ = ["ChainLimits", "OpenChain", "open_chain", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +88,6 @@ def open_chain(path: str, *, limits: ChainLimits, format: str | None = None) -> 
             os.close(member.fd)
         raise
     return OpenChain(tuple(members))
-
-
-def same_file(fd: int, layer: Layer) -> bool:
-    """Whether the open file is the one that the layer was made from."""
-    found = os.fstat(fd)
-    return FileId(found.st_dev, found.st_ino) == layer.file
 
 
 def verify(opened: OpenChain, earlier: Chain) -> None:

@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +222,7 @@ class PreparedChain:
 
     async def flush(self) -> None:
         """Make everything that was written through this daemon durable. Reopening a node flushes it (block.c)."""
-        if self.writable and self.daemon is not None:
+        if self.daemon is not None:
             await self._reopen(self.daemon, writable=True)
 
     async def close_for_writing(self) -> None:
@@ -271,10 +271,8 @@ class PreparedChain:
                 self.nodes += gone
                 raise
         self.layers = list(after.layers)
-        for file in [file for file in self._leases if file not in stays]:
-            self._leases.pop(file).release()
-        if self._opened is not None:
-            self._opened.keep(stays)
+        leases = [self._leases.pop(file) for file in list(self._leases) if file not in stays]
+        await asyncio.to_thread(_let_go, leases, self._opened, stays)
 
     async def ask(self, command: Any) -> Any:
         """Await a command of the daemon; one that is not answered makes the daemon `unresponsive` for all to see."""
@@ -312,14 +310,11 @@ class PreparedChain:
             )
         await self._registry.closed(self)
 
-    def let_go(self) -> None:
-        """Close what the agent has open: leases and descriptors."""
-        for lease in self._leases.values():
-            lease.release()
-        self._leases.clear()
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+    def let_go(self) -> asyncio.Future[None]:
+        """Close what the agent has open: leases and descriptors. In a thread, for on dead storage it may hang."""
+        leases, opened = list(self._leases.values()), self._opened
+        self._leases, self._opened = {}, None
+        return asyncio.get_running_loop().run_in_executor(None, _let_go, leases, opened, ())
 
     def watch_until_it_answers(self, interval: float, kill_after: float) -> None:
         if self._probing is None or self._probing.done():
@@ -356,6 +351,7 @@ class Chains:
         # Threads of their own: an open() on dead storage never returns, and must not use up those that others need.
         self._inspectors = ThreadPoolExecutor(INSPECTIONS, thread_name_prefix="inspect")
         self._hanging = 0
+        self._cleaning: set[asyncio.Task[None]] = set()
         self.sink: Sink
 
     def all(self) -> list[PreparedChain]:
@@ -473,12 +469,14 @@ class Chains:
         chain.let_go()
         fields = {"path": chain.path, "pid": chain.pid, "why": chain.daemon.death().message if chain.daemon else ""}
         log.warning("storage daemon ended", extra={"fields": fields})
-        asyncio.get_running_loop().create_task(self._clean(chain))
+        task = asyncio.create_task(self._clean(chain), name=f"clean {chain.path}")
+        self._cleaning.add(task)
+        task.add_done_callback(self._cleaned)
         self.sink.daemon_gone(chain)
 
     async def closed(self, chain: PreparedChain) -> None:
         self._chains.pop((chain.file, chain.shallow), None)
-        chain.let_go()
+        await chain.let_go()
         await self._clean(chain)
 
     async def _clean(self, chain: PreparedChain) -> None:
@@ -486,6 +484,11 @@ class Chains:
             await chain.daemon.detach()
             chain.daemon.places.remove()
             await self._store.delete_daemon(chain.daemon.id)
+
+    def _cleaned(self, task: asyncio.Task[None]) -> None:
+        self._cleaning.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("a daemon's record stays until the next start", extra={"fields": {"error": str(error)}})
 
     def suspect(self, chain: PreparedChain) -> None:
         if chain.answers:
@@ -581,7 +584,6 @@ class Chains:
                 chain._probing.cancel()
             if chain.daemon is not None:
                 await chain.daemon.detach()
-            chain.let_go()
 
     async def _find_orphans(self) -> None:
         known = {chain.daemon.id for chain in self._chains.values() if chain.daemon}
@@ -643,3 +645,9 @@ class Chains:
             created=self._clock.now(),
         )
 
+
+def _let_go(leases: Sequence[Lease], opened: OpenChain | None, stays: Collection[FileId]) -> None:
+    for lease in leases:
+        lease.release()
+    if opened is not None:
+        opened.keep(stays)

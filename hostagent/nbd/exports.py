@@ -145,8 +145,13 @@ class Exports:
                 expires=now + timedelta(seconds=spec.ttl) if spec.ttl else None,
                 labels=spec.labels,
             )
-            async with self._chains.joined(opened, shallow=spec.shallow) as chain:
-                record = await self._serve(record, chain)
+            files = [layer.file for layer in opened.chain.layers]
+            try:
+                async with self._chains.joined(opened, shallow=spec.shallow) as chain:
+                    record = await self._serve(record, chain)
+            except BaseException:
+                await self._access.converge(files, trigger="export")  # now that the chain is closed again
+                raise
             self._started(self._clock.monotonic() - began)
             return record, True
 
@@ -175,12 +180,16 @@ class Exports:
                 pid=daemon.pid,
                 revision=record.revision + 1,
             )
+            if chain.died:
+                raise daemon.death()
             await self._store.put_export(record, [_event(record, ExportEventKind.STARTED)])
         except BaseException as error:
             await self._undo(record, chain)
             if isinstance(error, AgentError):
                 raise JobError(error.code, error.message, remedy=error.remedy) from error
             raise
+        if record.id not in self._active:
+            return await self.get(record.id)  # it was lost meanwhile
         self._keep(record)
         log.info("export running", extra={"fields": {"export": record.id, "path": record.path, "uri": record.uri}})
         return record
@@ -192,7 +201,6 @@ class Exports:
         chain.users.discard(record.holder)
         self._active.pop(record.id, None)
         await self._store.forget_export(record)
-        await self._access.converge([layer.file for layer in chain.layers], trigger="export")
 
     # Stop
 
@@ -306,7 +314,7 @@ class Exports:
                 if left is not None and left <= 0:
                     await self.stop(record.id, force=True, reason="its time to live is over")
                     return
-                if idle is not None and len(await asyncio.to_thread(self.clients, record)):
+                if idle is not None and await asyncio.to_thread(_connections, record.socket) > 0:
                     idle_since = self._clock.monotonic()
                 elif idle is not None and self._clock.monotonic() - idle_since >= idle:
                     await self.stop(record.id, force=True, reason=f"no client for {idle:g} s")
@@ -317,6 +325,11 @@ class Exports:
                 left = None
             pause = self._settings.idle_check if idle is None else max(self._settings.idle_check, idle / 10)
             await asyncio.sleep(pause if left is None else left if idle is None else min(pause, left))
+
+
+def _connections(socket: str) -> int:
+    """How many clients the listener has, without the search for their names."""
+    return sockdiag.connections(socket, skip_self=True)
 
 
 def _same(known: ExportRecord, spec: ExportSpec) -> ExportRecord:

@@ -140,6 +140,9 @@ class OfflineDriver:
             await chain.lease(write=True)
             await chain.open_for_writing()
             base = next((node for node in chain.nodes if node.layer.file == _base(job)), None)
+            if base is None and _base(job) is not None:
+                remedy = "start the pull again"
+                raise JobError("image_changed", f"the base of {chain.path!r} is not open", remedy=remedy)
             await chain.ask(
                 daemon.stream(
                     job_name(job),

@@ -78,9 +78,7 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
         daemons=lambda: [],
         observe=lambda trigger, result: None,
     )
-    limits = Limits(
-        slice=2 * MIB, requests_in_flight=4, request_size=MIB, nbd_timeout=10.0, check_auto_size=1 << 30
-    )
+    limits = Limits(slice=2 * MIB, requests_in_flight=4, request_size=MIB, nbd_timeout=10.0, check_auto_size=1 << 30)
     return OfflineDriver(chains, ledger, QemuImg(user=None, limits=ToolLimits()), limits)
 
 
@@ -95,13 +93,19 @@ class TestOfflineDriver(DriverSuite):
         await store.open()
         with tempfile.TemporaryDirectory(prefix="t3-") as short:  # socket names have 107 bytes
             chains = make_chains(Path(short), store)
-            yield Rig(make_driver(chains, store), str(top), str(base), lambda: backing_of(top), lambda: kill(chains))
-            assert chains.all() == []
-            assert await store.daemons() == []
-            assert list(Path(short).glob("*/*")) == []
-            assert check_clean(top)
-            assert same_content(top, base)
-        await store.close()
+            try:
+                backing, end = lambda: backing_of(top), lambda: kill(chains)
+                yield Rig(make_driver(chains, store), str(top), str(base), backing, end)
+                assert chains.all() == []
+                assert await store.daemons() == []
+                assert list(Path(short).glob("*/*")) == []
+                assert check_clean(top)
+                assert same_content(top, base)
+            finally:
+                for chain in chains.all():  # what a failed test left
+                    if chain.daemon is not None:
+                        await chain.daemon.kill()
+                await store.close()
 
 
 async def kill(chains: Chains) -> None:

@@ -82,7 +82,7 @@ def imports_of(source: str, path: str) -> Iterator[Import]:
 
 
 def whole_tree() -> list[Import]:
-    found = []
+    found: list[Import] = []
     for package in sorted(OURS):
         for path in sorted((ROOT / package).rglob("*.py")):
             found += imports_of(path.read_text(), str(path.relative_to(ROOT)))

@@ -35,7 +35,14 @@ def layer(name: str, file: FileId) -> Layer:
 
 TOP, BASE = layer("top", FileId(1, 10)), layer("base", HUGE)
 JOB = Job(
-    "j1", JobSpec(Operation.PULL, "/images/top"), State.QUEUED, THEN, THEN, Chain((TOP, BASE)), Chain((TOP,)), started=THEN
+    "j1",
+    JobSpec(Operation.PULL, "/images/top"),
+    State.QUEUED,
+    THEN,
+    THEN,
+    Chain((TOP, BASE)),
+    Chain((TOP,)),
+    started=THEN,
 )
 NEEDS = [Need(TOP, "rw", "writes"), Need(BASE, "r", "reads")]
 IMAGE = Holder("image", "/images/top")
@@ -414,11 +421,11 @@ def test_files_follow_a_file_system_that_got_another_device_number(tmp_path: Pat
         new = FileId(99, HUGE.ino)
         await it.store.add_needs(JOB.holder, [Need(BASE, "r", "")])
         await it.store.put_access_file(entry(HUGE, "granted"))
-        await it.store.rekey(HUGE, new)
+        await it.store.rekey({HUGE: new})
         assert [row.file for row in await it.store.access_rows()] == [new]
         assert [one.file for one in await it.store.access_files([new])] == [new]
         assert await it.store.access_files([HUGE]) == []
-        await it.store.rekey(FileId(5, 5), FileId(6, 6))
+        await it.store.rekey({FileId(5, 5): FileId(6, 6)})
 
     run(tmp_path, scenario)
 

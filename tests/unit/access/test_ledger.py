@@ -33,7 +33,6 @@ USER = 64042
 JOB, EXPORT = Holder("job", "j"), Holder("export", "e")
 
 
-
 class Crash(Exception):
     """The agent is killed here."""
 
@@ -134,7 +133,9 @@ def guest() -> Iterator[Prober]:
         yield prober
 
 
-def play(folder: Path, probe: Prober | _Owner, scenario: Callable[[Host], Coroutine[Any, Any, None]], **kind: Any) -> None:
+def play(
+    folder: Path, probe: Prober | _Owner, scenario: Callable[[Host], Coroutine[Any, Any, None]], **kind: Any
+) -> None:
     async def go() -> None:
         state = folder / "state"
         state.mkdir()
@@ -246,7 +247,9 @@ class TestAnotherUser:
 
         given_user(scenario)
 
-    def test_a_readable_file_that_must_be_written_is_given_and_taken_back_to_what_it_was(self, given_user: Play) -> None:
+    def test_a_readable_file_that_must_be_written_is_given_and_taken_back_to_what_it_was(
+        self, given_user: Play
+    ) -> None:
         async def scenario(host: Host) -> None:
             file = host.file("top", 0o644)
             before = look(file)

@@ -230,7 +230,7 @@ def test_wait_stays_for_the_revocation(agent: FakeAgent, run) -> None:
 
 
 def test_wait_gives_up_on_a_revocation_that_does_not_end(agent: FakeAgent, run, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(follow, "REVOCATION_WAIT", 0.3)
+    monkeypatch.setattr(follow, "revocation_wait", lambda: 0.3)
     agent.on("POST", "/v1/jobs", (202, job("completed", revocation="pending")))
     agent.on("GET", JOB, (200, job("completed", revocation="pending")))
     assert run("job", "pull", "/images/top.qcow2", "--wait") == 0

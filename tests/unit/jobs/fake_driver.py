@@ -25,7 +25,6 @@ from jobs.model import (
     Operation,
     Plan,
     Revocation,
-    State,
 )
 from jobs.ports import AccessChange, AccessResult, AccessVerdict, Contact, Observation, Phase
 
@@ -393,6 +392,3 @@ class Counts:
 
 def spec(path: str, **values: object) -> JobSpec:
     return replace(JobSpec(Operation.PULL, path), **values)  # type: ignore[arg-type]
-
-
-__all__ = ["MIB", "Counts", "FakeAccess", "FakeDriver", "MemoryStore", "State", "spec"]

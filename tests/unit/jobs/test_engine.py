@@ -91,7 +91,9 @@ def test_a_pull_that_does_not_complete_leaves_its_backing_files_to_the_image(way
         (_, change) = agent.store.finishes[0]
         assert change.forget == ()
         assert change.heir == Holder("image", "/top")
-        assert {(need.layer.file, need.mode) for need in change.inherit} == {(one.file, "r") for one in chain.layers[1:]}
+        assert {(need.layer.file, need.mode) for need in change.inherit} == {
+            (one.file, "r") for one in chain.layers[1:]
+        }
         assert agent.store.kinds(job.id) == ["started", "cancelled" if way == "abort" else "failed"]
         assert not agent.driver.images["/top"].users
 

@@ -96,7 +96,8 @@ class Story:
         elif what.startswith("hints "):
             agent.hints = what == "hints found"
         elif what == "hint all":
-            for one in random.Random(1).sample(list(self.jobs.values()) * 3, k=3 * len(self.jobs)):  # twice, out of order
+            thrice = list(self.jobs.values()) * 3
+            for one in random.Random(1).sample(thrice, k=len(thrice)):  # again and out of order
                 engine.hint(one.id)
         elif what in ("silence", "heal", "die"):
             getattr(agent.driver, what)(path)

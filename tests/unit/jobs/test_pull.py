@@ -54,7 +54,7 @@ def test_a_base_that_is_not_below_the_top_is_refused_with_the_members(base: str)
 
 def test_an_image_without_backing_file_has_no_base_to_name() -> None:
     with pytest.raises(JobError, match="not below") as refused:
-        pull.resolve_base(CHAIN.below(2), "/x")
+        pull.resolve_base(Chain(CHAIN.layers[2:]), "/x")
     assert refused.value.remedy is not None
     assert "no backing file" in refused.value.remedy
 

@@ -43,10 +43,51 @@ SETTINGS = {"JOBS_PROGRESS_INTERVAL": "0.05", "JOBS_SETTLE_RETRY": "0.1", "QSD_S
 REVOKED = "done" if ROOT else "kept"
 
 
+class Shared:
+    """One agent for many tests, as long as each leaves it as it was; a start takes most of a second."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._agent: AgentProcess | None = None
+
+    def take(self) -> AgentProcess:
+        if self._agent is None:
+            home = self._factory.mktemp("agent")
+            with reachable(home):
+                self._agent = AgentProcess(home, SETTINGS)
+            self._agent.start()
+        return self._agent
+
+    def give_back(self) -> None:
+        assert self._agent is not None
+        if not _idle(self._agent):
+            self.close()
+
+    def close(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+
+
+def _idle(agent: AgentProcess) -> bool:
+    if agent.process is None or agent.process.poll() is not None:
+        return False
+    host = agent.get("/v1/host")
+    active = [item for item in agent.get("/v1/jobs")["items"] if item["finished"] is None]
+    return not (active or host["storage_daemons"] or host["orphans"] or storage_daemons(agent))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    them = Shared(tmp_path_factory)
+    yield them
+    them.close()
+
+
 @pytest.fixture
-def agent(tmp_path: Path) -> Iterator[AgentProcess]:
-    with reachable(tmp_path), AgentProcess(tmp_path, SETTINGS) as process:
-        yield process
+def agent(shared: Shared) -> Iterator[AgentProcess]:
+    yield shared.take()
+    shared.give_back()
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +174,16 @@ def alive(pid: int) -> bool:
 # What runs goes on
 
 
-@pytest.mark.parametrize("away", WAYS)
 @pytest.mark.parametrize(
-    "spec", [pytest.param({}, id="continuous"), pytest.param({"increment": 16 * MIB}, id="incremental")]
+    ("spec", "away"),
+    [
+        pytest.param({}, stop, id="continuous-sigterm"),
+        pytest.param({}, kill, id="continuous-sigkill"),
+        pytest.param({"increment": 16 * MIB}, kill, id="incremental-sigkill"),
+    ],
 )
 def test_jobs_and_exports_go_on_over_a_restart_and_their_clients_never_notice(
-    agent: AgentProcess, folder: Path, away: Callable[[AgentProcess], None], spec: Json
+    agent: AgentProcess, folder: Path, spec: Json, away: Callable[[AgentProcess], None]
 ) -> None:
     images = Pair(folder / "pair", 64 * MIB)  # what the client reads is copied up too: it must not be done too soon
     before = {path: permissions(path) for path in (images.top, images.base)}
@@ -279,7 +324,7 @@ def test_an_adopted_export_takes_new_clients_and_the_pull_that_comes_after(agent
 
 
 def test_an_adopted_chain_is_leased_again(agent: AgentProcess, images: Pair) -> None:
-    agent.export(images.top)
+    export = agent.export(images.top)
     agent.kill()
     agent.start()
     done = subprocess.run(
@@ -287,6 +332,7 @@ def test_an_adopted_chain_is_leased_again(agent: AgentProcess, images: Pair) -> 
     )
     assert done.returncode != 0
     assert "lock" in done.stderr
+    end_export(agent, export)
 
 
 # What ended meanwhile
@@ -497,6 +543,7 @@ def test_a_storage_daemon_of_another_agent_is_none_of_our_business(
         assert (error["state"], error["error"]["code"]) == ("failed", "busy"), error
     assert alive(export["pid"])
     assert agent.get(f"/v1/exports/{export['id']}")["state"] == "running"
+    end_export(agent, export)
 
 
 def _refused(agent: AgentProcess, request: Json) -> Json:

@@ -28,6 +28,7 @@ from hostagent.drivers.qmp import Monitor
 from hostagent.drivers.qsd import STREAM_FILTER, BlockJob, Node, Places, Settings, StorageDaemon
 from hostagent.images.chain import ChainLimits, open_chain
 from jobs.errors import JobError
+from jobs.model import FileId
 from jobs.ports import Phase
 from tests.harness import MIB, AgentProcess, backing_of, check_clean, ensure_user, same_content
 from tests.qemu.faults import PATIENCE, Pair, Reader
@@ -59,6 +60,11 @@ class Bench:
     @property
     def below(self) -> Node | None:
         return self.nodes[1] if len(self.nodes) > 1 else None
+
+    def open_modes(self) -> dict[FileId, bool]:
+        """Which of the layers' files the daemon has open for data, and whether for writing."""
+        found = self.daemon.open_modes([node.layer.file for node in self.nodes])
+        return {FileId(*file): writable for file, writable in found.items()}
 
     @property
     def uri(self) -> str:
@@ -171,10 +177,10 @@ def test_a_client_reads_right_bytes_while_the_chain_is_reopened_for_writing_and_
             with Reader(it.uri, images.truth) as reader:
                 for _ in range(10):
                     await it.reopen(writable=True)
-                    assert it.daemon.open_modes()[it.top.layer.file] is True
+                    assert it.open_modes()[it.top.layer.file] is True
                     await asyncio.sleep(0.01)
                     await it.reopen(writable=False)
-                    assert it.daemon.open_modes()[it.top.layer.file] is False
+                    assert it.open_modes()[it.top.layer.file] is False
                 assert await aside(reader.stop) > 0
             assert await it.daemon.quit()
 
@@ -198,10 +204,10 @@ def test_a_pull_under_a_connected_client_ends_with_the_base_closed(images: Pair)
                 await it.daemon.finalize(JOB)
                 await it.until(Phase.CONCLUDED)
                 await it.daemon.dismiss(JOB)
-                assert base.layer.file in it.daemon.open_modes()
+                assert base.layer.file in it.open_modes()
                 await it.daemon.reopen(it.top, None, writable=False)
                 await it.daemon.remove(base)
-                assert base.layer.file not in it.daemon.open_modes()
+                assert base.layer.file not in it.open_modes()
                 assert await aside(reader.stop) > 0
             assert await it.daemon.quit()
 

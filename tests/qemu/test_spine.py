@@ -180,9 +180,8 @@ def test_a_pull_makes_the_overlay_stand_alone_and_takes_the_base_back(
 
 
 @pytest.mark.parametrize("spec", KINDS)
-@pytest.mark.parametrize("depth", [3, 4])
-def test_a_pull_takes_in_a_chain_of_several_layers(agent: AgentProcess, folder: Path, depth: int, spec: Json) -> None:
-    layers = Layers(folder, depth)
+def test_a_pull_takes_in_a_chain_of_several_layers(agent: AgentProcess, folder: Path, spec: Json) -> None:
+    layers = Layers(folder, 4)
     job = pull(agent, layers.top, **spec)
     assert (job["state"], job["revocation"]) == ("completed", REVOKED)
     if ROOT:

@@ -493,12 +493,8 @@ class Agent:
     async def _refresh(self) -> None:
         """Read what gauges show and only the store knows; after events, so that a scrape reads memory only."""
         self._refreshing = False
-        entries = await self._store.access_files()
-        pending = [entry.since.timestamp() for entry in entries if entry.verdict == "pending"]
-        grants: dict[str, int] = {}
-        for row in await self._store.access_rows():
-            grants[row.mode] = grants.get(row.mode, 0) + 1
-        self._gauges = {"pending": len(pending), "oldest": min(pending, default=None), "grants": grants}
+        pending, oldest, grants = await self._store.access_gauges()
+        self._gauges = {"pending": pending, "oldest": oldest.timestamp() if oldest else None, "grants": grants}
 
     def _snapshot(self) -> Snapshot:
         chains = [chain for chain in self._chains.all() if chain.daemon]

@@ -40,7 +40,8 @@ def available() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """What to copy up. `begin` and `goal` are bytes; `depth` is how many layers from the top belong to the pull.
+    """What to copy up. `begin`, `goal`, `end` (the image's) and `increment` are bytes; the top `depth` layers belong to
+    the pull.
 
     `reader` is the export to read from when copying up must stop at a layer (copy-on-read with a bottom); otherwise
     NBD_CMD_CACHE on `control` does it. `may_zero`: the control export is ours alone and writable.
@@ -50,6 +51,8 @@ class Slice:
     control: str
     begin: int
     goal: int
+    end: int
+    increment: int
     depth: int
     reader: str | None = None
     may_zero: bool = False
@@ -193,6 +196,8 @@ class _Copy:
     def run(self) -> int:
         while self._position < self._work.goal and not self._enough():
             self._position = self._span(self._position)
+        if self._position >= self._work.goal:
+            self._position = self._further(self._position)
         while self._flying:
             self._reap()
         cookie = self._control.handle.aio_flush()
@@ -210,6 +215,29 @@ class _Copy:
                     return position
             position = end
         return position
+
+    def _further(self, position: int) -> int:
+        """Whole increments beyond the goal in which no data has to be moved: a hole is not worth a step of its own."""
+        while position < self._work.end and not self._enough():
+            stop = min(position + self._work.increment, self._work.end)
+            zeros = self._only_zeros(position, stop)
+            if zeros is None or any(self._extent(begin, end, zero=True) < end for begin, end in zeros):
+                return position
+            position = stop
+        return position
+
+    def _only_zeros(self, position: int, stop: int) -> list[tuple[int, int]] | None:
+        """What must be written as zeros to make [position, stop) local; None when there is data to move."""
+        found = []
+        while position < stop:
+            for extent, zero, depth in self._control.extents(position, min(stop - position, STATUS_SPAN)):
+                end = min(position + extent, stop)
+                if 2 <= depth <= self._work.depth:
+                    if not (zero and self._work.may_zero):
+                        return None
+                    found.append((position, end))
+                position = end
+        return found
 
     def _extent(self, position: int, end: int, *, zero: bool) -> int:
         zero = zero and self._work.may_zero

@@ -312,6 +312,18 @@ class Store:
 
         return [records.access_file(json.loads(body)) for (body,) in await self._run(work)]
 
+    async def access_gauges(self) -> tuple[int, datetime | None, dict[str, int]]:
+        """How many revocations are pending, since when the oldest, and how many rows there are of each mode."""
+
+        def work(db: sqlite3.Connection) -> tuple[int, str | None, dict[str, int]]:
+            query = "SELECT count(*), min(json_extract(body, '$.since')) FROM access_files WHERE verdict='pending'"
+            pending, oldest = db.execute(query).fetchone()
+            modes = dict(db.execute("SELECT mode, count(*) FROM access_rows GROUP BY mode").fetchall())
+            return pending, oldest, modes
+
+        pending, oldest, modes = await self._run(work)
+        return pending, datetime.fromisoformat(oldest) if oldest else None, modes
+
     async def put_access_file(self, entry: AccessFile, events: Sequence[Event] = ()) -> None:
         body = json.dumps(encode(entry))
 

@@ -189,6 +189,7 @@ class Actor:
             if message is not None:
                 await self._request(message)
         if self.job.state is State.RUNNING and self.job.cursor.cur < self.job.cursor.end:
+            await self._w.driver.rest(self.job)  # who sees `waiting` finds the image closed and unlocked
             await self._keeper.move(Signal.STEPPED, upto=None)
 
     async def _paused(self) -> None:

@@ -456,13 +456,20 @@ class StorageDaemon:
     # What the kernel says, for adoption
 
     def open_modes(self, files: Collection[FileId]) -> dict[FileId, bool]:
-        """Which of `files` the process has open for data, and whether for writing. Blocking."""
-        inodes = {file.ino: file for file in files}
+        """Which of `files` the process has open for data, and whether for writing. Blocking.
+
+        Only what has the inode number of one of them is asked for its device: others may lie on dead storage.
+        """
+        inodes = {file.ino for file in files}
         found: dict[FileId, bool] = {}
         for entry in _entries(Path(f"/proc/{self.pid}/fd")):
             with contextlib.suppress(OSError, ValueError):
                 flags, inode = _fdinfo(self.pid, entry)
-                if not flags & os.O_PATH and (file := inodes.get(inode)) is not None:
+                if flags & os.O_PATH or inode not in inodes:
+                    continue
+                stat = Path(f"/proc/{self.pid}/fd/{entry}").stat()
+                file = FileId(stat.st_dev, stat.st_ino)
+                if file in files:
                     found[file] = found.get(file, False) or flags & os.O_ACCMODE == os.O_RDWR
         return found
 

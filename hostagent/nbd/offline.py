@@ -168,13 +168,15 @@ class OfflineDriver:
                 if reader:
                     await chain.ask(daemon.add_copy_on_read(chain.nodes[0], chain.nodes[depth - 1]))
                     await chain.ask(daemon.add_export(READER, COPY_ON_READ))
-                assert job.upto is not None
+                assert job.upto is not None and job.spec.increment is not None
                 work = nbdclient.Slice(
                     socket=str(daemon.places.socket),
                     control=CONTROL,
                     reader=reader,
                     begin=job.cursor.cur,
                     goal=job.upto,
+                    end=job.cursor.end,
+                    increment=job.spec.increment,
                     depth=depth,
                     may_zero=alone,
                     bandwidth=job.bandwidth,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -144,8 +145,6 @@ def _end(pid: int) -> None:
     watch = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(watch, signal.SIGTERM)
-        deadline = time.monotonic() + WAIT
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
+        select.select([watch], [], [], WAIT)  # a pidfd is readable when its process has ended, reaped or not
     finally:
         os.close(watch)

@@ -27,10 +27,11 @@ def measure(stage: Stage) -> Figure:
     with stage.agent() as agent:
         assert agent.process is not None
         pid = agent.process.pid
+        exports = []
         for number, image in enumerate(images):
             if number % 10 == 0:
                 stage.say(f"{NAME}: export {number + 1} of {EXPORTS}")
-            agent.export(image)
+            exports.append(agent.export(image)["id"])
         stage.say(f"{NAME}: {SECONDS:g} s of nothing")
         time.sleep(SETTLE)
         before, began = _cpu_seconds(pid), time.monotonic()
@@ -43,6 +44,8 @@ def measure(stage: Stage) -> Figure:
         details = {"storage_daemon_rss_mib": daemon_rss, "storage_daemon_private_mib": daemon_private}
         if probers:
             details["prober_rss_mib"] = sum(_rss_mib(child) for child in probers)
+        for export in exports:  # so that the daemons end as the agent's children, and it reaps them
+            agent.delete(f"/v1/exports/{export}")
     for image in (*images, base):
         image.unlink()
     return Figure(

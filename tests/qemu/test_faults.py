@@ -47,7 +47,7 @@ needs_root = pytest.mark.skipif(
 )
 
 QUICK = {"JOBS_PROGRESS_INTERVAL": "0.1", "JOBS_SETTLE_RETRY": "0.1", "JOBS_SETTLE_RETRY_MAX": "0.5"}
-IMPATIENT = {**QUICK, "QMP_CALL_TIMEOUT": "1", "QMP_CONNECT_TIMEOUT": "2", "EXPORTS_NBD_TIMEOUT": "1"}
+IMPATIENT = {**QUICK, "JOBS_ABORT_TIMEOUT": "1", "QMP_CALL_TIMEOUT": "1", "QMP_CONNECT_TIMEOUT": "2", "EXPORTS_NBD_TIMEOUT": "1"}
 SLOW = 8 * MIB
 """Bytes a second: an image of 16 MiB takes two seconds, long enough to be caught in the middle."""
 FAST = 512 * MIB
@@ -226,6 +226,7 @@ def test_a_forced_abort_of_an_unknown_job_ends_a_storage_daemon_that_serves_nobo
     stuck = daemon_of(impatient, images.top)
     with stopped(stuck):
         impatient.until(job["id"], lambda job: job["state"] == "unknown", timeout=10)
+        time.sleep(1.1)  # jobs.abort_timeout; before that it is refused
         impatient.post(f"/v1/jobs/{job['id']}/abort", {"force": True})
         assert impatient.until_ended(job["id"])["state"] == "aborted"
         assert stuck not in storage_daemons(impatient)

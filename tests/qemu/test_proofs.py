@@ -63,8 +63,7 @@ class Bench:
 
     def open_modes(self) -> dict[FileId, bool]:
         """Which of the layers' files the daemon has open for data, and whether for writing."""
-        found = self.daemon.open_modes([node.layer.file for node in self.nodes])
-        return {FileId(*file): writable for file, writable in found.items()}
+        return self.daemon.open_modes([node.layer.file for node in self.nodes])
 
     @property
     def uri(self) -> str:

@@ -59,9 +59,10 @@ from hostagent.metrics import JobGauge, Metrics, Snapshot
 from hostagent.nbd import chains as nbd_chains
 from hostagent.nbd import exports as nbd_exports
 from hostagent.nbd import offline
-from hostagent.nbd.chains import Chains, PreparedChain
+from hostagent.nbd.chains import Chains
 from hostagent.nbd.exports import Exports
 from hostagent.nbd.offline import OfflineDriver
+from hostagent.nbd.prepared import PreparedChain
 from hostagent.records import ExportRecord
 from hostagent.store import Store
 from jobs.engine import Engine

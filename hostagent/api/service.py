@@ -21,8 +21,9 @@ from hostagent.access.ledger import Ledger, Subject
 from hostagent.api import views
 from hostagent.api.changes import Changes
 from hostagent.api.peer import Peer
-from hostagent.nbd.chains import Chains, PreparedChain
+from hostagent.nbd.chains import Chains
 from hostagent.nbd.exports import Exports, ExportSpec
+from hostagent.nbd.prepared import PreparedChain
 from hostagent.records import AccessFile, ExportRecord
 from hostagent.store import Store
 from jobs.engine import Engine

@@ -22,8 +22,9 @@ from hostagent import nbdclient
 from hostagent.errors import AgentError
 from hostagent.locks import Locks
 from hostagent.nbd import sockdiag
-from hostagent.nbd.chains import Chains, PreparedChain
+from hostagent.nbd.chains import Chains
 from hostagent.nbd.offline import Grants
+from hostagent.nbd.prepared import PreparedChain
 from hostagent.records import ExportRecord
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Need

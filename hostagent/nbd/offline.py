@@ -23,7 +23,8 @@ from hostagent.errors import AgentError
 from hostagent.images.chain import OpenChain, verify
 from hostagent.images.header import read_backing
 from hostagent.images.qemu_img import QemuImg
-from hostagent.nbd.chains import CONTROL, READER, Chains, PreparedChain
+from hostagent.nbd.chains import Chains
+from hostagent.nbd.prepared import CONTROL, READER, PreparedChain
 from jobs import pull
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Holder, Job, JobSpec, Layer, Need, Plan, State

@@ -24,7 +24,7 @@ import pytest
 
 from hostagent import config
 from hostagent.daemon import Agent
-from hostagent.nbd.chains import PreparedChain
+from hostagent.nbd.prepared import PreparedChain
 from tests.harness import MIB, AgentProcess, ApiError, Json, check_clean, reachable, same_content, user_can_read
 from tests.qemu.faults import (
     ROOT,

@@ -19,8 +19,9 @@ from hostagent.drivers.process import User
 from hostagent.images.chain import ChainLimits
 from hostagent.images.qemu_img import QemuImg, ToolLimits
 from hostagent.nbd import chains as nbd_chains
-from hostagent.nbd.chains import Chains, PreparedChain
+from hostagent.nbd.chains import Chains
 from hostagent.nbd.offline import Limits, OfflineDriver
+from hostagent.nbd.prepared import PreparedChain
 from hostagent.store import Store
 from jobs.ports import SystemClock
 from tests.contract.driver_suite import MIB, SIZE, DriverSuite, Rig

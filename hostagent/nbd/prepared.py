@@ -1,0 +1,291 @@
+"""A prepared chain: its leases, its storage daemon, and those who use it.
+
+One storage daemon serves one chain (one top file): all its exports and its one job. Its graph changes under one lock
+per chain, so that an export can never join a chain in the moment in which a job's end takes layers from it. A chain
+whose last user left is closed: the daemon ends, then the leases go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hostagent.drivers.qmp import Refused
+from hostagent.drivers.qsd import Node, StorageDaemon
+from hostagent.images.chain import OpenChain
+from jobs.errors import JobError
+from jobs.model import Chain, FileId, Holder, Layer
+
+if TYPE_CHECKING:
+    from hostagent.nbd.chains import Chains
+
+log = logging.getLogger(__name__)
+
+CONTROL = "hostagent-control"
+READER = "hostagent-reader"
+"""Exports for the agent's own connections; never left behind between two slices."""
+class Lease(Protocol):
+    """One file's lease (access.leases)."""
+
+    def exclude(self, *, ours: Sequence[int]) -> None: ...
+
+    def share(self, *, ours: Sequence[int]) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class Leasing(Protocol):
+    def __call__(self, fd: int, *, exclusive: bool, ours: Sequence[int]) -> Lease: ...
+
+
+class PreparedChain:
+    """Use it under `lock`; `users` says why it is kept."""
+
+    def __init__(self, registry: Chains, opened: OpenChain | None, chain: Chain, *, shallow: bool) -> None:
+        self._registry = registry
+        self.file = chain.top.file
+        self.path = chain.top.path
+        self.shallow = shallow
+        self.layers: list[Layer] = list(chain.layers)
+        self.nodes: list[Node] = []
+        self.users: set[Holder] = set()
+        self.lock = asyncio.Lock()
+        self.daemon: StorageDaemon | None = None
+        self.writable = False
+        self.published = False
+        """Whether others than the agent could ever connect to the daemon's socket. It is never taken back: who
+        connected then may still be about to name the export that he wants."""
+        self.answers = True
+        self.closed = False
+        self.died = False
+        self._opened = opened
+        self._leases: dict[FileId, Lease] = {}
+        self._probing: asyncio.Task[None] | None = None
+
+    @property
+    def chain(self) -> Chain:
+        return Chain(tuple(self.layers))
+
+    @property
+    def pid(self) -> int | None:
+        return self.daemon.pid if self.daemon else None
+
+    @property
+    def _ours(self) -> tuple[int, ...]:
+        return (self.daemon.pid,) if self.daemon else ()
+
+    def descriptor(self, file: FileId) -> int | None:
+        """The agent's own read descriptor of a layer."""
+        if self._opened is None:
+            return None
+        for layer, fd in zip(self._opened.chain.layers, self._opened.fds, strict=True):
+            if layer.file == file:
+                return fd
+        return None
+
+    def take_over(self, opened: OpenChain) -> None:
+        """The same files, opened once more by somebody who joins: kept where we have none, else closed."""
+        if opened is self._opened:
+            return
+        same_format = opened.chain.top.format == self.layers[0].format
+        if self._opened is None and same_format:
+            self._opened = opened
+        else:
+            opened.close()
+        if not same_format:
+            raise self._other_format(opened.chain.top.format)
+
+    def _other_format(self, asked: str) -> JobError:
+        return JobError(
+            "busy",
+            f"{self.path!r} is in use as {self.layers[0].format}, and cannot be {asked} too",
+            field="format",
+            value=asked,
+            remedy="stop its exports first, or say the format that they use",
+            holders=sorted(str(user) for user in self.users),
+        )
+
+    # Leases
+
+    async def lease(self, *, write: bool) -> None:
+        """Shared leases on all layers, exclusive on the top with `write`. A JobError busy has changed nothing."""
+        if self._opened is None:
+            raise JobError("unavailable", f"the files of {self.path!r} could not be opened", remedy="see the log")
+        taken: list[FileId] = []
+        try:
+            for layer in self.layers[1:] if write else self.layers:
+                if layer.file not in self._leases:
+                    await self._take(layer, exclusive=False)
+                    taken.append(layer.file)
+            top = self._leases.get(self.file)
+            if write and top is None:
+                await self._take(self.layers[0], exclusive=True)
+            elif write and top is not None:
+                await asyncio.to_thread(top.exclude, ours=self._ours)
+        except JobError:
+            for file in taken:
+                self._leases.pop(file).release()
+            raise
+
+    async def _take(self, layer: Layer, *, exclusive: bool) -> None:
+        fd = self.descriptor(layer.file)
+        assert fd is not None
+        leasing = self._registry.leasing
+        self._leases[layer.file] = await asyncio.to_thread(leasing, fd, exclusive=exclusive, ours=self._ours)
+
+    # The daemon
+
+    async def serve(self) -> StorageDaemon:
+        """The chain's storage daemon, with all layers open read-only; started when there is none."""
+        if self.died:
+            raise JobError("storage_daemon_died", f"the storage daemon of {self.path!r} ended")
+        if self.daemon is None:
+            await self._registry.start(self)
+        assert self.daemon is not None
+        return self.daemon
+
+    async def open_for_writing(self) -> None:
+        daemon = await self.serve()
+        if self.writable:
+            return
+        try:
+            await self._reopen(daemon, writable=True)
+        except Refused as error:
+            # A refused NBD_CMD_CACHE leaves a cluster in qcow2's caches that can never be written (QEMU 7.2).
+            if "failed to flush" not in error.text.lower():
+                raise
+            raise JobError(
+                "busy",
+                f"the storage daemon of {self.path!r} can write no more: a client of its read-only export sent CACHE",
+                field="target",
+                value=self.path,
+                remedy="stop the image's exports (they serve until then), pull, and export it again",
+                holders=sorted(str(user) for user in self.users if user.kind == "export"),
+            ) from error
+
+    async def flush(self) -> None:
+        """Make everything that was written through this daemon durable. Reopening a node flushes it (block.c)."""
+        if self.daemon is not None:
+            await self._reopen(self.daemon, writable=True)
+
+    async def close_for_writing(self) -> None:
+        """Read-only again, and a shared lease. Flushes."""
+        if self.writable and self.daemon is not None:
+            await self._reopen(self.daemon, writable=False)
+        lease = self._leases.get(self.file)
+        if lease is not None:
+            await asyncio.to_thread(lease.share, ours=self._ours)
+
+    async def remove_internal(self, *, reader: bool) -> None:
+        """Remove what serves only the agent's own connections, left by a slice or by an agent that was killed."""
+        assert self.daemon is not None
+        left = await self.ask(self.daemon.exports())
+        for name in (READER, CONTROL):
+            if name in left:
+                await self.ask(self.daemon.remove_export(name, hard=True))
+        if reader:
+            await self.ask(self.daemon.remove_copy_on_read())
+
+    async def tidy(self) -> None:
+        """Remove what a job left that ended, or came to rest, just before the agent was killed: a block job that is not
+        dismissed keeps the top busy, and no other could ever start."""
+        assert self.daemon is not None
+        for job in await self.ask(self.daemon.concluded()):
+            await self.ask(self.daemon.dismiss(job))
+        await self.remove_internal(reader=True)
+        await self.close_for_writing()
+
+    async def _reopen(self, daemon: StorageDaemon, *, writable: bool) -> None:
+        below = self.nodes[1] if len(self.nodes) > 1 else None
+        await self.ask(daemon.reopen(self.nodes[0], below, writable=writable))
+        self.writable = writable
+
+    async def shed(self, after: Chain) -> None:
+        """Forget the layers that the chain lost: cut the link, close their nodes, their descriptors, their leases."""
+        stays = {layer.file for layer in after.layers}
+        gone = [node for node in self.nodes if node.layer.file not in stays]
+        if gone and self.daemon is not None and self.daemon.alive:
+            self.nodes = [node for node in self.nodes if node.layer.file in stays]
+            try:
+                await self._reopen(self.daemon, writable=False)
+                for node in gone:
+                    await self.ask(self.daemon.remove(node))
+            except JobError:
+                self.nodes += gone
+                raise
+        self.layers = list(after.layers)
+        leases = [self._leases.pop(file) for file in list(self._leases) if file not in stays]
+        await asyncio.to_thread(_let_go, leases, self._opened, stays)
+
+    async def ask(self, command: Any) -> Any:
+        """Await a command of the daemon; one that is not answered makes the daemon `unresponsive` for all to see."""
+        try:
+            return await command
+        except JobError as error:
+            if error.code == "unresponsive" and self.daemon is not None and self.daemon.alive:
+                self._registry.suspect(self)
+            raise
+
+    # Ends
+
+    def exited(self) -> None:
+        """The daemon's process is gone, asked or not."""
+        if not self.closed:
+            self.died = True
+            self._registry.lost(self)
+
+    async def release(self, holder: Holder) -> None:
+        """One user less; the last one closes the chain. Call under `lock`."""
+        self.users.discard(holder)
+        if not self.users:
+            await self.close()
+
+    async def close(self) -> None:
+        """End the daemon and give up the leases. A daemon that does not end keeps both, and is reported."""
+        self.closed = True
+        if self.daemon is not None and not await self.daemon.quit():
+            self.closed = False
+            self._registry.suspect(self)
+            raise JobError(
+                "unresponsive",
+                f"storage daemon {self.daemon.id} (pid {self.daemon.pid}) does not end",
+                remedy="its storage may hang; it ends by itself when that answers again",
+            )
+        await self._registry.closed(self)
+
+    def let_go(self) -> asyncio.Future[None]:
+        """Close what the agent has open: leases and descriptors. In a thread, for on dead storage it may hang."""
+        leases, opened = list(self._leases.values()), self._opened
+        self._leases, self._opened = {}, None
+        return asyncio.get_running_loop().run_in_executor(None, _let_go, leases, opened, ())
+
+    def watch_until_it_answers(self, interval: float, kill_after: float) -> None:
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe(interval, kill_after), name=f"probe {self.path}")
+
+    async def _probe(self, interval: float, kill_after: float) -> None:
+        """Only an unresponsive daemon is asked again and again; one that answers is left in peace.
+
+        It is killed only where the configuration says so and it serves nobody but a job.
+        """
+        loop = asyncio.get_running_loop()
+        since = loop.time()
+        while self.daemon is not None and self.daemon.alive:
+            with contextlib.suppress(JobError):
+                await self.daemon.execute("query-version")
+                self._registry.answered(self)
+                return
+            if kill_after and loop.time() - since > kill_after and all(user.kind == "job" for user in self.users):
+                log.error("killing an unresponsive storage daemon", extra={"fields": {"path": self.path}})
+                await self.daemon.kill()
+            await asyncio.sleep(interval)
+
+
+def _let_go(leases: Sequence[Lease], opened: OpenChain | None, stays: Collection[FileId]) -> None:
+    for lease in leases:
+        lease.release()
+    if opened is not None:
+        opened.keep(stays)

@@ -281,6 +281,9 @@ class Chains:
         self._chains[(record.file, record.shallow)] = chain
         await daemon.adopt(record.pid)
         modes = await asyncio.to_thread(daemon.open_modes, {layer.file for layer in record.chain.layers})
+        if record.file not in modes:
+            await self._give_up(chain, daemon)
+            return
         layers = list(enumerate(zip(record.chain.layers, record.descriptors, strict=True)))
         chain.nodes = [Node(layer, n, fd) for n, (layer, fd) in layers if layer.file in modes]
         chain.layers = [node.layer for node in chain.nodes]
@@ -291,6 +294,14 @@ class Chains:
         if not daemon.connected:
             self.suspect(chain)
         log.info("storage daemon adopted", extra={"fields": {"daemon": record.id, "pid": record.pid}})
+
+    async def _give_up(self, chain: PreparedChain, daemon: StorageDaemon) -> None:
+        """The agent was killed before this daemon had opened its chain: it holds nothing, and serves nobody."""
+        chain.closed = True
+        await daemon.kill()
+        await self.closed(chain)
+        fields = {"daemon": daemon.id, "pid": daemon.pid}
+        log.warning("storage daemon without its chain ended", extra={"fields": fields})
 
     async def _lease_again(self, chain: PreparedChain) -> None:
         """Leases went with the agent before; the daemon's own locks kept the worst away meanwhile."""

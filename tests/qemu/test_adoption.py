@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from hostagent.drivers import process
 from tests.harness import (
     MIB,
     AgentProcess,
@@ -632,3 +633,42 @@ def test_a_request_for_a_job_of_a_lost_store_is_not_found(agent: AgentProcess, i
         agent.job(job["id"])
     assert caught.value.status == 404
     assert agent.get("/v1/jobs")["items"] == []
+
+
+def test_a_storage_daemon_that_never_opened_its_chain_is_ended_and_its_job_goes_on(
+    tmp_path: Path, folder: Path
+) -> None:
+    base = raw_image(folder / "base.raw", 16 * MIB)
+    top = overlay(folder / "top.qcow2", base)
+    with AgentProcess(tmp_path, {"JOBS_PROGRESS_INTERVAL": "0.1", "JOBS_SETTLE_RETRY": "0.1"}) as agent:
+        job = agent.pull(top, increment=8 * MIB, bandwidth=2 * MIB)
+        agent.until(job["id"], lambda now: now["state"] == "running" and agent.daemons() != [])
+        (before,) = agent.daemons()
+        agent.kill()
+        os.kill(before, signal.SIGKILL)
+        with sqlite3.connect(agent.state / "hostagent.db") as store:
+            ((name, body),) = store.execute("SELECT id, body FROM daemons").fetchall()
+            chardev = f"hostagent-{name}"
+            monitor = agent.runtime / "qsd" / name / "qmp.sock"
+            monitor.unlink(missing_ok=True)
+            bare = subprocess.Popen(
+                ["qemu-storage-daemon", "--chardev", f"socket,id={chardev},path={monitor},server=on,wait=off", "--monitor", f"chardev={chardev}"]
+            )
+            record = {**json.loads(body), "pid": bare.pid, "start_time": process.start_time(bare.pid)}
+            store.execute("UPDATE daemons SET body=?", (json.dumps(record),))
+        store.close()
+        try:
+            deadline = time.monotonic() + 5
+            while not monitor.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            agent.start()
+            assert bare.wait(5) == -signal.SIGKILL
+        finally:
+            bare.kill()
+            bare.wait()
+        agent.patch(f"/v1/jobs/{job['id']}", {"bandwidth": 0})
+        agent.until(job["id"], lambda now: now["state"] == "waiting")
+        agent.post(f"/v1/jobs/{job['id']}/next")
+        assert agent.until_ended(job["id"])["state"] == "completed"
+        assert same_content(top, base)
+        assert check_clean(top)

@@ -34,6 +34,7 @@ from jobs.ports import Phase
 log = logging.getLogger(__name__)
 
 STREAM_FILTER = "stream"
+STREAM_TOP = "pull"
 COPY_ON_READ = "cor"
 MOMENT = 0.5
 """Seconds between a process's closing of its sockets and its end, at most (it is flushing nothing any more then)."""
@@ -316,6 +317,15 @@ class StorageDaemon:
         options = [_file_options(top, writable=writable), _format_options(top, backing, writable=writable)]
         await self.execute("blockdev-reopen", options=options)
 
+    async def flush(self, top: Node, below: Node | None) -> None:
+        """Make durable what was written through the top, which is open for writing: reopening a node flushes it.
+
+        The format node alone: after a reopening in the same mode QEMU 7.2 is wrong about how the file is open, and its
+        next change of permissions closes the descriptor under those who read from it ("Bad file descriptor").
+        """
+        backing = below.format_node if below else None
+        await self.execute("blockdev-reopen", options=[_format_options(top, backing, writable=True)])
+
     async def remove(self, node: Node) -> None:
         """Close a layer that nothing uses any more. Idempotent; sent at once, carried out in order."""
         removing = (self._remove(name) for name in (node.format_node, node.file_node))
@@ -357,16 +367,6 @@ class StorageDaemon:
             allocation_depth=depth,
         )
 
-    async def add_client_export(self, name: str, top: Node) -> None:
-        """An export for clients. While a stream runs it stands on the stream's filter, as those do that were there
-        before: QEMU 7.2 cuts off the clients of one that is attached below the filter when the job ends."""
-        try:
-            await self.add_export(name, STREAM_FILTER)
-        except Refused as error:
-            if "cannot find" not in error.text.lower():
-                raise
-            await self.add_export(name, top.format_node)
-
     async def remove_export(self, name: str, *, hard: bool) -> bool:
         """True when it is gone; False when a client is connected and `hard` is false."""
         try:
@@ -396,10 +396,18 @@ class StorageDaemon:
     # The job
 
     async def stream(self, job_id: str, top: Node, base: Node | None, *, backing: str | None, speed: int) -> None:
-        """Start block-stream; it stays `pending` at its end until finalize, and `concluded` until dismiss."""
+        """Start block-stream; it stays `pending` at its end until finalize, and `concluded` until dismiss.
+
+        It works on a filter of its own over the top. On the top itself its copy-on-read filter would come between the
+        top and the exports there: what clients read would be copied up, and fail where the overlay cannot grow.
+        """
+        await self._added("object-add", qom_type="throttle-group", id=STREAM_TOP)
+        await self._added(
+            "blockdev-add", driver="throttle", node_name=STREAM_TOP, throttle_group=STREAM_TOP, file=top.format_node
+        )
         arguments: dict[str, Any] = {
             "job_id": job_id,
-            "device": top.format_node,
+            "device": STREAM_TOP,
             "speed": speed,
             "on_error": "report",
             "auto_finalize": False,
@@ -409,6 +417,18 @@ class StorageDaemon:
         if base is not None:
             arguments |= {"base_node": base.format_node, "backing_file": backing}
         await self.execute("block-stream", **arguments)
+
+    async def remove_stream_top(self) -> None:
+        """Remove the filter that a dismissed stream worked on. Idempotent."""
+        await self._remove(STREAM_TOP)
+
+    async def _added(self, command: str, **arguments: Any) -> None:
+        """Add what an earlier job may have left."""
+        try:
+            await self.execute(command, **arguments)
+        except Refused as error:
+            if "duplicate" not in error.text.lower():
+                raise
 
     async def block_job(self, job_id: str) -> BlockJob:
         jobs = await self.execute("query-jobs")

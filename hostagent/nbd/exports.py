@@ -167,7 +167,7 @@ class Exports:
             await self._access.acquire(record.holder, needs)
             daemon = await chain.serve()
             chain.users.add(record.holder)
-            await chain.ask(daemon.add_client_export(record.id, chain.nodes[0]))
+            await chain.ask(daemon.add_export(record.id, chain.nodes[0].format_node))
             self._chains.publish_socket(chain)
             socket = str(daemon.places.socket)
             size = await asyncio.to_thread(nbdclient.handshake, socket, record.id, self._settings.nbd_timeout)

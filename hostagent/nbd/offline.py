@@ -298,6 +298,7 @@ class OfflineDriver:
         if chain.daemon is not None and chain.daemon.alive:
             await self._clear(job, chain)
             await chain.ask(chain.daemon.dismiss(job_name(job)))
+            await chain.ask(chain.daemon.remove_stream_top())
         if job.state is State.COMPLETED:
             await chain.shed(job.after)
         await chain.close_for_writing()

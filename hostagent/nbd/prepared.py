@@ -74,6 +74,10 @@ class PreparedChain:
         return self.daemon.pid if self.daemon else None
 
     @property
+    def _below(self) -> Node | None:
+        return self.nodes[1] if len(self.nodes) > 1 else None
+
+    @property
     def _ours(self) -> tuple[int, ...]:
         return (self.daemon.pid,) if self.daemon else ()
 
@@ -167,9 +171,9 @@ class PreparedChain:
             ) from error
 
     async def flush(self) -> None:
-        """Make everything that was written through this daemon durable. Reopening a node flushes it (block.c)."""
+        """Make everything that was written through this daemon durable."""
         if self.daemon is not None:
-            await self._reopen(self.daemon, writable=True)
+            await self.ask(self.daemon.flush(self.nodes[0], self._below))
 
     async def close_for_writing(self) -> None:
         """Read-only again, and a shared lease. Flushes."""
@@ -195,12 +199,12 @@ class PreparedChain:
         assert self.daemon is not None
         for job in await self.ask(self.daemon.concluded()):
             await self.ask(self.daemon.dismiss(job))
+        await self.ask(self.daemon.remove_stream_top())
         await self.remove_internal(reader=True)
         await self.close_for_writing()
 
     async def _reopen(self, daemon: StorageDaemon, *, writable: bool) -> None:
-        below = self.nodes[1] if len(self.nodes) > 1 else None
-        await self.ask(daemon.reopen(self.nodes[0], below, writable=writable))
+        await self.ask(daemon.reopen(self.nodes[0], self._below, writable=writable))
         self.writable = writable
 
     async def shed(self, after: Chain) -> None:

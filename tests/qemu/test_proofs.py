@@ -25,7 +25,7 @@ import pytest
 
 from hostagent.drivers.process import User
 from hostagent.drivers.qmp import Monitor
-from hostagent.drivers.qsd import STREAM_FILTER, BlockJob, Node, Places, Settings, StorageDaemon
+from hostagent.drivers.qsd import BlockJob, Node, Places, Settings, StorageDaemon
 from hostagent.images.chain import ChainLimits, open_chain
 from jobs.errors import JobError
 from jobs.model import FileId
@@ -199,10 +199,11 @@ def test_a_pull_under_a_connected_client_ends_with_the_base_closed(images: Pair)
                 await it.reopen(writable=True)
                 await it.stream()
                 await it.until(Phase.PENDING)
-                await it.reopen(writable=True)
+                await it.daemon.flush(it.top, it.below)
                 await it.daemon.finalize(JOB)
                 await it.until(Phase.CONCLUDED)
                 await it.daemon.dismiss(JOB)
+                await it.daemon.remove_stream_top()
                 assert base.layer.file in it.open_modes()
                 await it.daemon.reopen(it.top, None, writable=False)
                 await it.daemon.remove(base)
@@ -217,24 +218,23 @@ def test_a_pull_under_a_connected_client_ends_with_the_base_closed(images: Pair)
 
 
 @pytest.mark.parametrize("again", range(3))
-def test_a_client_that_comes_while_a_stream_runs_is_kept_through_its_end_on_the_streams_filter(
-    images: Pair, again: int
-) -> None:
-    """Below the filter (on the top itself) QEMU 7.2 cuts it off in one of three runs when the job is finalized."""
+def test_a_client_that_comes_while_a_stream_runs_is_kept_through_its_end(images: Pair, again: int) -> None:
+    """The stream has a filter of its own to work on, and the export stays on the top itself."""
 
     async def test() -> None:
         async with bench(images.top) as it:
             await it.reopen(writable=True)
             await it.daemon.stream(JOB, it.top, None, backing=None, speed=8 * MIB)
-            await it.daemon.add_export("disk", STREAM_FILTER)
+            await it.daemon.add_export("disk", it.top.format_node)
             with Reader(it.uri, images.truth) as reader, Hasty(it.uri) as one, Hasty(it.uri) as other:
                 with contextlib.suppress(JobError):  # it has copied all of it already
                     await it.daemon.set_speed(JOB, 0)
                 await it.until(Phase.PENDING)
-                await it.reopen(writable=True)
+                await it.daemon.flush(it.top, it.below)
                 await it.daemon.finalize(JOB)
                 await it.until(Phase.CONCLUDED)
                 await it.daemon.dismiss(JOB)
+                await it.daemon.remove_stream_top()
                 await it.daemon.reopen(it.top, None, writable=False)
                 await it.daemon.remove(it.nodes[1])
                 assert await aside(reader.stop) > 0
@@ -460,7 +460,7 @@ def test_a_job_that_ended_well_while_nobody_was_connected_is_found_by_the_next_c
             await it.stream()
             daemon = await it.reconnected()
             assert (await daemon.block_job(JOB)).phase is Phase.PENDING
-            await it.reopen(writable=True)
+            await daemon.flush(it.top, it.below)
             await daemon.finalize(JOB)
             daemon = await it.reconnected()
             found = await daemon.block_job(JOB)
@@ -539,7 +539,7 @@ def test_a_header_without_its_base_means_that_nothing_is_missing_although_killed
             await it.stream()
             await it.until(Phase.PENDING)
             assert backing_of(images.top) is not None
-            await it.reopen(writable=True)
+            await it.daemon.flush(it.top, it.below)
             await it.daemon.finalize(JOB)
             await asyncio.sleep(pause)
             await _sigkill(it)
@@ -572,7 +572,7 @@ def test_a_reopen_of_the_writable_nodes_makes_all_pulled_data_local(images: Pair
             await it.reopen(writable=True)
             await it.stream()
             await it.until(Phase.PENDING)
-            await it.reopen(writable=True)
+            await it.daemon.flush(it.top, it.below)
             await _sigkill(it)
 
     run(test())

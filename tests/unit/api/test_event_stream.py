@@ -183,8 +183,8 @@ def test_a_client_that_does_not_read_is_cut_off(serve):
     with serve(body_timeout=0.3, sse_queue=10) as agent, socket.socket(socket.AF_UNIX) as client:
         client.connect(str(agent.path))
         client.sendall(b"GET /v1/events HTTP/1.1\r\nhost: x\r\n\r\n")
-        deadline = time.monotonic() + 8
-        time.sleep(0.2)
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+        deadline = time.monotonic() + 20
         assert agent.front.streams.open == 1
         while agent.front.streams.open and time.monotonic() < deadline:
             agent.on_loop(lambda: [agent.service.happen("x" * 1000) for _ in range(100)])

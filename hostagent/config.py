@@ -140,6 +140,13 @@ class Images:
     )
     tool_cpu: int = setting(300, "Processor seconds of one qemu-img (RLIMIT_CPU).", low=1, high=86400)
     inspect_timeout: float = setting(10.0, "Seconds to read the headers of a chain.", low=0.1, high=600)
+    scan_entries: int = setting(
+        100_000,
+        "Entries of one folder that are looked through for images that stand on a file, before it is written.",
+        low=1,
+        high=10_000_000,
+    )
+    scan_timeout: float = setting(30.0, "Seconds for such a search.", low=0.1, high=3600)
     qemu_img: str = setting("qemu-img", "The program, a path or a name to look up in PATH.")
 
 

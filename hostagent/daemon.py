@@ -20,7 +20,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
@@ -53,16 +53,20 @@ from hostagent.drivers import process
 from hostagent.drivers import qsd as qsd_driver
 from hostagent.drivers.process import User
 from hostagent.errors import AgentError
+from hostagent.images.dependents import Dependent, ScanLimits, find_dependents
 from hostagent.images.member import ChainLimits
 from hostagent.images.qemu_img import QemuImg, RunAs, ToolLimits
 from hostagent.metrics import JobGauge, Metrics, Snapshot
 from hostagent.nbd import chains as nbd_chains
 from hostagent.nbd import exports as nbd_exports
-from hostagent.nbd import offline
 from hostagent.nbd.chains import Chains
+from hostagent.nbd.committing import Commit
+from hostagent.nbd.copying import Copy
 from hostagent.nbd.exports import Exports
 from hostagent.nbd.offline import OfflineDriver
+from hostagent.nbd.operations import job_id
 from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.records import ExportRecord
 from hostagent.store import Store
 from jobs.engine import Engine
@@ -238,15 +242,33 @@ class Agent:
         images, jobs = self._config.images, self._config.jobs
         user = None if self._user.is_us else RunAs(self._user.uid, self._user.gid, self._user.groups)
         tools = ToolLimits(timeout=images.check_timeout, cpu=images.tool_cpu, memory=images.tool_memory)
-        limits = offline.Limits(
+        timeout = self._config.exports.nbd_timeout
+        slices = SliceLimits(
             slice=jobs.slice,
             requests_in_flight=jobs.requests_in_flight,
             request_size=jobs.request_size,
-            nbd_timeout=self._config.exports.nbd_timeout,
-            check_auto_size=images.check_auto_size,
+            nbd_timeout=timeout,
         )
-        qemu_img = QemuImg(user=user, limits=tools, binary=images.qemu_img)
-        return OfflineDriver(self._chains, self._ledger, qemu_img, limits)
+        return OfflineDriver(
+            self._chains,
+            self._ledger,
+            QemuImg(user=user, limits=tools, binary=images.qemu_img),
+            pull=Pull(slices),
+            copy=Copy(self._chains, timeout),
+            commit=Commit(self._dependents, timeout),
+            check_auto=images.check_auto_size,
+        )
+
+    def _dependents(
+        self, files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]
+    ) -> list[Dependent]:
+        images = self._config.images
+        return find_dependents(
+            files,
+            folders=[*folders, *(Path(pool) for pool in images.pools)],
+            limits=ScanLimits(images.scan_entries, images.scan_timeout),
+            skip=skip,
+        )
 
     def _make_engine(self) -> Engine:
         jobs = self._config.jobs
@@ -417,11 +439,14 @@ class Agent:
     def qmp_event(self, chain: PreparedChain, name: str, data: Mapping[str, Any]) -> None:
         self._metrics.event("qmp", name)
         if found := normalize.job_of(name, data):
-            self._engine.hint(offline.job_id(found))
+            self._engine.hint(job_id(found))
 
     def daemon_gone(self, chain: PreparedChain) -> None:
         self._exports.daemon_gone(chain)
         self._hint(chain)
+
+    async def moved(self, chain: PreparedChain) -> None:
+        await self._exports.moved(chain)
 
     def responsive(self, chain: PreparedChain, answers: bool) -> None:
         kind = HostEventKind.CONNECTED if answers else HostEventKind.UNRESPONSIVE

@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs.model import (
     Chain,
+    Completion,
     Cursor,
     Failure,
     FileId,
@@ -24,6 +25,8 @@ from jobs.model import (
     Operation,
     Revocation,
     State,
+    Target,
+    TargetState,
 )
 
 
@@ -96,11 +99,29 @@ class ExportRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """A layer in a storage daemon's graph. `index` names its nodes; `descriptor` leads to its file inside the daemon:
+    `/proc/self/fd/N` there is this file, and no other, as long as the daemon runs."""
+
+    layer: Layer
+    index: int
+    descriptor: int
+
+    @property
+    def file_node(self) -> str:
+        return f"f{self.index}"
+
+    @property
+    def format_node(self) -> str:
+        return f"l{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonRecord:
     """A storage daemon that we started, so that a later agent knows it for its own.
 
-    `pid`, `start_time` (clock ticks since boot, proc(5)) and `boot_id` together name a process for ever. `descriptors`
-    are the numbers that the O_PATH descriptors of the chain's layers have inside the daemon.
+    `pid`, `start_time` (clock ticks since boot, proc(5)) and `boot_id` together name a process for ever. `nodes` are
+    the chain's layers, top first, with their places in the daemon's graph; `beside` is what else it has open.
     """
 
     id: str
@@ -109,11 +130,13 @@ class DaemonRecord:
     pid: int
     start_time: int
     boot_id: str
-    monitor: str
-    socket: str
-    chain: Chain
-    descriptors: tuple[int, ...]
+    nodes: tuple[Node, ...]
     created: datetime
+    beside: tuple[Node, ...] = ()
+
+    @property
+    def chain(self) -> Chain:
+        return Chain(tuple(node.layer for node in self.nodes))
 
 
 def encode(value: Any) -> Any:
@@ -147,14 +170,36 @@ def chain(data: Mapping[str, Any]) -> Chain:
     return Chain(tuple(layer(item) for item in data["layers"]))
 
 
+def _spec(data: Mapping[str, Any]) -> JobSpec:
+    completion = data.get("completion")
+    return JobSpec(
+        **{
+            **data,
+            "operation": Operation(data["operation"]),
+            "completion": Completion(completion) if completion else None,
+        }
+    )
+
+
+def _target(data: Mapping[str, Any]) -> Target:
+    file = FileId(*data["file"]) if data["file"] else None
+    return Target(**{**data, "file": file, "state": TargetState(data["state"])})
+
+
+def _node(data: Mapping[str, Any]) -> Node:
+    return Node(layer(data["layer"]), data["index"], data["descriptor"])
+
+
 def job(data: Mapping[str, Any]) -> Job:
     values = dict(data)
-    spec = values.pop("spec")
     error = values.pop("error")
+    target, completion = values.pop("target", None), values.pop("completion", None)
     return Job(
         **{
             **values,
-            "spec": JobSpec(**{**spec, "operation": Operation(spec["operation"])}),
+            "spec": _spec(values["spec"]),
+            "target": _target(target) if target else None,
+            "completion": Completion(completion) if completion else None,
             "state": State(values["state"]),
             "before": chain(values["before"]),
             "after": chain(values["after"]),
@@ -189,8 +234,8 @@ def daemon(data: Mapping[str, Any]) -> DaemonRecord:
         **{
             **data,
             "file": FileId(*data["file"]),
-            "chain": chain(data["chain"]),
-            "descriptors": tuple(data["descriptors"]),
+            "nodes": tuple(_node(item) for item in data["nodes"]),
+            "beside": tuple(_node(item) for item in data["beside"]),
             "created": _time(data["created"]),
         }
     )

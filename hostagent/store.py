@@ -202,8 +202,8 @@ class Store:
                         "DELETE FROM access_rows WHERE dev=? AND ino=? AND holder_kind=? AND holder_id=?",
                         (*_key(file), *holder),
                     )
-            if change.heir is not None:
-                _add(db, change.heir, change.inherit, keep=True)
+            for holder, need in change.gains:
+                _add(db, holder, [need], keep=True)
 
         await self._change(work, events)
 

@@ -14,16 +14,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+from events.model import JobEventKind
 from jobs import pull
 from jobs.errors import JobError
 from jobs.inbox import Ask, Inbox, Message
 from jobs.keeper import Keeper
 from jobs.machine import HOLDS_SLOT, Signal, accepts, step
-from jobs.model import Failure, Job, State
+from jobs.model import Completion, Failure, Job, State
 from jobs.outcome import failure_of
 from jobs.ports import Contact, Observation, Phase
 from jobs.progress import View
-from jobs.settle import AGAIN, decide
+from jobs.settle import again, decide
 from jobs.world import World
 
 log = logging.getLogger(__name__)
@@ -86,12 +87,14 @@ class Actor:
             elif state in (State.WAITING, State.COMPLETING, State.ABORTING, State.UNKNOWN):
                 await self._pause_before_retry(error)
             else:
-                await self._fail(failure_of(error))
+                await self._fail(failure_of(self.job, error))
         except Exception as error:
             if self.job.state is not state or not accepts(self.job, Signal.ENDED):
                 raise
             log.exception("a fault of the agent", extra={"fields": {"job": self.job.id}})
-            await self._fail(Failure("internal", f"a fault of the agent: {error!r}", "see the agent's log; " + AGAIN))
+            await self._fail(
+                Failure("internal", f"a fault of the agent: {error!r}", "see the agent's log; " + again(self.job))
+            )
 
     async def _fail(self, failure: Failure) -> None:
         """The job cannot go on. What became of it is still for the image to say."""
@@ -114,7 +117,7 @@ class Actor:
 
     async def _starting(self) -> None:
         driver = self._w.driver
-        await driver.prepare(self.job)
+        await self._prepare()
         if self.job.cursor.cur == 0 and self.job.started is None:
             warnings = await self._interruptible(driver.check(self.job))
             if warnings is None:
@@ -127,12 +130,12 @@ class Actor:
 
     async def _running(self) -> None:
         if self._agent_driven:
-            await self._w.driver.prepare(self.job)
+            await self._prepare()
             await self._step()
             return
         seen = await self._w.driver.observe(self.job)
         if seen.contact is Contact.ALIVE:
-            await self._w.driver.prepare(self.job)
+            await self._prepare()
             await self._w.driver.start(self.job)
             if seen.phase is Phase.PAUSED:  # a pause that was not recorded any more
                 await self._w.driver.resume(self.job)
@@ -140,6 +143,10 @@ class Actor:
                 await self._w.driver.set_speed(self.job, self.job.bandwidth)  # perhaps asked while it was unknown
         await self._look()
         await self._stream()
+
+    async def _prepare(self) -> None:
+        if changes := await self._w.driver.prepare(self.job):
+            await self._keeper.change(**changes)
 
     async def _stream(self) -> None:
         """A block job runs in the hypervisor: follow it until it is not running any more."""
@@ -163,6 +170,26 @@ class Actor:
             self._end = seen
         elif seen.phase is Phase.PENDING:
             await self._w.driver.finalize(self.job)
+        elif seen.phase is Phase.READY and self.job.state is State.RUNNING:
+            await self._keeper.move(Signal.IN_SYNC, kind=JobEventKind.READY)
+
+    async def _ready(self) -> None:
+        """In sync: it ends when its end is asked for, with the job or later."""
+        while self.job.state is State.READY:
+            await self._look()
+            if self.job.state is not State.READY:
+                return
+            if self.job.spec.completion is not None:
+                await self._complete(self.job.spec.completion)
+                return
+            message = await self._inbox.next(self._w.limits.progress_interval)
+            if message is not None and message.ask is not Ask.LOOK:
+                await self._request(message)
+
+    async def _complete(self, completion: Completion) -> None:
+        """Decided and stored before it is asked for: what ends well after this may not be called aborted."""
+        after = self.job.before if completion is Completion.FINISH else self.job.after
+        await self._keeper.move(Signal.ENDED, completion=completion, after=after)
 
     async def _step(self) -> None:
         """An increment, slice by slice; each slice's cursor is stored when its data is durable."""
@@ -224,8 +251,10 @@ class Actor:
         """Completing or aborting: ask for the end where that is our part, then settle."""
         if self.job.state is State.ABORTING or self.job.error is not None:
             await self._w.driver.cancel(self.job)
+        elif self.job.completion is not None:
+            await self._w.driver.complete(self.job)
         while not self.job.state.terminal:
-            seen = self._end or await self._w.driver.observe(self.job)
+            seen = await self._sealed(self._end or await self._w.driver.observe(self.job))
             self._end = None
             verdict = decide(self.job, seen, self.job.error)
             if verdict.signal is Signal.LOST:
@@ -235,12 +264,25 @@ class Actor:
                 self._keeper.seen_end()
                 await self._keeper.record(verdict.signal, verdict.failure, seen.cursor)
                 return
-            if self.job.state is State.COMPLETING and self.job.error is None:
+            if self.job.state is State.COMPLETING and self.job.error is None and self.job.completion is None:
                 await self._keeper.started()
                 return
             message = await self._inbox.next(self._w.limits.progress_interval)
             if message is not None and message.ask is not Ask.LOOK:
                 await self._request(message)
+
+    async def _sealed(self, seen: Observation) -> Observation:
+        """Make sure of a result that nothing but the hypervisor's word says, once it has said it."""
+        if self.job.completion is None or seen.proven or not seen.done:
+            return seen
+        try:
+            await self._w.driver.seal(self.job)
+        except JobError as error:
+            if self.job.completion is Completion.PIVOT or error.code == "unresponsive":
+                raise  # clients may read from the target already: it is tried until it is done
+            await self._keeper.change(error=failure_of(self.job, error))
+            return seen
+        return replace(seen, proven=True)
 
     async def _unknown(self) -> None:
         """Contact is lost. A look may find it again; there is no deadline."""
@@ -258,7 +300,7 @@ class Actor:
                 await self._keeper.move(Signal.ABORT)
             elif self.job.error is not None:
                 await self._keeper.move(Signal.ENDED)
-            elif seen.phase in (Phase.RUNNING, Phase.PENDING):
+            elif seen.phase in (Phase.RUNNING, Phase.PENDING, Phase.READY) and self.job.completion is None:
                 await self._keeper.started()
             elif seen.phase is Phase.PAUSED:
                 await self._keeper.move(Signal.PAUSED)
@@ -274,6 +316,7 @@ class Actor:
         State.RUNNING: _running,
         State.PAUSED: _paused,
         State.WAITING: _waiting,
+        State.READY: _ready,
         State.COMPLETING: _ending,
         State.ABORTING: _ending,
         State.UNKNOWN: _unknown,
@@ -317,6 +360,11 @@ class Actor:
                 if not self._agent_driven:
                     await driver.resume(job)
                 await self._keeper.move(Signal.RESUMED)
+            case Ask.COMPLETE:
+                if job.state is not State.READY:
+                    remedy = "wait until it is ready (`hostagent job watch`)"
+                    raise JobError("conflict", f"job {job.id} is {job.state}, not ready", remedy=remedy)
+                await self._complete(message.value)
             case Ask.SPEED:
                 if job.state in (State.RUNNING, State.PAUSED) and not self._agent_driven:
                     await driver.set_speed(job, message.value)

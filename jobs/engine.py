@@ -12,7 +12,7 @@ from jobs import pull
 from jobs.actor import Actor
 from jobs.errors import JobError
 from jobs.inbox import Ask
-from jobs.model import Cursor, FileId, Job, JobSpec, Operation, Plan, Revocation, State
+from jobs.model import Completion, Cursor, FileId, Job, JobSpec, Operation, Plan, Revocation, State
 from jobs.ports import Access, BlockDriver, Clock, JobStore, Observer
 from jobs.progress import View
 from jobs.slots import Slots
@@ -81,12 +81,10 @@ class Engine:
     # Doing
 
     async def plan(self, spec: JobSpec) -> Plan:
-        _supported(spec)
         return await self._world.driver.plan(spec)
 
     async def create(self, spec: JobSpec, job_id: str | None = None) -> tuple[Job, bool]:
         """The new job; or, when `job_id` was used with the same request before, that one, and False."""
-        _supported(spec)
         if known := await self._same_request(spec, job_id):
             return known, False
         plan = await self._world.driver.plan(spec)  # not under the lock: one hung image must not hold up the others
@@ -139,6 +137,24 @@ class Engine:
     async def resume(self, job_id: str) -> Job:
         job = await self.get(job_id)
         return job if job.state is State.RUNNING else await self._actor(job).ask(Ask.RESUME)
+
+    async def complete(self, job_id: str, completion: Completion | None) -> Job:
+        """End a job that is ready: pivot or finish. One that is ending so already only answers."""
+        job = await self.get(job_id)
+        if job.completion is not None and completion in (None, job.completion):
+            return job
+        if job.spec.operation is Operation.PULL:
+            message = f"job {job_id} is a pull, which completes by itself"
+            raise JobError("conflict", message, remedy="wait for it (`hostagent job watch`)", state=job.state.value)
+        actor, completion = self._actor(job), completion or job.spec.completion
+        if completion is None:
+            raise JobError(
+                "invalid",
+                f"job {job_id} can pivot or finish",
+                field="completion",
+                remedy="say which: --pivot (the disk goes over) or --finish (it stays)",
+            )
+        return await actor.ask(Ask.COMPLETE, completion)
 
     async def set_speed(self, job_id: str, bandwidth: int) -> Job:
         return await self._actor(await self.get(job_id)).ask(Ask.SPEED, bandwidth)
@@ -221,6 +237,7 @@ class Engine:
             cursor=Cursor(0, plan.size),
             bandwidth=spec.bandwidth,
             warnings=plan.warnings,
+            target=plan.target,
         )
         return replace(job, upto=pull.goal(job)) if job.incremental else job
 
@@ -254,15 +271,3 @@ class Engine:
                 delay = min(delay * 2, limits.settle_retry_max)
         self._actors.pop(actor.job.id, None)
         self._tasks.pop(actor.job.id, None)
-
-
-def _supported(spec: JobSpec) -> None:
-    if spec.operation is not Operation.PULL:
-        raise JobError(
-            "not_supported",
-            f"operation {spec.operation.value!r} is not supported yet",
-            field="operation",
-            value=spec.operation.value,
-            remedy="pull is what this version does",
-        )
-

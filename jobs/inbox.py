@@ -22,6 +22,7 @@ class Ask(StrEnum):
     RESUME = "resume"
     NEXT = "next"
     SPEED = "speed"
+    COMPLETE = "complete"
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from events.model import JobEventKind
+from jobs import copy
 from jobs.errors import JobError
 from jobs.machine import Signal, step
 from jobs.model import Cursor, Failure, Holder, Job, Kept, Revocation, State
@@ -130,7 +131,13 @@ class Keeper:
         if completed:
             cursor = Cursor(cursor.end, cursor.end)
         pending = Revocation.PENDING if completed and self.job.dropped else Revocation.NONE
-        job = step(self.job, signal, now, finished=now, error=failure, cursor=cursor, revocation=pending, upto=None)
+        target = self.job.target
+        if target is not None:
+            if not completed:
+                await self._w.driver.discard(self.job)
+            target = replace(target, state=copy.ended(self.job, completed=completed))
+        changes = {"error": failure, "cursor": cursor, "revocation": pending, "upto": None, "target": target}
+        job = step(self.job, signal, now, finished=now, **changes)
 
         async def record(sharers: tuple[Holder, ...]) -> Job:
             await self._w.store.finish(job, [job_event(job, END_EVENTS[job.state])], access_change(job, sharers))
@@ -164,6 +171,8 @@ class Keeper:
                 if done:
                     settled = self.job.dropped if self.job.state is State.COMPLETED else ()
                     others = [layer.file for layer in self.job.before.layers if layer not in settled]
+                    if self.job.target is not None and self.job.target.file is not None:
+                        others.append(self.job.target.file)
                     await self._w.access.converge(others, trigger=self.job.spec.operation)
                     return
             except JobError as error:
@@ -186,6 +195,8 @@ class Keeper:
             for path, result in results
             if result.verdict in (AccessVerdict.KEPT, AccessVerdict.GRANTED)
         )
+        if job.spec.delete:
+            await self._w.driver.delete_dropped(job)
         state = Revocation.KEPT if kept else Revocation.DONE
         if self._end_seen is not None:
             self._w.observer.revocation_lag(self._w.clock.monotonic() - self._end_seen)

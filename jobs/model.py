@@ -40,6 +40,13 @@ class State(StrEnum):
 TERMINAL = frozenset({State.COMPLETED, State.FAILED, State.ABORTED})
 
 
+class Completion(StrEnum):
+    """How a job that is ready ends: the disk goes over to the result, or stays where it is."""
+
+    PIVOT = "pivot"
+    FINISH = "finish"
+
+
 class Revocation(StrEnum):
     NONE = "none"
     PENDING = "pending"
@@ -130,14 +137,44 @@ class Failure:
     remedy: str | None = None
 
 
+class TargetState(StrEnum):
+    """What the target of a copy is worth."""
+
+    WRITING = "writing"
+    COMPLETE = "complete"
+    UNUSABLE = "unusable"
+    DELETED = "deleted"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a copy goes: a file or an NBD URI. `made` says that it is our file: until it is complete it lies at `part`,
+    and gets its name only then, so that the name itself is the proof."""
+
+    path: str
+    format: str
+    made: bool
+    state: TargetState = TargetState.WRITING
+    part: str | None = None
+    file: FileId | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """What the caller asks. `increment` (bytes) makes a pull incremental; `bandwidth` 0 is no limit; `anywhere` says
-    that this caller may name an image outside the pools."""
+    that this caller may name an image outside the pools. `completion` None lets a job stay ready until it is asked."""
 
     operation: Operation
     target: str
     base: str | None = None
+    top: str | None = None
+    dest: str | None = None
+    format: str | None = None
+    source_format: str | None = None
+    shallow: bool = False
+    reuse_external: bool = False
+    completion: Completion | None = None
+    delete: bool = False
     increment: int | None = None
     bandwidth: int = 0
     check: str = "auto"
@@ -148,7 +185,8 @@ class JobSpec:
 @dataclass(frozen=True, slots=True)
 class Job:
     """One job, whole. `revision` grows with each change; `upto` is where the present increment ends; `intent` is
-    `abort` once an abort was asked for, and `since` when the present state began.
+    `abort` once an abort was asked for, and `since` when the present state began. `completion` is set once the end of
+    a ready job was asked for.
     """
 
     id: str
@@ -164,6 +202,8 @@ class Job:
     upto: int | None = None
     bandwidth: int = 0
     intent: str | None = None
+    target: Target | None = None
+    completion: Completion | None = None
     started: datetime | None = None
     finished: datetime | None = None
     error: Failure | None = None
@@ -196,3 +236,4 @@ class Plan:
     size: int
     warnings: tuple[str, ...] = ()
     preview: Mapping[str, Any] = field(default_factory=dict)
+    target: Target | None = None

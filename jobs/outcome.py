@@ -39,17 +39,28 @@ def job_event(job: Job, kind: JobEventKind) -> JobEvent:
 
 
 def access_change(job: Job, sharers: tuple[Holder, ...]) -> AccessChange:
-    """What the ledger loses with the job. A job that did not complete leaves its backing chain to the image."""
+    """What the ledger loses and gains with the job.
+
+    Who shared the chain goes over to its new top with it. A job that did not complete leaves its backing chain to the
+    image, and one that left the chain as it was changes nothing for anybody else.
+    """
     image = Holder("image", job.before.top.path)
-    if job.state is State.COMPLETED:
-        return AccessChange((job.holder, image), forget=tuple(layer.file for layer in job.dropped), sharers=sharers)
+    if job.state is State.COMPLETED and job.dropped:
+        known = {layer.file for layer in job.before.layers}
+        new = [Need(layer, "r", f"{job.spec.operation} {job.id} put it on top") for layer in job.after.layers[:1]]
+        gains = tuple((holder, need) for holder in sharers for need in new if need.layer.file not in known)
+        forget = tuple(layer.file for layer in job.dropped)
+        return AccessChange((job.holder, image), forget=forget, sharers=sharers, gains=gains)
+    if job.state is State.COMPLETED or not job.started:
+        return AccessChange((job.holder,))
     reason = f"job {job.id} is {job.state}: the image still depends on it"
-    inherit = tuple(Need(layer, "r", reason) for layer in job.before.layers[1:]) if job.started else ()
-    return AccessChange((job.holder,), inherit=inherit, heir=image)
+    return AccessChange(
+        (job.holder,), gains=tuple((image, Need(layer, "r", reason)) for layer in job.before.layers[1:])
+    )
 
 
-def failure_of(error: JobError) -> Failure:
+def failure_of(job: Job, error: JobError) -> Failure:
     """What stood in the way of a job, as its outcome will say it."""
     if error.code == "job_failed":
-        return classify(error.message)
+        return classify(job, error.message)
     return Failure(error.code, error.message, error.remedy)

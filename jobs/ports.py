@@ -7,11 +7,11 @@ said to be idempotent may be called again after a crash between it and the next 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from events.model import Event
 from jobs.model import Cursor, FileId, Holder, Job, JobSpec, Need, Plan
@@ -46,20 +46,25 @@ class Observation:
     error: str | None = None
     proven: bool = False
 
+    @property
+    def done(self) -> bool:
+        """It ended, and the hypervisor says that it ended well. For a copy nothing else can say so."""
+        return self.contact is Contact.ALIVE and self.phase is Phase.CONCLUDED and self.error is None
+
 
 @dataclass(frozen=True, slots=True)
 class AccessChange:
     """What a job's end does to the ledger, in the transaction that records it.
 
     `release` lose all their rows. `forget` (the files that the chain lost) is dropped from every one of `sharers`.
-    `inherit` stays needed by the image itself, because the chain still depends on it.
+    `gains` is what holders need from now on: sharers the new top of their chain, or the image itself what it still
+    depends on.
     """
 
     release: tuple[Holder, ...]
     forget: tuple[FileId, ...] = ()
     sharers: tuple[Holder, ...] = ()
-    inherit: tuple[Need, ...] = ()
-    heir: Holder | None = None
+    gains: tuple[tuple[Holder, Need], ...] = ()
 
 
 class AccessVerdict(StrEnum):
@@ -86,8 +91,11 @@ class BlockDriver(Protocol):
     async def plan(self, spec: JobSpec) -> Plan:
         """Look at the image and say what the job would do. Changes nothing."""
 
-    async def prepare(self, job: Job) -> None:
-        """Leases, grants: all that comes before the image is opened for the job. Idempotent."""
+    async def prepare(self, job: Job) -> Mapping[str, Any]:
+        """Leases, grants, the target's file: all that comes before the image is opened for the job. Idempotent.
+
+        Returns what of the job is only known now, as changes to its fields.
+        """
 
     async def check(self, job: Job) -> tuple[str, ...]:
         """Check the image as `job.spec.check` says; warnings. May be cancelled."""
@@ -106,6 +114,18 @@ class BlockDriver(Protocol):
 
     async def finalize(self, job: Job) -> None:
         """Make all data durable, then let a pending job end. Idempotent."""
+
+    async def complete(self, job: Job) -> None:
+        """Ask a ready job for its end. Idempotent; without effect on one that is not ready."""
+
+    async def seal(self, job: Job) -> None:
+        """Make the result of a job that is `done` durable, and give a target that we made its name. Idempotent."""
+
+    async def discard(self, job: Job) -> None:
+        """Close the target of a job that did not complete, and delete it if we made it. Idempotent."""
+
+    async def delete_dropped(self, job: Job) -> None:
+        """Delete the files that a completed job took out of the chain, as `job.spec.delete` says. Idempotent."""
 
     async def cancel(self, job: Job, *, force: bool = False) -> None: ...
 

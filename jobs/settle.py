@@ -1,9 +1,10 @@
 """settle: the one way to an outcome, for events, restarts and reconnects alike.
 
 A terminal event brings a job here and says nothing more: what the image's header proves wins over everything that was
-heard. For a pull the proof is a header that no longer names the base. It is sound because `finalize` makes all pulled
-data durable *before* QEMU rewrites the header (a job is started with auto-finalize off for this reason): a header
-without the base therefore means that nothing is missing, even when the storage daemon was killed a moment later.
+heard. For a pull, and for a commit below the top, the proof is a header that names the new base, or none. It is sound
+because `finalize` makes all data durable *before* QEMU rewrites the header (a job is started with auto-finalize off for
+this reason): the new header therefore means that nothing is missing, even when the storage daemon was killed a moment
+later. Where no header changes (a copy, an active commit), the hypervisor's word counts once its result is sealed.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jobs.machine import Signal
-from jobs.model import Failure, Job
+from jobs.model import Failure, Job, Operation
 from jobs.ports import Contact, Observation, Phase
 
-AGAIN = "start the pull again: it goes on from what is already there"
+
+def again(job: Job) -> str:
+    """What to do about a job that failed."""
+    if job.spec.operation is Operation.COPY:
+        return "start the copy again; the image is what it was"
+    return f"start the {job.spec.operation} again: it goes on from what is already there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,32 +41,34 @@ def decide(job: Job, seen: Observation, failure: Failure | None = None) -> Verdi
     if seen.proven and (failure is None or (job.started is not None and job.dropped)):
         return Verdict(Signal.PROVEN_COMPLETED)
     if job.intent == "abort":
-        return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", "the job was aborted", AGAIN))
-    return Verdict(Signal.PROVEN_FAILED, failure or explain(seen))
+        return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", "the job was aborted", again(job)))
+    return Verdict(Signal.PROVEN_FAILED, failure or explain(job, seen))
 
 
-def explain(seen: Observation) -> Failure:
+def explain(job: Job, seen: Observation) -> Failure:
     """Why a job ended without its proof, for its user."""
     if seen.error is not None:
-        return classify(seen.error)
+        return classify(job, seen.error)
     if seen.contact is Contact.DEAD:
-        return Failure("storage_daemon_died", "the storage daemon ended while the job ran", AGAIN)
+        return Failure("storage_daemon_died", "the storage daemon ended while the job ran", again(job))
     if seen.phase is Phase.CONCLUDED:
         return Failure(
             "unproven",
             "the job ended without an error, but the image still names its backing file",
-            "inspect the image with `hostagent image inspect`, then start the pull again",
+            f"inspect the image with `hostagent image inspect`, then {again(job)}",
         )
-    return Failure("unproven", "the storage daemon does not know the job", AGAIN)
+    return Failure("unproven", "the storage daemon does not know the job", again(job))
 
 
-def classify(text: str) -> Failure:
+def classify(job: Job, text: str) -> Failure:
     """QEMU's error text as a code. QEMU says "read" even where writing the overlay failed, so the text decides."""
     lower = text.lower()
     if "no space left" in lower or "disk quota" in lower:
-        return Failure("no_space", f"no space left: {text}", "make space on the overlay's file system; " + AGAIN)
+        where = {Operation.PULL: "the overlay", Operation.COPY: "the target", Operation.COMMIT: "the base"}
+        remedy = f"make space on the file system of {where[job.spec.operation]}; {again(job)}"
+        return Failure("no_space", f"no space left: {text}", remedy)
     if "input/output error" in lower:
-        return Failure("io_error", text, "look at the storage below the chain (dmesg); then " + AGAIN)
+        return Failure("io_error", text, "look at the storage below the chain (dmesg); then " + again(job))
     if "permission denied" in lower:
         return Failure("denied", text, "run `hostagent doctor`")
-    return Failure("job_failed", text, AGAIN)
+    return Failure("job_failed", text, again(job))

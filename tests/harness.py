@@ -92,9 +92,9 @@ class AgentProcess:
         command += ["--state-dir", str(self.state), "--runtime-dir", str(self.runtime)]
         if self.user:
             command += ["--hypervisor-user", self.user]
-        environment = {
-            key: value for key, value in os.environ.items() if not key.startswith("HOSTAGENT_")
-        } | {f"HOSTAGENT_{key}": value for key, value in self.settings.items()}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HOSTAGENT_")} | {
+            f"HOSTAGENT_{key}": value for key, value in self.settings.items()
+        }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         deadline = time.monotonic() + timeout
@@ -257,9 +257,10 @@ def overlay(path: Path, base: Path, base_format: str = "raw", mode: int = 0o600,
     return path
 
 
-def same_content(one: Path, other: Path, *, running: bool = False) -> bool:
-    """Whether two images have the same bytes (`running`: read past QEMU's locks)."""
-    command = ["qemu-img", "compare", *(["-U"] if running else []), str(one), str(other)]
+def same_content(one: Path, other: Path, *, running: bool = False, first: str | None = None) -> bool:
+    """Whether two images have the same bytes (`running`: read past QEMU's locks; `first`: the format of `one`)."""
+    command = ["qemu-img", "compare", *(["-U"] if running else []), *(["-f", first] if first else [])]
+    command += [str(one), str(other)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr
     return done.returncode == 0

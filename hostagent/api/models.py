@@ -57,8 +57,25 @@ class JobCreate(Request):
     check: Literal["auto", "always", "never"] | None = None
     labels: Labels | None = None
     dry_run: Annotated[bool | None, Field(description="Say what would happen, change nothing.")] = None
-    dest: Text | None = None
-    format: Literal["raw", "qcow2"] | None = None
+    dest: Annotated[Text | None, Field(description="Copy: where to, an absolute path.")] = None
+    format: Annotated[Literal["raw", "qcow2"] | None, Field(description="Copy: the target's; default the image's.")] = (
+        None
+    )
+    source_format: Annotated[Literal["raw", "qcow2"] | None, Field(description="Copy: needed for a raw image.")] = None
+    shallow: Annotated[bool | None, Field(description="Copy: the top layer alone; the backing file is shared.")] = None
+    reuse_external: Annotated[bool | None, Field(description="Copy: write over a file that exists.")] = None
+    top: Annotated[Text | None, Field(description="Commit: the highest layer that goes down. Default: the image.")] = (
+        None
+    )
+    delete: Annotated[bool | None, Field(description="Commit: delete what is committed.")] = None
+    completion: Annotated[
+        Literal["pivot", "finish"] | None,
+        Field(description="How a ready job ends: the disk goes over, or stays (a commit keeps its overlay)."),
+    ] = None
+
+
+class CompleteBody(Request):
+    completion: Literal["pivot", "finish"] | None = None
 
 
 class JobPatch(Request):
@@ -123,6 +140,12 @@ class Kept(Answer):
     holders: list[str]
 
 
+class Target(Answer):
+    path: str
+    format: str
+    state: Literal["writing", "complete", "unusable", "deleted"]
+
+
 class Chain(Answer):
     before: list[str]
     after: list[str]
@@ -156,6 +179,8 @@ class Job(Answer):
     bandwidth: int
     base: str | None
     increment: int | None
+    dest: Target | None
+    completion: Literal["pivot", "finish"] | None
     check: str
     labels: dict[str, str]
     origin: str

@@ -224,8 +224,9 @@ async def resume_job(front: TheFront, id: str, body: models.EmptyBody | None = N
 
 
 @jobs.post("/{id}/complete", status_code=202, response_model=models.Job)
-async def complete_job(front: TheFront, id: str, body: models.EmptyBody | None = None) -> Response:
-    return started(await front.service.complete_job(id), "/v1/jobs")
+async def complete_job(front: TheFront, id: str, body: models.CompleteBody | None = None) -> Response:
+    """End a ready job: pivot to the result, or finish and stay. Default: as the job was asked for."""
+    return started(await front.service.complete_job(id, body.completion if body else None), "/v1/jobs")
 
 
 @exports.get("", response_model=models.ExportPage)

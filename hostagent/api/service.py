@@ -28,7 +28,7 @@ from hostagent.records import AccessFile, ExportRecord
 from hostagent.store import Store
 from jobs.engine import Engine
 from jobs.errors import JobError
-from jobs.model import Holder, Job, JobSpec, Operation
+from jobs.model import Completion, Holder, Job, JobSpec, Operation
 
 Json = dict[str, Any]
 
@@ -142,14 +142,8 @@ class AgentService:
     async def resume_job(self, id: str) -> Json:
         return self._job(await self._engine.resume(id))
 
-    async def complete_job(self, id: str) -> Json:
-        job = await self._engine.get(id)
-        raise JobError(
-            "conflict",
-            f"job {id} is a {job.spec.operation.value}, which completes by itself",
-            remedy="wait for it (`hostagent job watch`)",
-            state=job.state.value,
-        )
+    async def complete_job(self, id: str, completion: str | None) -> Json:
+        return self._job(await self._engine.complete(id, Completion(completion) if completion else None))
 
     async def delete_job(self, id: str) -> None:
         await self._engine.delete(id)
@@ -206,7 +200,7 @@ class AgentService:
         return self._export_view(record, [client._asdict() for client in clients])
 
     def _export_view(self, record: ExportRecord, clients: list[Json]) -> Json:
-        chain = self._chains.find(record.file, shallow=record.shallow) if record.active else None
+        chain = self._chains.of_daemon(record.daemon) if record.active else None
         return views.export(record, clients, answers=chain is None or chain.answers)
 
     # Images and grants
@@ -324,7 +318,7 @@ class AgentService:
             "image": chain.path,
             "exports": sum(1 for user in chain.users if user.kind == "export"),
             "job": next((user.removeprefix("job:") for user in users if user.startswith("job:")), None),
-            "writable": chain.writable,
+            "writable": bool(chain.writable),
         }
 
     async def ready(self) -> Json:
@@ -386,16 +380,40 @@ def _job_spec(spec: Json, anywhere: bool) -> JobSpec:
             value=spec["operation"],
             remedy=f"one of {known}",
         ) from None
+    for field in _FIELDS - _FIELDS_OF[operation]:
+        if spec.get(field):
+            remedy = f"leave it out: it is not for a {operation.value}"
+            raise JobError("invalid", f"{field} and {operation.value}", field=field, value=spec[field], remedy=remedy)
+    if operation is Operation.COPY and not spec.get("dest"):
+        remedy = "say where the copy goes: an absolute path"
+        raise JobError("invalid", "a copy without dest", field="dest", remedy=remedy)
+    completion = spec.get("completion")
     return JobSpec(
         operation=operation,
         target=_offline(spec["target"], "target"),
         base=spec.get("base"),
+        top=spec.get("top"),
+        dest=_offline(spec["dest"], "dest") if spec.get("dest") else None,
+        format=spec.get("format"),
+        source_format=spec.get("source_format"),
+        shallow=bool(spec.get("shallow")),
+        reuse_external=bool(spec.get("reuse_external")),
+        completion=Completion(completion) if completion else None,
+        delete=bool(spec.get("delete")),
         increment=spec.get("increment"),
         bandwidth=spec.get("bandwidth") or 0,
         check=spec.get("check") or "auto",
         labels=spec.get("labels") or {},
         anywhere=anywhere,
     )
+
+
+_FIELDS_OF = {
+    Operation.PULL: {"base", "increment"},
+    Operation.COPY: {"dest", "format", "source_format", "shallow", "reuse_external", "completion"},
+    Operation.COMMIT: {"base", "top", "delete", "completion"},
+}
+_FIELDS = set().union(*_FIELDS_OF.values())
 
 
 def _offline(target: str, field: str) -> str:

@@ -32,6 +32,8 @@ def job(value: Job, view: View | None = None) -> Json:
         "bandwidth": value.bandwidth,
         "base": value.spec.base,
         "increment": value.spec.increment,
+        "dest": _target(value),
+        "completion": value.completion or value.spec.completion,
         "check": value.spec.check,
         "labels": dict(value.spec.labels),
         "origin": value.origin,
@@ -53,6 +55,11 @@ def job(value: Job, view: View | None = None) -> Json:
         "stalled_seconds": round(view.stalled, 1) if view and not value.state.terminal else 0.0,
         "warnings": list(value.warnings),
     }
+
+
+def _target(value: Job) -> Json | None:
+    target = value.target
+    return None if target is None else {"path": target.path, "format": target.format, "state": target.state.value}
 
 
 def plan(value: Plan, kept: Mapping[str, list[str]]) -> Json:

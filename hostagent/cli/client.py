@@ -151,7 +151,7 @@ class Client:
             try:
                 connection.request(method, _address(path, query or {}), payload, sent)
                 response = connection.getresponse()
-                text = response.read(LARGEST_ANSWER + 1)
+                text = _whole(response)
             finally:
                 connection.close()
         if len(text) > LARGEST_ANSWER:
@@ -160,6 +160,15 @@ class Client:
         if response.status >= 400:
             raise _problem(response.status, data)
         return Reply(response.status, data)
+
+
+def _whole(response: HTTPResponse) -> bytes:
+    """The answer's body. http.client takes an end within the headers or the body for the end of the answer."""
+    length = response.length
+    text = response.read(LARGEST_ANSWER + 1)
+    if not response.chunked and (length is None or len(text) < min(length, LARGEST_ANSWER)):
+        raise ConnectionAbortedError("the answer was cut off")
+    return text
 
 
 def patient(call: Callable[[], T], *, patience: float = PATIENCE) -> T:

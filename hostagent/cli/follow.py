@@ -30,10 +30,12 @@ class Display(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`deadline` is of time.monotonic(), None is no limit. `advance` says `next` whenever an increment is done."""
+    """`deadline` is of time.monotonic(), None is no limit. `advance` says `next` whenever an increment is done;
+    `ready` is satisfied with a job that is ready and waits for its end to be asked for."""
 
     deadline: float | None = None
     advance: bool = False
+    ready: bool = False
 
 
 class TimeIsUp(Exception):
@@ -68,7 +70,7 @@ def address_of(job: Json) -> str:
 
 def _until_terminal(client: Client, job: Json, display: Display, limits: Limits) -> Json:
     display.update(job)
-    while job["state"] not in TERMINAL:
+    while job["state"] not in TERMINAL and not (limits.ready and _waits_for_its_end(job)):
         if limits.deadline is not None and time.monotonic() >= limits.deadline:
             raise TimeIsUp(job)
         before = job
@@ -78,6 +80,10 @@ def _until_terminal(client: Client, job: Json, display: Display, limits: Limits)
             job = _next_reading(client, job, _wait(display, limits, job))
         display.update(job)
     return job
+
+
+def _waits_for_its_end(job: Json) -> bool:
+    return bool(job["state"] == "ready" and not job.get("completion"))
 
 
 def _next_increment(client: Client, job: Json) -> Json:

@@ -29,7 +29,11 @@ def outcome(terminal: Terminal, job: Json) -> None:
     took = _took(job)
     state = str(job["state"])
     terminal.line(f"job {job['id']} {state}" + (f" after {took}" if took else ""), state)
-    terminal.fields([*_error(job), *chain(job.get("chain") or {}), *_access(job), *_warnings(job)])
+    if state == "ready":
+        end = f"end it with `hostagent job complete --pivot|--finish {job['id']}`, or abort it"
+        terminal.fields([("ready", end), *_copy(job)])
+        return
+    terminal.fields([*_error(job), *_copy(job), *chain(job.get("chain") or {}), *_access(job), *_warnings(job)])
 
 
 def whole(terminal: Terminal, job: Json) -> None:
@@ -40,6 +44,7 @@ def whole(terminal: Terminal, job: Json) -> None:
             ("operation", _operation(job)),
             ("target", str(job["target"])),
             ("path", _unless(job.get("path"), job["target"])),
+            *_copy(job),
             ("state", str(job["state"])),
             ("since", _ago(job.get("since"))),
             ("progress", _progress(job)),
@@ -134,6 +139,11 @@ def _progress(job: Json) -> str:
         return ""
     parts = [f"{format_size(cursor['cur'])} of {format_size(cursor['end'])}", percent(job), speed(job)]
     return ", ".join(part for part in parts if part)
+
+
+def _copy(job: Json) -> list[tuple[str, str]]:
+    dest = job.get("dest")
+    return [("copy", f"{dest['path']} ({dest['format']}, {dest['state']})")] if dest else []
 
 
 def _took(job: Json) -> str:

@@ -24,10 +24,11 @@ Verbs = Any  # argparse._SubParsersAction, which has no public name
 
 
 def register(nouns: Verbs, common: argparse.ArgumentParser) -> None:
-    noun = nouns.add_parser("job", help="block jobs: pull, and what runs", parents=[common])
+    noun = nouns.add_parser("job", help="block jobs: pull, copy, commit, and what runs", parents=[common])
     verbs = noun.add_subparsers(dest="verb", metavar="VERB", required=True)
     _register_pull(verbs, common)
-    _register_later(verbs, common)
+    _register_copy(verbs, common)
+    _register_commit(verbs, common)
     _register_list(verbs, common)
     for verb, run, text in (
         ("show", _show, "everything that is known of a job"),
@@ -66,9 +67,48 @@ def _add_own_options(verb: str, parser: argparse.ArgumentParser) -> None:
 def _register_pull(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     text = "copy what the backing files hold into the top image, so that it no longer needs them"
     parser = verbs.add_parser("pull", help=text, description=text, parents=[common])
-    parser.add_argument("target", metavar="TARGET", type=arguments.target, help="an image's path, or DOMAIN/DISK")
+    _add_target(parser)
     parser.add_argument("--base", metavar="PATH|vda[N]", type=arguments.layer, help="the layer that stays as backing")
     parser.add_argument("--increment", metavar="SIZE", type=arguments.size, help="copy in steps, one for each `next`")
+    _add_work(parser)
+
+
+def _register_copy(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    text = "copy the image into another file; with --pivot its exports go over to the copy"
+    parser = verbs.add_parser("copy", help=text, description=text, parents=[common])
+    _add_target(parser)
+    parser.add_argument("dest", metavar="DEST", type=arguments.path, help="the copy's path")
+    parser.add_argument("--format", choices=("raw", "qcow2"), help="the copy's; default that of the image")
+    parser.add_argument("--source-format", choices=("raw", "qcow2"), help="needed for raw, which is never probed")
+    parser.add_argument("--shallow", action="store_true", help="the top layer alone; the backing file is shared")
+    parser.add_argument("--reuse-external", action="store_true", help="write over DEST, which exists")
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument("--pivot", action="store_true", help="in the end exports and chain go over to the copy")
+    end.add_argument("--finish", action="store_true", help="in the end the copy is closed; the image stays")
+    _add_work(parser)
+
+
+def _register_commit(verbs: Verbs, common: argparse.ArgumentParser) -> None:
+    text = "write what the overlay holds down into a layer below it"
+    parser = verbs.add_parser("commit", help=text, description=text, parents=[common])
+    _add_target(parser)
+    parser.add_argument(
+        "--base", metavar="PATH", type=arguments.layer, help="commit into this layer; default the lowest"
+    )
+    parser.add_argument("--top", metavar="PATH", type=arguments.layer, help="commit from this layer down")
+    parser.add_argument("--delete", action="store_true", help="delete the files that the chain no longer has")
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument("--pivot", action="store_true", help="in the end exports and chain go over to the base")
+    end.add_argument("--keep-overlay", dest="finish", action="store_true", help="in the end the overlay stays on top")
+    _add_work(parser)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", type=arguments.target, help="an image's path, or DOMAIN/DISK")
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    """What all operations have."""
     parser.add_argument("--bandwidth", metavar="RATE", type=arguments.rate, help="limit, such as 50MiB/s")
     parser.add_argument("--check", choices=("auto", "always", "never"), help="qemu-img check before the start")
     parser.add_argument("--label", metavar="K=V", type=arguments.label, action="append", default=[], help="may repeat")
@@ -77,41 +117,12 @@ def _register_pull(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--wait", action="store_true", help="stay until the end; Ctrl-C aborts the job")
     parser.add_argument("--timeout", metavar="S", type=arguments.seconds, help="with --wait: abort after S seconds")
     _add_progress(parser)
-    parser.set_defaults(run=_pull)
+    parser.set_defaults(run=_work)
 
 
 def _add_progress(parser: argparse.ArgumentParser) -> None:
     text = "how progress is shown: a bar on a terminal, or one JSON object a line"
     parser.add_argument("--progress", choices=("auto", "json", "none"), default="auto", help=text)
-
-
-def _register_later(verbs: Verbs, common: argparse.ArgumentParser) -> None:
-    """copy and commit have their flags already, so that scripts get a clear answer and not a usage error."""
-    copy = verbs.add_parser("copy", help="not supported yet", parents=[common])
-    copy.add_argument("target", metavar="TARGET", type=arguments.target)
-    copy.add_argument("dest", metavar="DEST")
-    copy.add_argument("--format")
-    copy.add_argument("--shallow", action="store_true")
-    copy.add_argument("--reuse-external", action="store_true")
-    _end_flags(copy, "--pivot", "--finish")
-    commit = verbs.add_parser("commit", help="not supported yet", parents=[common])
-    commit.add_argument("target", metavar="TARGET", type=arguments.target)
-    commit.add_argument("--base", metavar="PATH")
-    commit.add_argument("--top", metavar="PATH")
-    commit.add_argument("--delete", action="store_true")
-    _end_flags(commit, "--pivot", "--keep-overlay")
-    for parser in (copy, commit):
-        parser.add_argument("--bandwidth", metavar="RATE", type=arguments.rate)
-        parser.add_argument("--label", metavar="K=V", type=arguments.label, action="append", default=[])
-        parser.add_argument("--wait", action="store_true")
-        parser.add_argument("--timeout", metavar="S", type=arguments.seconds)
-        parser.set_defaults(run=_not_yet)
-
-
-def _end_flags(parser: argparse.ArgumentParser, *flags: str) -> None:
-    group = parser.add_mutually_exclusive_group()
-    for flag in flags:
-        group.add_argument(flag, action="store_true")
 
 
 def _register_list(verbs: Verbs, common: argparse.ArgumentParser) -> None:
@@ -122,7 +133,7 @@ def _register_list(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_list)
 
 
-def _pull(args: argparse.Namespace) -> int:
+def _work(args: argparse.Namespace) -> int:
     if args.timeout and not args.wait:
         raise CliError("invalid", "--timeout is how long --wait waits", remedy="add --wait")
     client, terminal = arguments.connect(args), Terminal.of(args)
@@ -145,16 +156,21 @@ def _start(client: Client, request: Json) -> Json:
 
 
 def _request(args: argparse.Namespace) -> Json:
-    body = {
-        "operation": "pull",
-        "target": args.target,
-        "base": args.base,
-        "increment": args.increment,
-        "bandwidth": args.bandwidth,
-        "check": args.check,
-        "labels": dict(args.label) or None,
-    }
-    return {key: value for key, value in body.items() if value is not None}
+    given = vars(args)
+    body = {"operation": args.verb, "labels": dict(args.label), "completion": _completion(args)}
+    body |= {name: given.get(name) for name in _FIELDS}
+    return {key: value for key, value in body.items() if value is not None and value is not False and value != {}}
+
+
+_FIELDS = (
+    "target", "base", "top", "increment", "dest", "format", "source_format",
+    "shallow", "reuse_external", "delete", "bandwidth", "check",
+)  # fmt: skip
+
+
+def _completion(args: argparse.Namespace) -> str | None:
+    given = vars(args)
+    return "pivot" if given.get("pivot") else "finish" if given.get("finish") else None
 
 
 def _dry_run(client: Client, terminal: Terminal, args: argparse.Namespace) -> int:
@@ -172,7 +188,7 @@ def _wait(client: Client, terminal: Terminal, request: Json, args: argparse.Name
     from hostagent.cli import follow, progress
 
     deadline = time.monotonic() + args.timeout if args.timeout else None
-    limits = follow.Limits(deadline=deadline, advance=args.increment is not None)
+    limits = follow.Limits(deadline=deadline, advance="increment" in request, ready=True)
     ended_by = None
     with progress.shown(args.progress, terminal) as display:
         try:
@@ -220,7 +236,7 @@ def _ended(args: argparse.Namespace, job: Json, ended_by: int | None = None) -> 
         job_report.outcome(terminal, job)
     if ended_by == EXIT_INTERRUPTED:
         return EXIT_INTERRUPTED
-    if job["state"] == "completed":
+    if job["state"] in ("completed", "ready"):
         return EXIT_OK
     return ended_by or EXIT_JOB_FAILED
 
@@ -283,9 +299,9 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _complete(args: argparse.Namespace) -> int:
-    if args.pivot or args.finish:
-        return _not_yet(args)
-    return _acted(args, arguments.connect(args).post(f"{_address(args)}/complete"))
+    completion = _completion(args)
+    body = {"completion": completion} if completion else {}
+    return _acted(args, arguments.connect(args).post(f"{_address(args)}/complete", body))
 
 
 def _speed(args: argparse.Namespace) -> int:
@@ -306,11 +322,6 @@ def _acted(args: argparse.Namespace, job: Json) -> int:
     else:
         terminal.line(f"job {job['id']} {job['state']}", str(job["state"]))
     return EXIT_OK
-
-
-def _not_yet(args: argparse.Namespace) -> int:
-    form = " --pivot or --finish" if args.verb == "complete" else ""
-    raise CliError("not_supported", f"`job {args.verb}{form}` is not supported yet", remedy="`job pull` is")
 
 
 def _address(args: argparse.Namespace) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 
 from hostagent.drivers.process import User, Watch, command_line, launch
 from hostagent.drivers.qmp import Monitor, Refused
+from hostagent.records import Node
 from jobs.errors import JobError
 from jobs.model import Cursor, FileId, Layer
 from jobs.ports import Phase
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 STREAM_FILTER = "stream"
 STREAM_TOP = "pull"
+MIRROR_FILTER = "mirror"
 COPY_ON_READ = "cor"
 MOMENT = 0.5
 """Seconds between a process's closing of its sockets and its end, at most (it is flushing nothing any more then)."""
@@ -76,21 +78,8 @@ class Places:
             self.folder.rmdir()
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A layer in the graph. `index` names its nodes; `descriptor` is its O_PATH number inside the daemon."""
-
-    layer: Layer
-    index: int
-    descriptor: int
-
-    @property
-    def file_node(self) -> str:
-        return f"f{self.index}"
-
-    @property
-    def format_node(self) -> str:
-        return f"l{self.index}"
+Link = tuple[Node, Node | None]
+"""A layer and the one below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,24 +300,26 @@ class StorageDaemon:
             if isinstance(reply, BaseException):
                 raise reply
 
-    async def reopen(self, top: Node, below: Node | None, *, writable: bool) -> None:
-        """Reopen the top layer's two nodes in one command; `below` None cuts the backing link."""
-        backing = below.format_node if below else None
-        options = [_file_options(top, writable=writable), _format_options(top, backing, writable=writable)]
+    async def reopen(self, *links: Link, writable: bool) -> None:
+        """Reopen both nodes of each layer, all in one command; a link to None cuts the backing chain there."""
+        options = []
+        for node, below in links:
+            options.append(_file_options(node, writable=writable))
+            options.append(_format_options(node, below.format_node if below else None, writable=writable))
         await self.execute("blockdev-reopen", options=options)
 
-    async def flush(self, top: Node, below: Node | None) -> None:
-        """Make durable what was written through the top, which is open for writing: reopening a node flushes it.
+    async def flush(self, node: Node, below: Node | None) -> None:
+        """Make durable what was written through a node that is open for writing: reopening it does.
 
         The format node alone: after a reopening in the same mode QEMU 7.2 is wrong about how the file is open, and its
         next change of permissions closes the descriptor under those who read from it ("Bad file descriptor").
         """
         backing = below.format_node if below else None
-        await self.execute("blockdev-reopen", options=[_format_options(top, backing, writable=True)])
+        await self.execute("blockdev-reopen", options=[_format_options(node, backing, writable=True)])
 
     async def remove(self, node: Node) -> None:
         """Close a layer that nothing uses any more. Idempotent; sent at once, carried out in order."""
-        removing = (self._remove(name) for name in (node.format_node, node.file_node))
+        removing = (self._remove(name) for name in (node.format_node, node.file_node, _pin(node.index)))
         replies = await asyncio.gather(*removing, return_exceptions=True)
         for reply in replies:
             if isinstance(reply, BaseException):
@@ -339,6 +330,94 @@ class StorageDaemon:
             await self.execute("blockdev-del", node_name=name)
         except Refused as error:
             if "failed to find" not in error.text.lower():
+                raise
+
+    # A copy's target
+
+    async def grasp(self, path: str, layer: Layer, index: int) -> Node:
+        """Open a file that came after the daemon's start. What it opened is proven to be the right one, and stays open:
+        from then on it is reached through that descriptor, as the others are through theirs."""
+        await self._remove(_pin(index))
+        known = await asyncio.to_thread(self._descriptors_of, layer.file)
+        await self.execute(
+            "blockdev-add", driver="file", node_name=_pin(index), filename=path, read_only=True, locking="off"
+        )
+        found = await asyncio.to_thread(self._descriptors_of, layer.file) - known
+        if not found:
+            await self._remove(_pin(index))
+            raise JobError("image_changed", f"{path!r} is another file now", field="dest", remedy="see who replaced it")
+        return Node(layer, index, min(found))
+
+    async def add_target(self, node: Node, below: Node | None, *, new: bool, backing: tuple[str, str] | None) -> None:
+        """Open a copy's target for writing; `new` makes it an empty image, on `backing` (name, format) if given."""
+        await self.execute("blockdev-add", **_file_options(node, writable=True))
+        if new and node.layer.format != "raw":
+            options = {"driver": node.layer.format, "file": node.file_node, "size": node.layer.virtual_size}
+            if backing is not None:
+                options |= {"backing-file": backing[0], "backing-fmt": backing[1]}
+            await self._create(f"create-{node.index}", options)
+        link = below.format_node if below else None
+        await self.execute("blockdev-add", **_format_options(node, link, writable=True))
+
+    async def _create(self, job_id: str, options: Mapping[str, Any]) -> None:
+        """Write a new image's metadata (blockdev-create, a job). It is small: bounded by qmp.call_timeout."""
+        await self.dismiss(job_id)
+        await self.execute("blockdev-create", job_id=job_id, options=options)
+        deadline = asyncio.get_running_loop().time() + self._settings.call_timeout
+        while (job := await self.block_job(job_id)).phase is not Phase.CONCLUDED:
+            if asyncio.get_running_loop().time() > deadline:
+                raise JobError("unresponsive", "a new image is not written in time", remedy="its storage may hang")
+            await asyncio.sleep(0.005)
+        await self.dismiss(job_id)
+        if job.error is not None:
+            raise JobError("job_failed", job.error)
+
+    async def mirror(self, job_id: str, top: Node, target: Node, *, shallow: bool, speed: int) -> None:
+        """Start blockdev-mirror; it becomes `ready`, and stays `concluded` until dismiss."""
+        await self.execute(
+            "blockdev-mirror",
+            job_id=job_id,
+            device=top.format_node,
+            target=target.format_node,
+            sync="top" if shallow else "full",
+            speed=speed,
+            on_source_error="report",
+            on_target_error="report",
+            auto_dismiss=False,
+            filter_node_name=MIRROR_FILTER,
+        )
+
+    async def commit(
+        self, job_id: str, device: Node, top: Node, base: Node, *, backing: str | None, speed: int
+    ) -> None:
+        """Start block-commit of all from `top` to above `base`. Of the device itself (an active commit) it becomes
+        `ready`; below it, it stays `pending` at its end until finalize. `concluded` until dismiss."""
+        arguments: dict[str, Any] = {
+            "job_id": job_id,
+            "device": device.format_node,
+            "top_node": top.format_node,
+            "base_node": base.format_node,
+            "speed": speed,
+            "on_error": "report",
+            "auto_dismiss": False,
+            "filter_node_name": MIRROR_FILTER,
+        }
+        if device != top:
+            arguments |= {"backing_file": backing, "auto_finalize": False}
+        await self.execute("block-commit", **arguments)
+
+    async def complete(self, job_id: str, *, pivot: bool) -> None:
+        """End a ready job: with `pivot` all that stands on the device goes over to the target, else it stays.
+
+        block-job-cancel is the good end of a ready job, job-cancel the bad one.
+        """
+        if pivot:
+            await self._job("job-complete", job_id)
+            return
+        try:
+            await self.execute("block-job-cancel", device=job_id)
+        except Refused as error:
+            if "not found" not in error.text.lower() and "cannot accept" not in error.text.lower():
                 raise
 
     async def add_copy_on_read(self, top: Node, bottom: Node) -> None:
@@ -366,6 +445,16 @@ class StorageDaemon:
             writable=writable,
             allocation_depth=depth,
         )
+
+    async def add_client_export(self, name: str, top: Node) -> None:
+        """An export for clients. While a copy or a commit runs it stands on the job's filter, as those do that were
+        there before, and goes over to the target with them."""
+        try:
+            await self.add_export(name, MIRROR_FILTER)
+        except Refused as error:
+            if "cannot find" not in error.text.lower():
+                raise
+            await self.add_export(name, top.format_node)
 
     async def remove_export(self, name: str, *, hard: bool) -> bool:
         """True when it is gone; False when a client is connected and `hard` is false."""
@@ -473,7 +562,19 @@ class StorageDaemon:
             if "not found" not in text and "cannot accept" not in text and (not done or done not in text):
                 raise
 
-    # What the kernel says, for adoption
+    # What the kernel says
+
+    def _descriptors_of(self, file: FileId) -> set[int]:
+        """The descriptors by which the process has `file` open for reading only. Blocking."""
+        found = set()
+        for entry in _entries(Path(f"/proc/{self.pid}/fd")):
+            with contextlib.suppress(OSError, ValueError):
+                flags, inode = _fdinfo(self.pid, entry)
+                if inode == file.ino and not flags & os.O_PATH and flags & os.O_ACCMODE == os.O_RDONLY:
+                    stat = Path(f"/proc/{self.pid}/fd/{entry}").stat()
+                    if FileId(stat.st_dev, stat.st_ino) == file:
+                        found.add(int(entry))
+        return found
 
     def open_modes(self, files: Collection[FileId]) -> dict[FileId, bool]:
         """Which of `files` the process has open for data, and whether for writing. Blocking.
@@ -538,6 +639,11 @@ def _fdinfo(pid: int, fd: str) -> tuple[int, int]:
     values = dict(line.split(":", 1) for line in lines if ":" in line)
     inode = int(values["ino"]) if "ino" in values else Path(f"/proc/{pid}/fd/{fd}").stat().st_ino
     return int(values["flags"], 8), inode
+
+
+def _pin(index: int) -> str:
+    """The node that keeps a late file open."""
+    return f"p{index}"
 
 
 def _file_options(node: Node, *, writable: bool) -> dict[str, Any]:

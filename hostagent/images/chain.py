@@ -58,6 +58,12 @@ class OpenChain:
         self.headers = tuple(header for _, header, _ in members)
         self._fds = tuple(fd for _, _, fd in members)
 
+    def put_on_top(self, layer: Layer, fd: int) -> None:
+        """A layer that came to stand on the chain; `fd` is taken over."""
+        self.chain = Chain((layer, *self.chain.layers))
+        self.headers = (None, *self.headers)
+        self._fds = (fd, *self._fds)
+
     def close(self) -> None:
         fds, self._fds = self._fds, ()
         for fd in fds:

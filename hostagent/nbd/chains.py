@@ -12,17 +12,17 @@ import functools
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from hostagent.drivers import process, qsd
-from hostagent.drivers.qsd import Node, Places, StorageDaemon
+from hostagent.drivers.qsd import Places, StorageDaemon
 from hostagent.images.chain import ChainLimits, OpenChain, open_chain
 from hostagent.nbd.prepared import Leasing, PreparedChain
-from hostagent.records import DaemonRecord
+from hostagent.records import DaemonRecord, Node
 from jobs.errors import JobError
 from jobs.model import Chain, FileId
 from jobs.ports import Clock
@@ -49,6 +49,8 @@ class Sink(Protocol):
     def daemon_gone(self, chain: PreparedChain) -> None: ...
 
     def responsive(self, chain: PreparedChain, answers: bool) -> None: ...
+
+    async def moved(self, chain: PreparedChain) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,10 @@ class Chains:
 
     def find(self, file: FileId, *, shallow: bool = False) -> PreparedChain | None:
         return self._chains.get((file, shallow))
+
+    def of_daemon(self, daemon_id: str) -> PreparedChain | None:
+        """The chain that this storage daemon serves, whatever its top is by now."""
+        return next((chain for chain in self._chains.values() if chain.daemon and chain.daemon.id == daemon_id), None)
 
     async def open(self, path: str, *, format: str | None = None, anywhere: bool = True) -> OpenChain:
         """Read the chain's headers, in a thread and within images.inspect_timeout."""
@@ -185,7 +191,7 @@ class Chains:
                 os.close(fd)
         chain.daemon, chain.nodes = daemon, nodes
         try:
-            await self._store.put_daemon(self._record(chain, daemon, tuple(node.descriptor for node in nodes)))
+            await self.remember(chain)
             await chain.ask(daemon.open_chain(nodes))
         except BaseException:
             await daemon.kill()  # nobody uses it yet
@@ -199,6 +205,20 @@ class Chains:
             chain.exited()
         fields = {"daemon": daemon_id, "pid": daemon.pid, "path": chain.path}
         log.info("storage daemon started", extra={"fields": fields})
+
+    async def remember(self, chain: PreparedChain) -> None:
+        """Store what a later agent must know to adopt the daemon."""
+        assert chain.daemon is not None
+        await self._store.put_daemon(self._record(chain, chain.daemon))
+
+    async def moved(self, chain: PreparedChain, file: FileId) -> None:
+        """The chain has another top now."""
+        self._chains.pop((chain.file, chain.shallow), None)
+        chain.file = file
+        self._chains[(file, chain.shallow)] = chain
+        await self.sink.moved(chain)
+        if chain.daemon is not None and not chain.died:
+            await self.remember(chain)
 
     def lost(self, chain: PreparedChain) -> None:
         self._chains.pop((chain.file, chain.shallow), None)
@@ -280,14 +300,15 @@ class Chains:
         chain.daemon = daemon
         self._chains[(record.file, record.shallow)] = chain
         await daemon.adopt(record.pid)
-        modes = await asyncio.to_thread(daemon.open_modes, {layer.file for layer in record.chain.layers})
+        files = {node.layer.file for node in (*record.nodes, *record.beside)}
+        modes = await asyncio.to_thread(daemon.open_modes, files)
         if record.file not in modes:
             await self._give_up(chain, daemon)
             return
-        layers = list(enumerate(zip(record.chain.layers, record.descriptors, strict=True)))
-        chain.nodes = [Node(layer, n, fd) for n, (layer, fd) in layers if layer.file in modes]
+        chain.nodes = _open(record.nodes, modes)
+        chain.beside = _open(record.beside, modes)
         chain.layers = [node.layer for node in chain.nodes]
-        chain.writable = modes.get(record.file, False)
+        chain.writable = {layer.file for layer in chain.layers if modes[layer.file]}
         chain.published = True  # it may have been
         if opened is not None:
             await self._lease_again(chain)
@@ -307,7 +328,7 @@ class Chains:
         """Leases went with the agent before; the daemon's own locks kept the worst away meanwhile."""
         try:
             chain.layers = [layer for layer in chain.layers if chain.descriptor(layer.file) is not None]
-            await chain.lease(write=chain.writable)
+            await chain.lease(exclusive=chain.writable)
         except JobError as error:
             log.warning("a lease was lost", extra={"fields": {"path": chain.path, "error": error.message}})
 
@@ -374,7 +395,7 @@ class Chains:
 
         return StorageDaemon(daemon_id, places, self.settings.qsd, on_event=event, on_exit=chain.exited)
 
-    def _record(self, chain: PreparedChain, daemon: StorageDaemon, descriptors: tuple[int, ...]) -> DaemonRecord:
+    def _record(self, chain: PreparedChain, daemon: StorageDaemon) -> DaemonRecord:
         start_time = process.start_time(daemon.pid)
         if start_time is None:
             raise JobError("storage_daemon_died", f"storage daemon {daemon.id} ended at once")
@@ -385,9 +406,11 @@ class Chains:
             pid=daemon.pid,
             start_time=start_time,
             boot_id=process.boot_id(),
-            monitor=str(daemon.places.monitor),
-            socket=str(daemon.places.socket),
-            chain=chain.chain,
-            descriptors=descriptors,
+            nodes=tuple(chain.nodes),
+            beside=tuple(chain.beside),
             created=self._clock.now(),
         )
+
+
+def _open(nodes: Sequence[Node], modes: Mapping[FileId, bool]) -> list[Node]:
+    return [node for node in nodes if node.layer.file in modes]

@@ -161,13 +161,12 @@ class Exports:
         await self._store.put_export(record)
         self._active[record.id] = record
         try:
-            if not chain.writable:
-                await chain.lease(write=False)
+            await chain.lease()
             needs = [Need(layer, "r", f"export {record.id} serves it") for layer in chain.layers]
             await self._access.acquire(record.holder, needs)
             daemon = await chain.serve()
             chain.users.add(record.holder)
-            await chain.ask(daemon.add_export(record.id, chain.nodes[0].format_node))
+            await chain.ask(daemon.add_client_export(record.id, chain.nodes[0]))
             self._chains.publish_socket(chain)
             socket = str(daemon.places.socket)
             size = await asyncio.to_thread(nbdclient.handshake, socket, record.id, self._settings.nbd_timeout)
@@ -210,7 +209,7 @@ class Exports:
             record = await self.get(export_id)
             if not record.active:
                 return record
-            chain = self._chains.find(record.file, shallow=record.shallow)
+            chain = self._chains.of_daemon(record.daemon)
             if chain is None or chain.daemon is None:
                 return await self._end(record, "lost", "its storage daemon ended", ExportEventKind.LOST)
             files = [layer.file for layer in chain.layers]
@@ -268,14 +267,27 @@ class Exports:
                     await asyncio.sleep(self._settings.idle_check)
         await self._access.converge([layer.file for layer in chain.layers], trigger="export")
 
+    async def moved(self, chain: PreparedChain) -> None:
+        """A job put another image on top of the chain, and the exports went over to it."""
+        users = [user for user in chain.users if user.kind == "export"]
+        moved = [self._on(chain, self._active[user.id]) for user in users if user.id in self._active]
+        for record in moved:  # all in memory first: a request that comes in between finds its export
+            self._active[record.id] = record
+        for record in moved:
+            await self._store.put_export(record)
+            self._changed(record)
+
+    def _on(self, chain: PreparedChain, record: ExportRecord) -> ExportRecord:
+        top = chain.layers[0]
+        return replace(record, path=top.path, file=top.file, format=top.format, revision=record.revision + 1)
+
     async def recover(self) -> None:
         """After a restart: exports whose daemon was adopted go on, the others are lost."""
         for record in await self._store.exports(active=True):
-            chain = self._chains.find(record.file, shallow=record.shallow)
+            chain = self._chains.of_daemon(record.daemon)
             if chain is not None and record.state == "running" and await self._still_served(chain, record):
                 chain.users.add(record.holder)
-                self._active[record.id] = record
-                self._keep(record)
+                self._keep(record if record.file == chain.file else self._on(chain, record))
                 continue
             if chain is not None and chain.daemon is not None:
                 with contextlib.suppress(JobError):

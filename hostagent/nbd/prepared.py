@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hostagent.drivers.qmp import Refused
-from hostagent.drivers.qsd import Node, StorageDaemon
+from hostagent.drivers.qsd import Link, StorageDaemon
 from hostagent.images.chain import OpenChain
+from hostagent.records import Node
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Holder, Layer
 
@@ -27,6 +30,8 @@ log = logging.getLogger(__name__)
 CONTROL = "hostagent-control"
 READER = "hostagent-reader"
 """Exports for the agent's own connections; never left behind between two slices."""
+
+
 class Lease(Protocol):
     """One file's lease (access.leases)."""
 
@@ -54,7 +59,10 @@ class PreparedChain:
         self.users: set[Holder] = set()
         self.lock = asyncio.Lock()
         self.daemon: StorageDaemon | None = None
-        self.writable = False
+        self.writable: set[FileId] = set()
+        """The layers that the daemon has open for writing, of those that a job opens and puts back."""
+        self.beside: list[Node] = []
+        """What else the daemon has open: a copy's target, or layers that the chain lost and that are not closed yet."""
         self.published = False
         """Whether others than the agent could ever connect to the daemon's socket. It is never taken back: who
         connected then may still be about to name the export that he wants."""
@@ -63,6 +71,7 @@ class PreparedChain:
         self.died = False
         self._opened = opened
         self._leases: dict[FileId, Lease] = {}
+        self._target: tuple[Layer, int] | None = None
         self._probing: asyncio.Task[None] | None = None
 
     @property
@@ -74,15 +83,17 @@ class PreparedChain:
         return self.daemon.pid if self.daemon else None
 
     @property
-    def _below(self) -> Node | None:
-        return self.nodes[1] if len(self.nodes) > 1 else None
+    def _links(self) -> list[Link]:
+        return list(zip(self.nodes, [*self.nodes[1:], None], strict=True))
 
     @property
     def _ours(self) -> tuple[int, ...]:
         return (self.daemon.pid,) if self.daemon else ()
 
     def descriptor(self, file: FileId) -> int | None:
-        """The agent's own read descriptor of a layer."""
+        """The agent's own read descriptor of a layer, or of a copy's target."""
+        if self._target is not None and self._target[0].file == file:
+            return self._target[1]
         if self._opened is None:
             return None
         for layer, fd in zip(self._opened.chain.layers, self._opened.fds, strict=True):
@@ -114,24 +125,27 @@ class PreparedChain:
 
     # Leases
 
-    async def lease(self, *, write: bool) -> None:
-        """Shared leases on all layers, exclusive on the top with `write`. A JobError busy has changed nothing."""
+    async def lease(self, *, exclusive: Collection[FileId] = ()) -> None:
+        """Shared leases on all layers, exclusive ones as asked. A JobError busy has changed nothing."""
         if self._opened is None:
             raise JobError("unavailable", f"the files of {self.path!r} could not be opened", remedy="see the log")
         taken: list[FileId] = []
+        raised: list[FileId] = []
         try:
-            for layer in self.layers[1:] if write else self.layers:
-                if layer.file not in self._leases:
-                    await self._take(layer, exclusive=False)
+            for layer in self.layers:
+                lease, wanted = self._leases.get(layer.file), layer.file in exclusive
+                if lease is None:
+                    await self._take(layer, exclusive=wanted)
                     taken.append(layer.file)
-            top = self._leases.get(self.file)
-            if write and top is None:
-                await self._take(self.layers[0], exclusive=True)
-            elif write and top is not None:
-                await asyncio.to_thread(top.exclude, ours=self._ours)
+                elif wanted:
+                    await asyncio.to_thread(lease.exclude, ours=self._ours)
+                    raised.append(layer.file)
         except JobError:
             for file in taken:
                 self._leases.pop(file).release()
+            for file in raised:
+                if file not in self.writable:
+                    await asyncio.to_thread(self._leases[file].share, ours=self._ours)
             raise
 
     async def _take(self, layer: Layer, *, exclusive: bool) -> None:
@@ -151,12 +165,16 @@ class PreparedChain:
         assert self.daemon is not None
         return self.daemon
 
-    async def open_for_writing(self) -> None:
-        daemon = await self.serve()
-        if self.writable:
+    async def open_for_writing(self, files: Collection[FileId]) -> None:
+        """Open these layers for writing, all in one step; their leases are exclusive already."""
+        await self.serve()
+        links = [
+            link for link in self._links if link[0].layer.file in files and link[0].layer.file not in self.writable
+        ]
+        if not links:
             return
         try:
-            await self._reopen(daemon, writable=True)
+            await self._reopen(links, writable=True)
         except Refused as error:
             # A refused NBD_CMD_CACHE leaves a cluster in qcow2's caches that can never be written (QEMU 7.2).
             if "failed to flush" not in error.text.lower():
@@ -171,17 +189,20 @@ class PreparedChain:
             ) from error
 
     async def flush(self) -> None:
-        """Make everything that was written through this daemon durable."""
-        if self.daemon is not None:
-            await self.ask(self.daemon.flush(self.nodes[0], self._below))
+        """Make everything durable that was written through this daemon."""
+        if self.daemon is None:
+            return
+        for node, below in self._links:
+            if node.layer.file in self.writable:
+                await self.ask(self.daemon.flush(node, below))
 
     async def close_for_writing(self) -> None:
-        """Read-only again, and a shared lease. Flushes."""
-        if self.writable and self.daemon is not None:
-            await self._reopen(self.daemon, writable=False)
-        lease = self._leases.get(self.file)
-        if lease is not None:
-            await asyncio.to_thread(lease.share, ours=self._ours)
+        """Read-only again, and shared leases. Flushes."""
+        if self.daemon is not None:
+            await self._reopen([link for link in self._links if link[0].layer.file in self.writable], writable=False)
+        for layer in self.layers:
+            if (lease := self._leases.get(layer.file)) is not None:
+                await asyncio.to_thread(lease.share, ours=self._ours)
 
     async def remove_internal(self, *, reader: bool) -> None:
         """Remove what serves only the agent's own connections, left by a slice or by an agent that was killed."""
@@ -201,28 +222,99 @@ class PreparedChain:
             await self.ask(self.daemon.dismiss(job))
         await self.ask(self.daemon.remove_stream_top())
         await self.remove_internal(reader=True)
+        await self.close_beside()
         await self.close_for_writing()
 
-    async def _reopen(self, daemon: StorageDaemon, *, writable: bool) -> None:
-        await self.ask(daemon.reopen(self.nodes[0], self._below, writable=writable))
-        self.writable = writable
+    async def _reopen(self, links: Sequence[Link], *, writable: bool) -> None:
+        if links and self.daemon is not None:
+            await self.ask(self.daemon.reopen(*links, writable=writable))
+            files = {node.layer.file for node, _ in links}
+            self.writable = self.writable | files if writable else self.writable - files
 
-    async def shed(self, after: Chain) -> None:
-        """Forget the layers that the chain lost: cut the link, close their nodes, their descriptors, their leases."""
+    # A copy's target
+
+    async def take_target(self, layer: Layer, fd: int) -> None:
+        """The target's file, with an exclusive lease; `fd` is ours to close."""
+        if self._target is not None and self._target[0].file == layer.file:
+            os.close(fd)
+            return
+        self._target = (layer, fd)
+        try:
+            await self._take(layer, exclusive=True)
+        except BaseException:
+            self._target = None
+            os.close(fd)
+            raise
+
+    async def open_target(self, path: str, *, below: Node | None, new: bool, backing: tuple[str, str] | None) -> Node:
+        """Open the target in the daemon: `new` as an empty image, on `below` when it shares the backing chain."""
+        assert self._target is not None
+        daemon = await self.serve()
+        await self.close_beside()
+        index = 1 + max(node.index for node in self.nodes)
+        node: Node = await self.ask(daemon.grasp(path, self._target[0], index))
+        self.beside = [node]
+        await self._registry.remember(self)
+        await self.ask(daemon.add_target(node, below, new=new, backing=backing))
+        return node
+
+    async def flush_target(self, below: Node | None) -> None:
+        """Make what was written to the target durable."""
+        if self.daemon is not None:
+            for node in self.beside:
+                await self.ask(self.daemon.flush(node, below))
+
+    async def close_beside(self) -> None:
+        """Close what the chain does not need. Idempotent."""
+        if self.daemon is not None and self.daemon.alive:
+            for node in self.beside:
+                await self.ask(self.daemon.remove(node))
+        self.beside = []
+
+    def give_up_target(self) -> None:
+        """Give up the target's lease and descriptor. Idempotent."""
+        if self._target is not None:
+            layer, fd = self._target
+            self._target = None
+            if lease := self._leases.pop(layer.file, None):
+                lease.release()
+            os.close(fd)
+
+    async def become(self, after: Chain) -> None:
+        """The chain is `after` now. Who stands on its top stands there already; what it lost is closed: the links, the
+        nodes, the descriptors, the leases. Idempotent."""
         stays = {layer.file for layer in after.layers}
-        gone = [node for node in self.nodes if node.layer.file not in stays]
-        if gone and self.daemon is not None and self.daemon.alive:
-            self.nodes = [node for node in self.nodes if node.layer.file in stays]
-            try:
-                await self._reopen(self.daemon, writable=False)
-                for node in gone:
-                    await self.ask(self.daemon.remove(node))
-            except JobError:
-                self.nodes += gone
-                raise
+        moved = self.file != after.top.file
+        if self.daemon is not None and self.daemon.alive:
+            await self._relink(after)
         self.layers = list(after.layers)
+        if self._target is not None and self._target[0].file in stays and self._opened is not None:
+            self._opened.put_on_top(after.top, self._target[1])
+            self._target = None
+        if moved:
+            self.path = after.top.path
+            await self._registry.moved(self, after.top.file)
+        await self.close_beside()
         leases = [self._leases.pop(file) for file in list(self._leases) if file not in stays]
         await asyncio.to_thread(_let_go, leases, self._opened, stays)
+
+    async def _relink(self, after: Chain) -> None:
+        """Put the nodes into their new order, read-only. What is left over stands beside the chain then."""
+        assert self.daemon is not None
+        known = {node.layer.file: node for node in (*self.nodes, *self.beside)}
+        nodes = [replace(known[layer.file], layer=layer) for layer in after.layers if layer.file in known]
+        links: list[Link] = list(zip(nodes, [*nodes[1:], None], strict=True))
+        was = {node.index: below.index if below else None for node, below in self._links}
+        changed = [
+            (node, below)
+            for node, below in links
+            if node.layer.file in self.writable or was.get(node.index, -1) != (below.index if below else None)
+        ]
+        if changed:
+            await self.ask(self.daemon.reopen(*changed, writable=False))
+        stays = {node.index for node in nodes}
+        self.beside = [node for node in known.values() if node.index not in stays]
+        self.nodes, self.writable = nodes, set()
 
     async def ask(self, command: Any) -> Any:
         """Await a command of the daemon; one that is not answered makes the daemon `unresponsive` for all to see."""
@@ -262,6 +354,7 @@ class PreparedChain:
 
     def let_go(self) -> asyncio.Future[None]:
         """Close what the agent has open: leases and descriptors. In a thread, for on dead storage it may hang."""
+        self.give_up_target()
         leases, opened = list(self._leases.values()), self._opened
         self._leases, self._opened = {}, None
         return asyncio.get_running_loop().run_in_executor(None, _let_go, leases, opened, ())

@@ -14,7 +14,7 @@ METHOD = r"(?:GET|POST|PUT|PATCH|DELETE)"
 LATER = ("/v1/backups", "/v1/domains", "/v1/transfers")
 
 JOB = """id operation target path domain disk state cursor upto bandwidth base increment check labels origin revision
-created since started finished error revocation chain rate eta stalled_seconds warnings"""
+created since started finished error revocation chain rate eta stalled_seconds warnings dest completion"""
 EXPORT = """id image uri socket name format size shallow writable state reason created stopped expires ttl idle_timeout
 clients daemon pid labels revision"""
 OBJECTS = {
@@ -26,10 +26,13 @@ OBJECTS = {
     "Cursor": "cur end",
     "Failure": "code message remedy",
     "Client": "pid name uid",
+    "Target": "path format state",
 }
 REQUESTS = {
-    "JobCreate": "id operation target base increment bandwidth check labels dry_run dest format",
+    "JobCreate": "id operation target base increment bandwidth check labels dry_run dest format "
+    "source_format shallow reuse_external top delete completion",
     "JobPatch": "bandwidth",
+    "CompleteBody": "completion",
     "NextBody": "cursor",
     "AbortBody": "force",
     "ExportCreate": "id image format shallow writable bitmaps ttl idle_timeout labels",

@@ -91,16 +91,6 @@ def agent(shared: Shared) -> Iterator[AgentProcess]:
     shared.give_back()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(tmp_path_factory.mktemp("model") / "pair", SIZE)
-
-
-@pytest.fixture
-def images(folder: Path, model: Pair) -> Pair:
-    return model.copy(folder / "pair")
-
-
 def stop(agent: AgentProcess) -> None:
     assert agent.stop() == 0
 
@@ -652,7 +642,13 @@ def test_a_storage_daemon_that_never_opened_its_chain_is_ended_and_its_job_goes_
             monitor = agent.runtime / "qsd" / name / "qmp.sock"
             monitor.unlink(missing_ok=True)
             bare = subprocess.Popen(
-                ["qemu-storage-daemon", "--chardev", f"socket,id={chardev},path={monitor},server=on,wait=off", "--monitor", f"chardev={chardev}"]
+                [
+                    "qemu-storage-daemon",
+                    "--chardev",
+                    f"socket,id={chardev},path={monitor},server=on,wait=off",
+                    "--monitor",
+                    f"chardev={chardev}",
+                ]
             )
             record = {**json.loads(body), "pid": bare.pid, "start_time": process.start_time(bare.pid)}
             store.execute("UPDATE daemons SET body=?", (json.dumps(record),))

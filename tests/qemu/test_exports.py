@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -26,11 +25,10 @@ from tests.harness import (
     check_clean,
     overlay,
     raw_image,
-    reachable,
     same_content,
     user_can_read,
 )
-from tests.qemu.faults import PATIENCE, Pair, Reader, eventually, permissions
+from tests.qemu.faults import HASTE, PATIENCE, Pair, Reader, eventually, permissions
 
 nbd: Any = importlib.import_module("nbd")
 
@@ -39,26 +37,7 @@ pytestmark = pytest.mark.qemu
 ROOT = os.geteuid() == 0
 SIZE = 16 * MIB
 O_PATH = 0o10000000
-SETTINGS = {"JOBS_PROGRESS_INTERVAL": "0.05", "JOBS_SETTLE_RETRY": "0.1", "EXPORTS_IDLE_CHECK": "0.1"}
 REVOKED = "done" if ROOT else "kept"
-
-
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
-    """One agent for all tests of the module; each has its own images."""
-    home = tmp_path_factory.mktemp("agent")
-    with reachable(home), AgentProcess(home, SETTINGS) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(tmp_path_factory.mktemp("model") / "pair", SIZE)
-
-
-@pytest.fixture
-def images(folder: Path, model: Pair) -> Pair:
-    return model.copy(folder / "pair")
 
 
 class Client:
@@ -632,7 +611,7 @@ def test_an_export_whose_folder_the_user_may_not_pass_is_refused_with_the_reason
 def test_exports_above_the_limit_and_daemons_above_theirs_are_refused(tmp_path: Path, folder: Path) -> None:
     base = raw_image(folder / "base.raw", MIB)
     tops = [overlay(folder / f"top{n}.qcow2", base) for n in range(2)]
-    settings = {**SETTINGS, "EXPORTS_LIMIT": "2", "QSD_MAX_DAEMONS": "1"}
+    settings = {**HASTE, "EXPORTS_LIMIT": "2", "QSD_MAX_DAEMONS": "1"}
     with AgentProcess(tmp_path, settings) as agent:
         first = agent.export(tops[0])
         error = refusal(agent, "POST", "/v1/exports", {"image": str(tops[1])})

@@ -47,7 +47,13 @@ needs_root = pytest.mark.skipif(
 )
 
 QUICK = {"JOBS_PROGRESS_INTERVAL": "0.1", "JOBS_SETTLE_RETRY": "0.1", "JOBS_SETTLE_RETRY_MAX": "0.5"}
-IMPATIENT = {**QUICK, "JOBS_ABORT_TIMEOUT": "1", "QMP_CALL_TIMEOUT": "1", "QMP_CONNECT_TIMEOUT": "2", "EXPORTS_NBD_TIMEOUT": "1"}
+IMPATIENT = {
+    **QUICK,
+    "JOBS_ABORT_TIMEOUT": "1",
+    "QMP_CALL_TIMEOUT": "1",
+    "QMP_CONNECT_TIMEOUT": "2",
+    "EXPORTS_NBD_TIMEOUT": "1",
+}
 SLOW = 8 * MIB
 """Bytes a second: an image of 16 MiB takes two seconds, long enough to be caught in the middle."""
 FAST = 512 * MIB

@@ -654,8 +654,8 @@ def test_a_file_that_is_no_socket_is_never_removed_for_one(tmp_path: Path) -> No
 
 
 POISON: list[tuple[str, Json, str, str | None, str | None]] = [
-    ("/v1/jobs", {"operation": "copy", "target": "/x", "dest": "/y"}, "not_supported", "operation", "pull"),
-    ("/v1/jobs", {"operation": "commit", "target": "/x"}, "not_supported", "operation", "pull"),
+    ("/v1/jobs", {"operation": "copy", "target": "/x"}, "invalid", "dest", "absolute path"),
+    ("/v1/jobs", {"operation": "commit", "target": "/x", "shallow": True}, "invalid", "shallow", "leave it out"),
     ("/v1/jobs", {"operation": "steal", "target": "/x"}, "invalid", "operation", "pull"),
     ("/v1/jobs", {"operation": "pull", "target": "web1/vda"}, "not_supported", "target", "absolute path"),
     ("/v1/jobs", {"operation": "pull", "target": "./x"}, "invalid", "target", "absolute path"),

@@ -20,12 +20,16 @@ from hostagent.images.chain import ChainLimits
 from hostagent.images.qemu_img import QemuImg, ToolLimits
 from hostagent.nbd import chains as nbd_chains
 from hostagent.nbd.chains import Chains
-from hostagent.nbd.offline import Limits, OfflineDriver
+from hostagent.nbd.committing import Commit
+from hostagent.nbd.copying import Copy
+from hostagent.nbd.offline import OfflineDriver
 from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.store import Store
 from jobs.ports import SystemClock
 from tests.contract.driver_suite import MIB, SIZE, DriverSuite, Rig
-from tests.harness import backing_of, check_clean, overlay, raw_image, same_content
+from tests.harness import backing_of, overlay, raw_image, same_content
+from tests.qemu.faults import sound
 
 pytestmark = pytest.mark.qemu
 
@@ -38,6 +42,8 @@ class Quiet:
     def daemon_gone(self, chain: PreparedChain) -> None: ...
 
     def responsive(self, chain: PreparedChain, answers: bool) -> None: ...
+
+    async def moved(self, chain: PreparedChain) -> None: ...
 
 
 def make_chains(folder: Path, store: Store) -> Chains:
@@ -79,8 +85,15 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
         daemons=lambda: [],
         observe=lambda trigger, result: None,
     )
-    limits = Limits(slice=2 * MIB, requests_in_flight=4, request_size=MIB, nbd_timeout=10.0, check_auto_size=1 << 30)
-    return OfflineDriver(chains, ledger, QemuImg(user=None, limits=ToolLimits()), limits)
+    return OfflineDriver(
+        chains,
+        ledger,
+        QemuImg(user=None, limits=ToolLimits()),
+        pull=Pull(SliceLimits(slice=2 * MIB, requests_in_flight=4, request_size=MIB, nbd_timeout=10.0)),
+        copy=Copy(chains, 10.0),
+        commit=Commit(lambda files, folders, skip: [], 10.0),
+        check_auto=1 << 30,
+    )
 
 
 class TestOfflineDriver(DriverSuite):
@@ -100,7 +113,7 @@ class TestOfflineDriver(DriverSuite):
                 assert chains.all() == []
                 assert await store.daemons() == []
                 assert list(Path(short).glob("*/*")) == []
-                assert check_clean(top)
+                assert sound(top)
                 assert same_content(top, base)
             finally:
                 for chain in chains.all():  # what a failed test left

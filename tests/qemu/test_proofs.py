@@ -25,8 +25,9 @@ import pytest
 
 from hostagent.drivers.process import User
 from hostagent.drivers.qmp import Monitor
-from hostagent.drivers.qsd import BlockJob, Node, Places, Settings, StorageDaemon
+from hostagent.drivers.qsd import BlockJob, Places, Settings, StorageDaemon
 from hostagent.images.chain import ChainLimits, open_chain
+from hostagent.records import Node
 from jobs.errors import JobError
 from jobs.model import FileId
 from jobs.ports import Phase
@@ -70,7 +71,7 @@ class Bench:
         return f"nbd+unix:///disk?socket={self.daemon.places.socket}"
 
     async def reopen(self, *, writable: bool) -> None:
-        await self.daemon.reopen(self.top, self.below, writable=writable)
+        await self.daemon.reopen((self.top, self.below), writable=writable)
 
     async def stream(self) -> None:
         await self.daemon.stream(JOB, self.top, None, backing=None, speed=0)
@@ -172,7 +173,7 @@ def images(folder: Path) -> Pair:
 def test_a_client_reads_right_bytes_while_the_chain_is_reopened_for_writing_and_back(images: Pair) -> None:
     async def test() -> None:
         async with bench(images.top) as it:
-            await it.daemon.add_export("disk", it.top.format_node)
+            await it.daemon.add_client_export("disk", it.top)
             with Reader(it.uri, images.truth) as reader:
                 for _ in range(10):
                     await it.reopen(writable=True)
@@ -194,7 +195,7 @@ def test_a_pull_under_a_connected_client_ends_with_the_base_closed(images: Pair)
     async def test() -> None:
         async with bench(images.top) as it:
             base = it.nodes[1]
-            await it.daemon.add_export("disk", it.top.format_node)
+            await it.daemon.add_client_export("disk", it.top)
             with Reader(it.uri, images.truth) as reader:
                 await it.reopen(writable=True)
                 await it.stream()
@@ -205,7 +206,7 @@ def test_a_pull_under_a_connected_client_ends_with_the_base_closed(images: Pair)
                 await it.daemon.dismiss(JOB)
                 await it.daemon.remove_stream_top()
                 assert base.layer.file in it.open_modes()
-                await it.daemon.reopen(it.top, None, writable=False)
+                await it.daemon.reopen((it.top, None), writable=False)
                 await it.daemon.remove(base)
                 assert base.layer.file not in it.open_modes()
                 assert await aside(reader.stop) > 0
@@ -225,7 +226,7 @@ def test_a_client_that_comes_while_a_stream_runs_is_kept_through_its_end(images:
         async with bench(images.top) as it:
             await it.reopen(writable=True)
             await it.daemon.stream(JOB, it.top, None, backing=None, speed=8 * MIB)
-            await it.daemon.add_export("disk", it.top.format_node)
+            await it.daemon.add_client_export("disk", it.top)
             with Reader(it.uri, images.truth) as reader, Hasty(it.uri) as one, Hasty(it.uri) as other:
                 with contextlib.suppress(JobError):  # it has copied all of it already
                     await it.daemon.set_speed(JOB, 0)
@@ -235,7 +236,7 @@ def test_a_client_that_comes_while_a_stream_runs_is_kept_through_its_end(images:
                 await it.until(Phase.CONCLUDED)
                 await it.daemon.dismiss(JOB)
                 await it.daemon.remove_stream_top()
-                await it.daemon.reopen(it.top, None, writable=False)
+                await it.daemon.reopen((it.top, None), writable=False)
                 await it.daemon.remove(it.nodes[1])
                 assert await aside(reader.stop) > 0
                 one.stop()
@@ -251,7 +252,7 @@ def test_a_client_that_asks_a_read_only_chain_to_copy_up_is_refused_and_kills_no
 
     async def test() -> None:
         async with bench(images.top) as it:
-            await it.daemon.add_export("disk", it.top.format_node)
+            await it.daemon.add_client_export("disk", it.top)
             await aside(_cache_refused, it.uri)
             assert await it.daemon.exports() == {"disk"}
 
@@ -275,7 +276,7 @@ def test_the_files_are_those_that_were_grasped_whatever_happens_to_their_paths(i
                 path.rename(path.with_suffix(".moved"))
                 path.write_bytes(b"another file")
             await it.daemon.open_chain(it.nodes)
-            await it.daemon.add_export("disk", it.top.format_node)
+            await it.daemon.add_client_export("disk", it.top)
             await it.reopen(writable=True)
             content = await aside(_read_all, it.uri)
             assert content == images.truth.read_bytes()
@@ -492,7 +493,7 @@ def test_what_was_copied_up_and_not_flushed_may_be_lost_and_the_image_is_whole(i
     async def test() -> None:
         async with bench(images.top) as it:
             await it.reopen(writable=True)
-            await it.daemon.add_export("disk", it.top.format_node)
+            await it.daemon.add_client_export("disk", it.top)
             client = await aside(_copy_up, it.uri)
             await _sigkill(it)
             del client  # kept until here: a connection that closes is no flush, but why give it the chance
@@ -508,7 +509,7 @@ def test_what_was_copied_up_and_flushed_is_local_after_a_kill(images: Pair) -> N
     async def test() -> None:
         async with bench(images.top) as it:
             await it.reopen(writable=True)
-            await it.daemon.add_export("disk", it.top.format_node)
+            await it.daemon.add_client_export("disk", it.top)
             client = await aside(_copy_up, it.uri)
             await aside(client.flush)
             await _sigkill(it)

@@ -31,40 +31,20 @@ from tests.harness import (
     check_clean,
     overlay,
     raw_image,
-    reachable,
     same_content,
     user_can_read,
 )
-from tests.qemu.faults import PATIENCE, Pair, Reader, eventually, permissions, storage_daemons
+from tests.qemu.faults import HASTE, PATIENCE, Pair, Reader, eventually, permissions, storage_daemons
 
 pytestmark = pytest.mark.qemu
 
 ROOT = os.geteuid() == 0
 SIZE = 16 * MIB
-SETTINGS = {"JOBS_PROGRESS_INTERVAL": "0.05", "JOBS_SETTLE_RETRY": "0.1"}
 REVOKED = "done" if ROOT else "kept"
 as_root = [
     pytest.mark.root,
     pytest.mark.skipif(not ROOT, reason="file modes change only for another hypervisor user, which needs root"),
 ]
-
-
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
-    """One agent for all tests of the module; each has its own images."""
-    home = tmp_path_factory.mktemp("agent")
-    with reachable(home), AgentProcess(home, SETTINGS) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(tmp_path_factory.mktemp("model") / "pair", SIZE)
-
-
-@pytest.fixture
-def images(folder: Path, model: Pair) -> Pair:
-    return model.copy(folder / "pair")
 
 
 class Layers:
@@ -544,7 +524,8 @@ def test_a_dry_run_names_who_would_keep_the_base(agent: AgentProcess, images: Pa
         ({"target": "/nowhere/top.qcow2"}, "not_found", None),
         ({"base": "/nowhere/base.raw"}, "invalid", "base"),
         ({"operation": "sweep"}, "invalid", "operation"),
-        ({"operation": "commit"}, "not_supported", "operation"),
+        ({"operation": "copy"}, "invalid", "dest"),
+        ({"operation": "commit", "increment": 1}, "invalid", "increment"),
         ({"increment": 0}, "invalid", "increment"),
         ({"bandwidth": -1}, "invalid", "bandwidth"),
         ({"target": "web1/vda"}, "not_supported", "target"),
@@ -704,7 +685,7 @@ def unused(agent: AgentProcess, export: Json) -> bool:
 def test_two_overlays_of_one_base_can_be_pulled_at_the_same_time(agent: AgentProcess, images: Pair) -> None:
     sibling = overlay(images.folder / "sibling.qcow2", images.base)
     before = states([images.top, images.base, sibling])
-    slow, quick = agent.pull(images.top, bandwidth=8 * MIB), agent.pull(sibling, increment=4 * MIB)
+    slow, quick = agent.pull(images.top, bandwidth=MIB), agent.pull(sibling, increment=4 * MIB)
     quick = finished(agent, quick)
     assert (quick["state"], quick["revocation"]) == ("completed", "kept")
     assert quick["chain"]["kept"][0]["holders"] == [f"job:{slow['id']}"]
@@ -840,7 +821,7 @@ def test_the_metrics_tell_of_a_pull_while_it_runs_and_after(agent: AgentProcess,
 def test_jobs_above_the_width_wait_their_turn_and_above_the_queue_are_refused(tmp_path: Path, folder: Path) -> None:
     base = raw_image(folder / "base.raw", SIZE)
     tops = [overlay(folder / f"top{n}.qcow2", base) for n in range(4)]
-    with AgentProcess(tmp_path, {**SETTINGS, "JOBS_WIDTH": "1", "JOBS_QUEUE": "3"}) as agent:
+    with AgentProcess(tmp_path, {**HASTE, "JOBS_WIDTH": "1", "JOBS_QUEUE": "3"}) as agent:
         first = agent.pull(tops[0], bandwidth=2 * MIB)
         agent.until(first["id"], lambda j: j["state"] == "running")
         second, third = agent.pull(tops[1]), agent.pull(tops[2], increment=4 * MIB)

@@ -46,7 +46,12 @@ def test_each_source_overrides_the_one_before(file: Path) -> None:
     (file.parent / "hostagent.d" / "no.txt").write_text("not TOML")
     env = {"HOSTAGENT_JOBS_SLICE": "8M", "HOSTAGENT_JOBS_SETTLE_RETRY_MAX": "9.5", "HOSTAGENT_SOCKET": "/x"}
     loaded = config.load(file=file, env=env, overrides={"jobs.settle_retry_max": "10"})
-    assert (loaded.jobs.width, loaded.jobs.queue, loaded.jobs.slice, loaded.jobs.settle_retry_max) == (5, 8, 8 << 20, 10.0)
+    assert (loaded.jobs.width, loaded.jobs.queue, loaded.jobs.slice, loaded.jobs.settle_retry_max) == (
+        5,
+        8,
+        8 << 20,
+        10.0,
+    )
     assert loaded.origin["jobs.width"] == str(file)
     assert loaded.origin["jobs.queue"].endswith("20-b.toml")
     assert loaded.origin["jobs.slice"] == "HOSTAGENT_JOBS_SLICE"

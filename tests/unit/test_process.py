@@ -47,11 +47,11 @@ def test_a_watch_tells_the_end_once_and_how() -> None:
 
 def test_a_child_is_launched_as_its_user_in_a_session_of_its_own(tmp_path: Path) -> None:
     user = User("nobody", 65534, 65534, ()) if os.geteuid() == 0 else User.current()
-    script = "import os; print(os.getuid(), os.getgroups() if os.getuid() == 65534 else [], os.getsid(0) == os.getpid())"
-    log = tmp_path / "log"
-    child = process.launch(
-        ["/usr/bin/python3", "-c", script], user=user, pass_fds=(), log_path=log, open_files=64
+    script = (
+        "import os; print(os.getuid(), os.getgroups() if os.getuid() == 65534 else [], os.getsid(0) == os.getpid())"
     )
+    log = tmp_path / "log"
+    child = process.launch(["/usr/bin/python3", "-c", script], user=user, pass_fds=(), log_path=log, open_files=64)
     assert child.wait(10) == 0
     uid, groups, leader = log.read_text().split(" ", 2)
     assert (int(uid), groups, leader.strip()) == (user.uid, "[]", "True")

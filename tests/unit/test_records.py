@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostagent import records
-from hostagent.records import AccessFile, DaemonRecord, ExportRecord, encode
+from hostagent.records import AccessFile, DaemonRecord, ExportRecord, Node, encode
 from jobs.model import (
     Chain,
+    Completion,
     Cursor,
     Failure,
     FileId,
@@ -23,6 +24,8 @@ from jobs.model import (
     Operation,
     Revocation,
     State,
+    Target,
+    TargetState,
 )
 
 U64 = st.integers(0, (1 << 64) - 1)
@@ -37,6 +40,14 @@ specs = st.builds(
     st.sampled_from(Operation),
     texts,
     base=st.none() | texts,
+    top=st.none() | texts,
+    dest=st.none() | texts,
+    format=st.none() | texts,
+    source_format=st.none() | texts,
+    shallow=st.booleans(),
+    reuse_external=st.booleans(),
+    completion=st.none() | st.sampled_from(Completion),
+    delete=st.booleans(),
     increment=st.none() | U64,
     bandwidth=U64,
     check=texts,
@@ -56,6 +67,11 @@ jobs_ = st.builds(
     cursor=st.builds(Cursor, U64, U64),
     upto=st.none() | U64,
     intent=st.none() | st.just("abort"),
+    target=st.none()
+    | st.builds(
+        Target, texts, texts, st.booleans(), st.sampled_from(TargetState), st.none() | texts, st.none() | files
+    ),
+    completion=st.none() | st.sampled_from(Completion),
     started=st.none() | times,
     finished=st.none() | times,
     error=st.none() | st.builds(Failure, texts, texts, st.none() | texts),
@@ -95,6 +111,7 @@ exports = st.builds(
     stopped=st.none() | times,
     labels=labels,
 )
+nodes = st.lists(st.builds(Node, layers, U64, U64), max_size=3).map(tuple)
 daemons = st.builds(
     DaemonRecord,
     id=texts,
@@ -103,10 +120,8 @@ daemons = st.builds(
     pid=U64,
     start_time=U64,
     boot_id=texts,
-    monitor=texts,
-    socket=texts,
-    chain=chains,
-    descriptors=st.lists(U64, max_size=3).map(tuple),
+    nodes=nodes,
+    beside=nodes,
     created=times,
 )
 

@@ -173,7 +173,7 @@ def test_a_job_that_did_not_complete_leaves_its_backing_files_to_the_image(tmp_p
 def test_an_inherited_row_does_not_lower_one_that_stands(tmp_path: Path) -> None:
     async def scenario(it: Opened) -> None:
         await it.store.add_needs(IMAGE, [Need(BASE, "rw", "written by hand")])
-        change = AccessChange((JOB.holder,), inherit=(Need(BASE, "r", "later"),), heir=IMAGE)
+        change = AccessChange((JOB.holder,), gains=((IMAGE, Need(BASE, "r", "later")),))
         await it.store.finish(ended(State.FAILED), [], change)
         (row,) = await it.store.access_rows([HUGE])
         assert (row.mode, row.reason) == ("rw", "written by hand")

@@ -45,6 +45,8 @@ def job_json(id: str, spec: Json) -> Json:
         "eta": None,
         "stalled_seconds": 0.0,
         "warnings": [],
+        "dest": None,
+        "completion": None,
     }
 
 
@@ -181,7 +183,7 @@ class FakeService:
     async def resume_job(self, id: str) -> Json:
         return await self.touch(id, state="running")
 
-    async def complete_job(self, id: str) -> Json:
+    async def complete_job(self, id: str, completion: str | None) -> Json:
         raise JobError("conflict", f"job {id} is running, not ready", state="running")
 
     async def delete_job(self, id: str) -> None:

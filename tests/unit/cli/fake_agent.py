@@ -134,7 +134,7 @@ def job(state: str = "running", cur: int = 0, *, revision: int = 1, **more: Any)
         "increment": None, "check": "auto", "labels": {}, "origin": "agent", "revision": revision,
         "created": "2024-05-01T10:00:00Z", "since": "2024-05-01T10:00:01Z", "started": "2024-05-01T10:00:01Z",
         "finished": "2024-05-01T10:00:13Z" if state in ("completed", "failed", "aborted") else None, "error": None,
-        "revocation": "none", "rate": 1 << 20, "eta": 30.0, "stalled_seconds": 0, "warnings": [],
+        "revocation": "none", "rate": 1 << 20, "eta": 30.0, "stalled_seconds": 0, "warnings": [], "dest": None, "completion": None,
         "chain": {"before": ["/images/top.qcow2", "/images/base.qcow2"], "after": ["/images/top.qcow2"],
                   "revoked": [], "kept": []},
         **more,

@@ -102,7 +102,8 @@ def test_a_rate_without_a_unit_is_refused_with_the_unit(run, capsys) -> None:
         (["abort", ID, "--force"], "POST", f"{JOB}/abort", {"force": True}),
         (["pause", ID], "POST", f"{JOB}/pause", None),
         (["resume", ID], "POST", f"{JOB}/resume", None),
-        (["complete", ID], "POST", f"{JOB}/complete", None),
+        (["complete", ID], "POST", f"{JOB}/complete", {}),
+        (["complete", ID, "--pivot"], "POST", f"{JOB}/complete", {"completion": "pivot"}),
         (["speed", ID, "10MiB/s"], "PATCH", JOB, {"bandwidth": 10 << 20}),
         (["speed", ID, "unlimited"], "PATCH", JOB, {"bandwidth": 0}),
     ],
@@ -129,11 +130,32 @@ def test_next_names_the_cursor_that_it_steps_from(agent: FakeAgent, run) -> None
 
 
 @pytest.mark.parametrize(
-    "words", [["copy", "/a", "/b", "--pivot"], ["commit", "/a", "--delete"], ["complete", ID, "--pivot"]]
-)
-def test_what_is_not_there_yet_says_so(run, capsys, words: list[str]) -> None:
-    assert run("job", *words) == 1
-    assert "not supported yet" in capsys.readouterr().err
+    ("words", "body"),
+    [
+        (["copy", "/a", "/b"], {"operation": "copy", "target": "/a", "dest": "/b"}),
+        (
+            ["copy", "/a", "/b", "--pivot", "--format", "raw", "--shallow", "--reuse-external"],
+            {
+                "operation": "copy", "target": "/a", "dest": "/b", "completion": "pivot",
+                "format": "raw", "shallow": True, "reuse_external": True,
+            },
+        ),
+        (
+            ["commit", "/a", "--top", "/b", "--base", "/c", "--delete", "--keep-overlay"],
+            {
+                "operation": "commit", "target": "/a", "top": "/b", "base": "/c",
+                "delete": True, "completion": "finish",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_copy_and_commit_ask_for_what_was_said(
+    agent: FakeAgent, run, words: list[str], body: dict[str, object]
+) -> None:
+    agent.on("POST", "/v1/jobs", (202, job()))
+    assert run("job", *words) == 0
+    (asked,) = agent.asked("POST", "/v1/jobs")
+    assert {key: value for key, value in asked.body.items() if key != "id"} == body
 
 
 def test_list_goes_through_all_pages(agent: FakeAgent, run, capsys) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from events.model import Event, JobEvent
 from jobs import pull
@@ -145,7 +146,7 @@ class FakeDriver:
         chain = Chain(image.layers)
         return Plan(chain, pull.after(chain, pull.resolve_base(chain, spec.base)), chain.top.virtual_size)
 
-    async def prepare(self, job: Job) -> None:
+    async def prepare(self, job: Job) -> dict[str, Any]:
         image = await self._called("prepare", job)
         others = [user for user in image.users if user.kind == "job" and user != job.holder]
         if others:
@@ -153,6 +154,7 @@ class FakeDriver:
         image.prepared = True
         image.users.add(job.holder)
         self.fault("prepare done", job)
+        return {}
 
     async def check(self, job: Job) -> tuple[str, ...]:
         await self._called("check", job)
@@ -263,6 +265,18 @@ class FakeDriver:
 
     async def set_speed(self, job: Job, bandwidth: int) -> None:
         self._running_block(await self._called("set_speed", job), job).speed = bandwidth
+
+    async def complete(self, job: Job) -> None:
+        raise AssertionError("a pull completes by itself")
+
+    async def seal(self, job: Job) -> None:
+        raise AssertionError("the header of a pull is its proof")
+
+    async def discard(self, job: Job) -> None:
+        raise AssertionError("a pull has no target")
+
+    async def delete_dropped(self, job: Job) -> None:
+        raise AssertionError("a pull deletes nothing")
 
     # After the job
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from jobs.errors import JobError
-from jobs.model import Cursor, Holder, Job, Operation, Revocation, State
+from jobs.model import Cursor, Holder, Job, Revocation, State
 from jobs.ports import AccessVerdict, Phase
 from tests.unit.jobs.agent_in_memory import QUICK, Agent, run
 from tests.unit.jobs.fake_driver import MIB, spec
@@ -37,7 +37,7 @@ def test_a_pull_runs_to_its_proof_and_gives_up_what_the_chain_lost() -> None:
         assert set(change.forget) == {layer.file for layer in chain.layers[1:]}
         assert change.release == (job.holder, Holder("image", "/top"))
         assert change.sharers == ()
-        assert (change.inherit, change.heir) == ((), None)
+        assert change.gains == ()
         assert agent.store.kinds(job.id) == ["started", "completed"]
         assert agent.counts.finished == [("pull", "completed")]
 
@@ -90,9 +90,8 @@ def test_a_pull_that_does_not_complete_leaves_its_backing_files_to_the_image(way
         assert (ended.state, ended.error.code, ended.revocation) == (state, code, Revocation.NONE)
         (_, change) = agent.store.finishes[0]
         assert change.forget == ()
-        assert change.heir == Holder("image", "/top")
-        assert {(need.layer.file, need.mode) for need in change.inherit} == {
-            (one.file, "r") for one in chain.layers[1:]
+        assert {(holder, need.layer.file, need.mode) for holder, need in change.gains} == {
+            (Holder("image", "/top"), one.file, "r") for one in chain.layers[1:]
         }
         assert agent.store.kinds(job.id) == ["started", "cancelled" if way == "abort" else "failed"]
         assert not agent.driver.images["/top"].users
@@ -198,7 +197,7 @@ def test_a_job_whose_start_was_not_answered_is_followed_when_contact_is_back() -
         assert agent.store.kinds(job.id) == ["started"]
         await agent.engine.abort(job.id)
         await agent.until_cleared(job)
-        assert [need.layer.file for need in agent.store.finishes[0][1].inherit] == [chain.layers[1].file]
+        assert [need.layer.file for _, need in agent.store.finishes[0][1].gains] == [chain.layers[1].file]
 
     run(scenario)
 
@@ -730,10 +729,8 @@ def test_two_creations_at_once_make_one_job() -> None:
     run(scenario)
 
 
-def test_other_operations_are_refused_before_anything_is_looked_at() -> None:
+def test_a_plan_that_cannot_be_made_leaves_no_job() -> None:
     async def scenario(agent: Agent) -> None:
-        with refusal("not_supported"):
-            await agent.engine.create(spec("/absent", operation=Operation.COMMIT))
         with refusal("not_found"):
             await agent.pull("/absent")
         assert agent.store.jobs == {}

@@ -171,17 +171,17 @@ class Story:
         assert set(asked) >= {layer.file for layer in job.before.layers}
         if job.state is State.COMPLETED:
             assert set(change.forget) == {layer.file for layer in job.dropped}
-            assert (change.release, change.sharers) == ((job.holder, image), ())
-            assert (change.inherit, change.heir) == ((), None)
+            assert (change.sharers, change.gains) == ((), ())
+            assert set(change.release) == ({job.holder, image} if job.dropped else {job.holder})
             assert job.revocation is (Revocation.DONE if job.dropped else Revocation.NONE)
         else:
             assert change.forget == ()
             assert job.revocation is Revocation.NONE
-            assert change.heir == image
+            assert {holder for holder, _ in change.gains} <= {image}
             below = {layer.file for layer in job.before.layers[1:]}
             if job.started or job.cursor.cur:
-                assert {need.layer.file for need in change.inherit} == below
-            assert all(need.mode == "r" for need in change.inherit)
+                assert {need.layer.file for _, need in change.gains} == below
+            assert all(need.mode == "r" for _, need in change.gains)
 
     async def judge_slots(self) -> None:
         """As many jobs run at once as ever, and not one more."""

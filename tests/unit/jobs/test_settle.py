@@ -136,12 +136,12 @@ def test_every_end_that_is_not_completed_says_why(job: Job, seen: Observation, f
     ],
 )
 def test_an_error_text_of_qemu_gets_its_code(text: str, code: str) -> None:
-    failure = classify(text)
+    failure = classify(JOB, text)
     assert failure.code == code
     assert text in failure.message
     assert failure.remedy
 
 
 def test_a_concluded_job_without_error_and_proof_is_unproven() -> None:
-    assert explain(Observation(Contact.ALIVE, Phase.CONCLUDED)).code == "unproven"
-    assert explain(Observation(Contact.ALIVE, Phase.ABSENT)).code == "unproven"
+    assert explain(JOB, Observation(Contact.ALIVE, Phase.CONCLUDED)).code == "unproven"
+    assert explain(JOB, Observation(Contact.ALIVE, Phase.ABSENT)).code == "unproven"

@@ -1,0 +1,110 @@
+"""Who stands on a file: the images whose header names it as backing file.
+
+QEMU guards nobody who is not open: a base can be written, or deleted, while another overlay stands on it. So before we
+do either, the folders in which such overlays can lie are searched (a member of a chain lies in its overlay's own folder
+or in a pool, so its overlays do, too, or in a pool). Each header is read by the bounded reader; nothing else of a file
+is. What cannot be judged is an error, for then nobody can say that the file is free. All of this blocks: use a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostagent.images.header import read_header
+from jobs.errors import JobError
+from jobs.model import FileId
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class ScanLimits:
+    """`entries` of one folder, `timeout` seconds for all of a search; images.scan_entries, images.scan_timeout."""
+
+    entries: int = 100_000
+    timeout: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Dependent:
+    """An image, and the file that it stands on."""
+
+    path: str
+    on: FileId
+
+
+def find_dependents(
+    files: Collection[FileId], *, folders: Sequence[Path], limits: ScanLimits, skip: Collection[FileId] = ()
+) -> list[Dependent]:
+    """The images in `folders` (not below them), other than `skip`, that stand on one of `files`.
+
+    Raises JobError: `limit` when a folder is too large, `timeout` when the search takes too long, `image_invalid` when
+    an image's header cannot be trusted, and so may hide what it stands on.
+    """
+    deadline = time.monotonic() + limits.timeout
+    found = []
+    for folder in dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders):
+        for path in _files(folder, limits):
+            if time.monotonic() > deadline:
+                raise JobError(
+                    "timeout",
+                    f"the images in {str(folder)!r} were not looked through in {limits.timeout:g} s",
+                    remedy="raise images.scan_timeout, so that it is known whether an image stands on the file",
+                )
+            on = _stands_on(path, skip)
+            if on in files and on is not None:
+                found.append(Dependent(str(path), on))
+    return found
+
+
+def _files(folder: Path, limits: ScanLimits) -> Iterator[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            for count, entry in enumerate(entries):
+                if count >= limits.entries:
+                    raise JobError(
+                        "limit",
+                        f"{str(folder)!r} has more than {limits.entries} entries",
+                        remedy="raise images.scan_entries, so that it is known whether an image stands on the file",
+                    )
+                if entry.is_file(follow_symlinks=False):
+                    yield Path(entry.path)
+    except FileNotFoundError:
+        return  # a pool that does not exist holds no image
+    except OSError as error:
+        remedy = "let the agent read the folder"
+        raise JobError("denied", f"{str(folder)!r} cannot be searched: {error.strerror}", remedy=remedy) from error
+
+
+def _stands_on(path: Path, skip: Collection[FileId]) -> FileId | None:
+    """The identity of the file's backing file; None for a file that names none, or that is none any more."""
+    try:
+        fd = os.open(path, _READ)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        remedy = "let the agent read it, or move it out of the folder"
+        raise JobError("denied", f"{str(path)!r} cannot be read: {error.strerror}", remedy=remedy) from error
+    try:
+        own = os.fstat(fd)
+        if not stat.S_ISREG(own.st_mode) or FileId(own.st_dev, own.st_ino) in skip:
+            return None
+        try:
+            header = read_header(fd)
+        except JobError as error:
+            remedy = f"repair {str(path)!r}, or move it out of the folder: it may stand on the file"
+            raise JobError(error.code, error.message, remedy=remedy, value=str(path)) from error
+    finally:
+        os.close(fd)
+    if header is None or header.backing is None:
+        return None
+    try:
+        base = (path.parent / header.backing).stat()
+    except OSError:
+        return None  # it stands on nothing that is there
+    return FileId(base.st_dev, base.st_ino)

@@ -1,0 +1,130 @@
+"""Commit: what an overlay holds goes down into a base.
+
+A base is written, so nobody else may stand on it, nor on anything between it and the top: QEMU does not guard such
+siblings, whose content would change under them. All folders of the layers and all pools are searched for them.
+
+Below the top, the proof is the header of the layer above, rewritten only after the base is flushed. An active commit
+rewrites no header; there the hypervisor's word is the proof. Where that is lost the job failed and nothing is: the
+overlay still holds all that it held, and reads the same over a base that has part of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from hostagent.images.chain import OpenChain
+from hostagent.nbd.operations import backing_name, durable_backing, job_name, node_of, preflight, room
+from hostagent.nbd.prepared import PreparedChain
+from jobs import commit
+from jobs.errors import JobError
+from jobs.model import Chain, FileId, Job, JobSpec, Need, Plan
+
+
+class Dependent(Protocol):
+    """An image that stands on a file that it was asked about."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def on(self) -> FileId: ...
+
+
+class Search(Protocol):
+    """Find the images, other than `skip`, that stand on `files`. Blocking; raises JobError when it cannot be sure."""
+
+    def __call__(
+        self, files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]
+    ) -> Sequence[Dependent]: ...
+
+
+class Commit:
+    def __init__(self, search: Search, file_timeout: float) -> None:
+        self._search = search
+        self._timeout = file_timeout
+
+    async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan:
+        chain = opened.chain
+        top, base = commit.resolve(chain, spec)
+        after = commit.after(chain, spec)
+        moving = chain.layers[chain.layers.index(top) : chain.layers.index(base)]
+        if any(layer.virtual_size < base.virtual_size for layer in moving):
+            raise JobError(
+                "invalid",
+                f"{base.path!r} has {base.virtual_size} bytes, more than an overlay above it: a commit would show them",
+                field="base",
+                value=base.path,
+                remedy="resize the overlay first (qemu-img resize)",
+            )
+        await self._refuse_dependents(chain, spec)
+        need = sum(layer.allocated for layer in moving)
+        fd = opened.fds[chain.layers.index(base)]
+        space = {"need": min(need, top.virtual_size), "free": room(fd)}
+        warnings = preflight(spec, space["need"], space["free"], "the base")
+        return Plan(chain, after, 0, warnings, {"space": space})
+
+    async def _refuse_dependents(self, chain: Chain, spec: JobSpec) -> None:
+        """Invariant: who writes a file, or takes one away, does so alone."""
+        layers = commit.touched(chain, spec)
+        files = [layer.file for layer in layers]
+        folders = sorted({Path(layer.path).parent for layer in chain.layers})
+        members = [layer.file for layer in chain.layers]
+        found = await asyncio.to_thread(self._search, files, folders=folders, skip=members)
+        if not found:
+            return
+        names = ", ".join(repr(image.path) for image in found[:8])
+        paths = {layer.file: layer.path for layer in layers}
+        on = ", ".join(sorted({repr(paths[image.on]) for image in found}))
+        raise JobError(
+            "busy",
+            f"other images stand on {on}, and a commit would change what they hold: {names}",
+            field="target",
+            value=spec.target,
+            remedy="pull them first (`hostagent job pull`), or commit into a layer above",
+            holders=[image.path for image in found[:8]],
+        )
+
+    def needs(self, job: Job) -> list[Need]:
+        writes = self.writes(job)
+        return [
+            Need(layer, "rw" if layer.file in writes else "r", f"job {job.id} commits it")
+            for layer in job.before.layers
+        ]
+
+    def writes(self, job: Job) -> Collection[FileId]:
+        _, base = commit.resolve(job.before, job.spec)
+        parent = commit.parent(job)
+        return (base.file,) if parent is None else (parent.file, base.file)
+
+    async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
+        if job.started is None:
+            await self._refuse_dependents(job.before, job.spec)  # again: now nobody can come to stand on it unseen
+        return {}
+
+    async def start(self, job: Job, chain: PreparedChain) -> None:
+        top, base = commit.resolve(job.before, job.spec)
+        parent = commit.parent(job)
+        daemon = await chain.serve()
+        nodes = [node_of(chain, layer) for layer in (top, base)]
+        assert nodes[0] is not None and nodes[1] is not None
+        backing = backing_name(parent.path, base.path) if parent else None
+        await chain.ask(
+            daemon.commit(job_name(job), chain.nodes[0], nodes[0], nodes[1], backing=backing, speed=job.bandwidth)
+        )
+
+    async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
+        parent = commit.parent(job)
+        if parent is None:
+            return False
+        _, base = commit.resolve(job.before, job.spec)
+        _, resolved = await durable_backing(parent, chain, self._timeout)
+        return resolved == base.path
+
+    async def seal(self, job: Job, chain: PreparedChain) -> None:
+        await chain.flush()
+
+    async def discard(self, job: Job, chain: PreparedChain | None) -> None:
+        """The base has part of the overlay's data, and the overlay all of it."""

@@ -1,0 +1,282 @@
+"""Copy: the image, or its top layer alone, into another file; with a pivot, everybody goes over to that file.
+
+A target that we make lies under a name of its own (`.hostagent-JOB`) in its folder until the copy is complete and
+durable; then it is given its name, in one step that replaces nothing. So a name that is there is a copy that is whole,
+and that is also the proof that survives a crash of everything. A target that exists already has no such proof: the
+hypervisor's word is the only one, and where it is lost the job failed and its target is unusable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hostagent.images.chain import OpenChain
+from hostagent.nbd.chains import Chains
+from hostagent.nbd.operations import backing_name, job_name, preflight, room
+from hostagent.nbd.prepared import PreparedChain
+from jobs import copy
+from jobs.errors import JobError
+from jobs.model import FileId, Job, JobSpec, Layer, Need, Plan, Target
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Copy:
+    def __init__(self, chains: Chains, file_timeout: float) -> None:
+        self._chains = chains
+        self._timeout = file_timeout
+
+    async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan:
+        assert spec.dest is not None
+        source = opened.chain
+        if spec.shallow and len(source.layers) == 1:
+            remedy = "copy it without --shallow"
+            raise JobError("invalid", f"{source.top.path!r} has no backing file", field="shallow", remedy=remedy)
+        format_ = spec.format or source.top.format
+        if spec.shallow and format_ == "raw":
+            remedy = "copy into qcow2, or without --shallow"
+            raise JobError("invalid", "a raw image cannot have a backing file", field="format", remedy=remedy)
+        if spec.reuse_external:
+            target = await self._existing(spec, opened, format_)
+        else:
+            target = await self._aside(_new, spec.dest, format_)
+        need = sum(layer.allocated for layer in (source.layers[:1] if spec.shallow else source.layers))
+        space = {"need": min(need, source.top.virtual_size), "free": await self._aside(room, Path(spec.dest).parent)}
+        warnings = preflight(spec, space["need"], space["free"], "the target")
+        return Plan(source, copy.after(source, spec, target), 0, warnings, {"space": space}, target)
+
+    async def _existing(self, spec: JobSpec, source: OpenChain, format_: str) -> Target:
+        """The target that is there, fit to be written over: of the right size, and on the right backing file."""
+        assert spec.dest is not None
+        with await self._chains.open(spec.dest, format=format_, anywhere=spec.anywhere) as opened:
+            top, below = opened.chain.top, opened.chain.layers[1:2]
+            if top.file in {layer.file for layer in source.chain.layers}:
+                raise _unfit(spec.dest, f"is a member of the chain of {source.chain.top.path!r}", "copy somewhere else")
+            if top.virtual_size != source.chain.top.virtual_size:
+                sizes = f"has {top.virtual_size} bytes, and the image {source.chain.top.virtual_size}"
+                raise _unfit(spec.dest, sizes, "make it as large as the image")
+            wanted = source.chain.layers[1:2] if spec.shallow else ()
+            if [layer.file for layer in below] != [layer.file for layer in wanted]:
+                needs = f"the backing file {wanted[0].path!r}" if wanted else "no backing file"
+                raise _unfit(spec.dest, "stands on another image", f"make it anew, with {needs}")
+            return Target(top.path, top.format, made=False, file=top.file)
+
+    def needs(self, job: Job) -> list[Need]:
+        reads = [Need(layer, "r", f"job {job.id} reads it") for layer in job.before.layers]
+        layer = _layer(job)
+        return [*reads, Need(layer, "rw", f"job {job.id} writes it")] if layer else reads
+
+    def writes(self, job: Job) -> Collection[FileId]:
+        return ()
+
+    async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
+        assert job.target is not None
+        target = job.target
+        if target.made and job.started is None and target.file is None:
+            source = chain.descriptor(chain.file)
+            assert source is not None
+            target = await self._aside(_make, replace(target, part=_part(target, job.id)), source, _size(job))
+        await self._hold(replace(job, target=target), chain)
+        if target == job.target:
+            return {}
+        after = job.after if job.after == job.before else copy.after(job.before, job.spec, target)
+        return {"target": target, "after": after}
+
+    async def _hold(self, job: Job, chain: PreparedChain) -> None:
+        """Lease the target, again after a restart: what we have of it is what gets its name."""
+        assert job.target is not None
+        assert job.target.file is not None
+        if chain.descriptor(job.target.file) is None:
+            fd = await self._aside(_open, job.target)
+            await chain.take_target(_layer_of(job.target, _size(job)), fd)
+
+    async def start(self, job: Job, chain: PreparedChain) -> None:
+        assert job.target is not None
+        daemon = await chain.serve()
+        below = chain.nodes[1] if job.spec.shallow else None
+        backing = None
+        if below is not None:
+            backing = (backing_name(job.target.path, below.layer.path), below.layer.format)
+        path = job.target.part or job.target.path
+        try:
+            node = await chain.open_target(path, below=below, new=job.target.made, backing=backing)
+        except JobError as error:
+            if "permission denied" not in error.message.lower():
+                raise
+            folder = str(Path(path).parent)
+            message = f"the hypervisor user cannot pass through {folder!r} to the target"
+            remedy = f"let it: chmod o+x {shlex.quote(folder)} (and the folders above)"
+            raise JobError("access_refused", message, field="dest", value=job.target.path, remedy=remedy) from error
+        await chain.ask(
+            daemon.mirror(job_name(job), chain.nodes[0], node, shallow=job.spec.shallow, speed=job.bandwidth)
+        )
+
+    async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
+        target = job.target
+        if target is None or not target.made or job.completion is None:
+            return False
+        return await self._aside(_named, target)
+
+    async def seal(self, job: Job, chain: PreparedChain) -> None:
+        assert job.target is not None
+        await self._hold(job, chain)
+        await chain.flush_target(chain.nodes[1] if job.spec.shallow else None)
+        fd = chain.descriptor(job.target.file) if job.target.file else None
+        assert fd is not None
+        await self._aside(_settle, job.target, fd)
+
+    async def discard(self, job: Job, chain: PreparedChain | None) -> None:
+        if chain is not None:
+            await chain.close_beside()
+            chain.give_up_target()
+        if job.target is not None and job.target.made:
+            await self._aside(_delete, job.target, job.id)
+
+    async def _aside(self, work: Callable[..., T], *args: Any) -> T:
+        """Blocking work on files, bounded by exports.nbd_timeout."""
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(work, *args), self._timeout)
+        except TimeoutError:
+            raise JobError("timeout", "the target's storage does not answer", remedy="see whether it hangs") from None
+
+
+def _size(job: Job) -> int:
+    return job.before.top.virtual_size
+
+
+def _layer_of(target: Target, size: int) -> Layer:
+    assert target.file is not None
+    return Layer(target.part or target.path, target.format, target.file, size, 0)
+
+
+def _layer(job: Job) -> Layer | None:
+    return _layer_of(job.target, _size(job)) if job.target and job.target.file else None
+
+
+def _unfit(path: str, why: str, remedy: str) -> JobError:
+    return JobError("invalid", f"{path!r} {why}", field="dest", value=path, remedy=remedy)
+
+
+def _part(target: Target, job_id: str) -> str:
+    return str(Path(target.path).with_name(f".hostagent-{job_id}"))
+
+
+# Files; all of these block
+
+
+def _new(dest: str, format_: str) -> Target:
+    path = Path(os.path.realpath(Path(dest).parent), Path(dest).name)
+    if not path.parent.is_dir():
+        remedy = "make the folder, or correct the path"
+        raise JobError("not_found", f"there is no folder {str(path.parent)!r}", field="dest", value=dest, remedy=remedy)
+    if os.path.lexists(path):
+        remedy = "choose another name; to write over an existing image, say --reuse-external"
+        raise JobError("conflict", f"{dest!r} exists", field="dest", value=dest, remedy=remedy)
+    return Target(str(path), format_, made=True)
+
+
+def _make(target: Target, source: int, size: int) -> Target:
+    """The target's file, empty, with the source's owner and mode. What lies there under the job's own name was left by
+    an agent that was killed before it could say so."""
+    assert target.part is not None
+    like = os.fstat(source)
+    Path(target.part).unlink(missing_ok=True)
+    fd = os.open(target.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        made = os.fstat(fd)
+        if (made.st_uid, made.st_gid) != (like.st_uid, like.st_gid):
+            os.fchown(fd, like.st_uid, like.st_gid)
+        os.fchmod(fd, like.st_mode & 0o777)
+        if target.format == "raw":
+            os.ftruncate(fd, size)
+        return replace(target, file=FileId(made.st_dev, made.st_ino))
+    except OSError as error:
+        Path(target.part).unlink(missing_ok=True)
+        raise _os_error(target, error) from error
+    finally:
+        os.close(fd)
+
+
+def _open(target: Target) -> int:
+    """A descriptor of the target's file, wherever it lies by now."""
+    for path in (target.part, target.path):
+        if path is None:
+            continue
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _os_error(target, error) from error
+        found = os.fstat(fd)
+        if FileId(found.st_dev, found.st_ino) == target.file:
+            return fd
+        os.close(fd)
+    remedy = "start the copy again; the image is what it was"
+    raise JobError("image_changed", f"the target {target.path!r} is gone or replaced", field="dest", remedy=remedy)
+
+
+def _named(target: Target) -> bool:
+    """Whether the target's name leads to the target."""
+    try:
+        found = os.lstat(target.path)
+    except FileNotFoundError:
+        return False
+    return FileId(found.st_dev, found.st_ino) == target.file
+
+
+def _settle(target: Target, fd: int) -> None:
+    """On stable storage, and under its name. Idempotent."""
+    os.fsync(fd)
+    if target.part is None:
+        return
+    folder = os.open(Path(target.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # By descriptor, so that it is this file that gets the name; the folder makes it linkat(2), which follows.
+        os.link(f"/proc/self/fd/{fd}", target.path, src_dir_fd=folder, follow_symlinks=True)
+    except OSError as error:
+        if not _named(target):
+            os.close(folder)
+            raise _os_error(target, error) from error
+    Path(target.part).unlink(missing_ok=True)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def _delete(target: Target, job_id: str) -> None:
+    """The unfinished file; only the one that is ours."""
+    path = Path(target.part or _part(target, job_id))
+    try:
+        found = os.lstat(path)
+        if target.file is None or FileId(found.st_dev, found.st_ino) == target.file:
+            path.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _os_error(target, error) from error
+
+
+def _os_error(target: Target, error: OSError) -> JobError:
+    code = {errno.ENOSPC: "no_space", errno.EDQUOT: "no_space", errno.EACCES: "denied", errno.EPERM: "denied"}
+    remedies = {
+        "conflict": "move what lies there away, or abort the job",
+        "no_space": "make space, or choose another folder",
+        "denied": "let the agent write there",
+    }
+    found = "conflict" if isinstance(error, FileExistsError) else code.get(error.errno or 0, "io_error")
+    return JobError(
+        found,
+        f"the target {target.path!r}: {os.strerror(error.errno or 0)}",
+        field="dest",
+        value=target.path,
+        remedy=remedies.get(found, "see the storage below it (dmesg)"),
+    )

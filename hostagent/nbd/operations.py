@@ -1,0 +1,123 @@
+"""What differs between pull, copy and commit on an offline image, as one protocol; and what they share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from hostagent.images.chain import OpenChain
+from hostagent.images.header import read_backing
+from hostagent.nbd.prepared import PreparedChain
+from hostagent.records import Node
+from jobs.errors import JobError
+from jobs.model import FileId, Job, JobSpec, Layer, Need, Plan
+
+log = logging.getLogger(__name__)
+
+
+class UnreadableError(Exception):
+    """What would prove the job cannot be read now."""
+
+
+class Operation(Protocol):
+    """One operation. What takes a chain is called under its lock."""
+
+    async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan: ...
+
+    def needs(self, job: Job) -> list[Need]:
+        """What the hypervisor user must be able to open."""
+
+    def writes(self, job: Job) -> Collection[FileId]:
+        """The members of the chain that are opened for writing."""
+
+    async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
+        """What comes before the grants, beyond the leases of the chain; changes to the job. Idempotent."""
+
+    async def start(self, job: Job, chain: PreparedChain) -> None:
+        """Start the block job; the layers that it writes are open."""
+
+    async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
+        """What stable storage says. Raises OSError or TimeoutError when it cannot be asked."""
+
+    async def seal(self, job: Job, chain: PreparedChain) -> None: ...
+
+    async def discard(self, job: Job, chain: PreparedChain | None) -> None: ...
+
+
+def job_name(job: Job) -> str:
+    """The block job's id inside the storage daemon."""
+    return f"{job.spec.operation}-{job.id}"
+
+
+def job_id(name: str) -> str:
+    """The job that a block job's id belongs to."""
+    return name.partition("-")[2]
+
+
+def node_of(chain: PreparedChain, layer: Layer | None) -> Node | None:
+    """The layer's node; an image_changed when the daemon does not have it."""
+    if layer is None:
+        return None
+    for node in chain.nodes:
+        if node.layer.file == layer.file:
+            return node
+    raise JobError("image_changed", f"{layer.path!r} is not open in the storage daemon", remedy="start the job again")
+
+
+def backing_name(overlay: str, base: str) -> str:
+    """How an overlay names its base: by name alone in the same folder, so that the folder can be moved."""
+    return Path(base).name if Path(base).parent == Path(overlay).parent else base
+
+
+async def durable_backing(layer: Layer, chain: PreparedChain | None, timeout: float) -> tuple[str | None, str | None]:
+    """The backing file that the layer's header on stable storage names, and where that leads to."""
+    fd = chain.descriptor(layer.file) if chain else None
+    name = await asyncio.wait_for(asyncio.to_thread(_durable_backing, layer, fd), timeout)
+    if name is None:
+        return None, None
+    return name, await asyncio.to_thread(os.path.realpath, Path(layer.path).parent / name)
+
+
+def _durable_backing(layer: Layer, fd: int | None) -> str | None:
+    """Raises when the file is not the job's image."""
+    handle = os.open(layer.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC) if fd is None else os.dup(fd)
+    try:
+        found = os.fstat(handle)
+        if FileId(found.st_dev, found.st_ino) != layer.file:
+            raise JobError("image_changed", f"{layer.path!r} is another file now", remedy="see who replaced it")
+        own = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(handle)
+    try:
+        os.fdatasync(own)
+        return read_backing(own)
+    finally:
+        os.close(own)
+
+
+def room(folder: Path | int) -> int:
+    """Free bytes on the file system of a folder or a file."""
+    found = os.fstatvfs(folder) if isinstance(folder, int) else os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def preflight(spec: JobSpec, need: int, free: int, where: str) -> tuple[str, ...]:
+    """The warning that space may not do; a refusal instead with `--check always`."""
+    if need <= free:
+        return ()
+    text = f"the {spec.operation} may need {need} bytes, and {free} are free beside {where}"
+    if spec.check == "always":
+        remedy = f"make space, or {spec.operation} without `--check always`"
+        raise JobError("no_space", text, field="target", value=spec.target, remedy=remedy)
+    return (text,)
+
+
+def closed(fd: int | None) -> None:
+    if fd is not None:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,26 @@
+"""What is special about a copy: what the chain is when it is done, and what becomes of its target."""
+
+from __future__ import annotations
+
+from jobs.model import Chain, Completion, FileId, Job, JobSpec, Layer, Target, TargetState
+
+NOT_YET = FileId(0, 0)
+"""Stands for the identity of a file that is not made yet."""
+
+
+def after(chain: Chain, spec: JobSpec, target: Target) -> Chain:
+    """The chain after a pivot: the target on top. A copy that is only finished leaves the chain as it is."""
+    if spec.completion is Completion.FINISH:
+        return chain
+    below = chain.layers[1:] if spec.shallow else ()
+    top = chain.top
+    backing = top.backing if spec.shallow else None
+    return Chain((Layer(target.path, target.format, target.file or NOT_YET, top.virtual_size, 0, backing), *below))
+
+
+def ended(job: Job, *, completed: bool) -> TargetState:
+    """What the target is worth after the job."""
+    assert job.target is not None
+    if completed:
+        return TargetState.COMPLETE
+    return TargetState.DELETED if job.target.made else TargetState.UNUSABLE

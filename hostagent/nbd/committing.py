@@ -99,6 +99,13 @@ class Commit:
         parent = commit.parent(job)
         return (base.file,) if parent is None else (parent.file, base.file)
 
+    def alone(self, job: Job) -> Collection[FileId]:
+        """Also what lies between top and base: while a commit runs QEMU lets nobody rely on what those show."""
+        top, base = commit.resolve(job.before, job.spec)
+        layers = job.before.layers
+        between = layers[layers.index(top) : layers.index(base)]
+        return {*self.writes(job), *(layer.file for layer in between if layer != job.before.top)}
+
     async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
         if job.started is None:
             await self._refuse_dependents(job.before, job.spec)  # again: now nobody can come to stand on it unseen
@@ -115,6 +122,10 @@ class Commit:
             daemon.commit(job_name(job), chain.nodes[0], nodes[0], nodes[1], backing=backing, speed=job.bandwidth)
         )
 
+    async def flush(self, job: Job, chain: PreparedChain) -> None:
+        _, base = commit.resolve(job.before, job.spec)
+        await chain.flush(base.file)
+
     async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
         parent = commit.parent(job)
         if parent is None:
@@ -124,7 +135,7 @@ class Commit:
         return resolved == base.path
 
     async def seal(self, job: Job, chain: PreparedChain) -> None:
-        await chain.flush()
+        await self.flush(job, chain)
 
     async def discard(self, job: Job, chain: PreparedChain | None) -> None:
         """The base has part of the overlay's data, and the overlay all of it."""

@@ -78,6 +78,9 @@ class Copy:
     def writes(self, job: Job) -> Collection[FileId]:
         return ()
 
+    def alone(self, job: Job) -> Collection[FileId]:
+        return ()
+
     async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
         assert job.target is not None
         target = job.target
@@ -119,6 +122,9 @@ class Copy:
         await chain.ask(
             daemon.mirror(job_name(job), chain.nodes[0], node, shallow=job.spec.shallow, speed=job.bandwidth)
         )
+
+    async def flush(self, job: Job, chain: PreparedChain) -> None:
+        """No header is rewritten; the target is flushed when it is sealed."""
 
     async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
         target = job.target

@@ -87,7 +87,7 @@ class OfflineDriver:
             others = [user for user in chain.users if user.kind == "job" and user != job.holder]
             if others:
                 raise JobError("busy", f"{others[0]} works on {chain.path!r}", remedy="wait for it to end")
-            await chain.lease(exclusive=operation.writes(job))
+            await chain.lease(exclusive=operation.alone(job))
             try:
                 changes = await operation.make_ready(job, chain)
                 await self._grants.acquire(job.holder, operation.needs(replace(job, **changes)))
@@ -130,14 +130,14 @@ class OfflineDriver:
             found: BlockJob = await chain.ask(daemon.block_job(job_name(job)))
             if found.phase is not Phase.ABSENT:
                 return
-            await chain.lease(exclusive=operation.writes(job))
+            await chain.lease(exclusive=operation.alone(job))
             await chain.open_for_writing(operation.writes(job))
             await operation.start(job, chain)
 
     async def advance(self, job: Job, stop: asyncio.Event) -> int:
         chain = self._chain(job)
         async with chain.lock:
-            await chain.lease(exclusive=self._pull.writes(job))
+            await chain.lease(exclusive=self._pull.alone(job))
             await chain.open_for_writing(self._pull.writes(job))
             return await self._pull.advance(job, chain, stop)
 
@@ -186,7 +186,7 @@ class OfflineDriver:
     async def finalize(self, job: Job) -> None:
         chain = self._chain(job)
         async with chain.lock:
-            await chain.flush()
+            await self._operations[job.spec.operation].flush(job, chain)
             assert chain.daemon is not None
             await chain.ask(chain.daemon.finalize(job_name(job)))
 

@@ -35,11 +35,17 @@ class Operation(Protocol):
     def writes(self, job: Job) -> Collection[FileId]:
         """The members of the chain that are opened for writing."""
 
+    def alone(self, job: Job) -> Collection[FileId]:
+        """The members of the chain that nobody else may use meanwhile; all that it writes is among them."""
+
     async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
         """What comes before the grants, beyond the leases of the chain; changes to the job. Idempotent."""
 
     async def start(self, job: Job, chain: PreparedChain) -> None:
         """Start the block job; the layers that it writes are open."""
+
+    async def flush(self, job: Job, chain: PreparedChain) -> None:
+        """Make durable what a header relies on that is about to be rewritten."""
 
     async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
         """What stable storage says. Raises OSError or TimeoutError when it cannot be asked."""

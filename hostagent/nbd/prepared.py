@@ -188,12 +188,11 @@ class PreparedChain:
                 holders=sorted(str(user) for user in self.users if user.kind == "export"),
             ) from error
 
-    async def flush(self) -> None:
-        """Make everything durable that was written through this daemon."""
-        if self.daemon is None:
-            return
+    async def flush(self, file: FileId) -> None:
+        """Make everything durable that was written to this layer. Only a layer whose backing link is as it was: QEMU
+        aborts when a reopening would change one that a job has put its filter into."""
         for node, below in self._links:
-            if node.layer.file in self.writable:
+            if node.layer.file == file and self.daemon is not None:
                 await self.ask(self.daemon.flush(node, below))
 
     async def close_for_writing(self) -> None:

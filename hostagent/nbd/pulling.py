@@ -53,6 +53,9 @@ class Pull:
     def writes(self, job: Job) -> Collection[FileId]:
         return (job.before.top.file,)
 
+    def alone(self, job: Job) -> Collection[FileId]:
+        return self.writes(job)
+
     async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
         return {}
 
@@ -70,6 +73,9 @@ class Pull:
                 speed=0 if job.incremental else job.bandwidth,
             )
         )
+
+    async def flush(self, job: Job, chain: PreparedChain) -> None:
+        await chain.flush(job.before.top.file)
 
     async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
         name, resolved = await durable_backing(job.before.top, chain, self._limits.nbd_timeout)

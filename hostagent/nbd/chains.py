@@ -177,8 +177,7 @@ class Chains:
         descriptors = []
         chain.closed = True  # until it serves, an end of the process is the starter's to tell
         try:
-            for layer in chain.layers:
-                fd = chain.descriptor(layer.file)
+            for fd in chain.descriptors():
                 descriptors.append(os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC))
             nodes = [Node(layer, n, descriptors[n]) for n, layer in enumerate(chain.layers)]
             await daemon.launch(descriptors)
@@ -190,6 +189,7 @@ class Chains:
             for fd in descriptors:
                 os.close(fd)
         chain.daemon, chain.nodes = daemon, nodes
+        chain.handed = dict(zip(chain.files(), descriptors, strict=True))
         try:
             await self.remember(chain)
             await chain.ask(daemon.open_chain(nodes))

@@ -63,6 +63,8 @@ class PreparedChain:
         """The layers that the daemon has open for writing, of those that a job opens and puts back."""
         self.beside: list[Node] = []
         """What else the daemon has open: a copy's target, or layers that the chain lost and that are not closed yet."""
+        self.handed: dict[FileId, int] = {}
+        """The files that the daemon was handed when it started, and their descriptors inside it."""
         self.published = False
         """Whether others than the agent could ever connect to the daemon's socket. It is never taken back: who
         connected then may still be about to name the export that he wants."""
@@ -100,6 +102,14 @@ class PreparedChain:
             if layer.file == file:
                 return fd
         return None
+
+    def files(self) -> list[FileId]:
+        """What a new daemon is handed: the chain's layers, then a copy's target."""
+        return [layer.file for layer in self.layers] + ([self._target[0].file] if self._target else [])
+
+    def descriptors(self) -> list[int]:
+        """The agent's own descriptors of `files()`, in that order."""
+        return [fd for fd in map(self.descriptor, self.files()) if fd is not None]
 
     def take_over(self, opened: OpenChain) -> None:
         """The same files, opened once more by somebody who joins: kept where we have none, else closed."""
@@ -251,7 +261,11 @@ class PreparedChain:
         daemon = await self.serve()
         await self.close_beside()
         index = 1 + max(node.index for node in self.nodes)
-        node: Node = await self.ask(daemon.grasp(path, self._target[0], index))
+        layer = self._target[0]
+        if layer.file in self.handed:
+            node = Node(layer, index, self.handed[layer.file])
+        else:
+            node = await self.ask(daemon.grasp(path, layer, index))
         self.beside = [node]
         await self._registry.remember(self)
         await self.ask(daemon.add_target(node, below, new=new, backing=backing))

@@ -17,7 +17,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from tests.bench import export_start, idle, increments, pull_overhead, revocation
+from tests.bench import copy_overhead, export_start, idle, increments, pull_overhead, revocation
 from tests.bench.figure import Figure
 from tests.bench.stage import Stage
 from tests.bench.table import machine, show
@@ -26,7 +26,7 @@ WIDTH = 140
 """Columns of the table in a file or a log."""
 
 FIGURES: dict[str, Callable[[Stage], Figure]] = {
-    module.NAME: module.measure for module in (pull_overhead, increments, revocation, export_start, idle)
+    module.NAME: module.measure for module in (pull_overhead, increments, revocation, export_start, copy_overhead, idle)
 }
 
 

@@ -83,6 +83,71 @@ def stream(overlay: Path, base: Path, *, speed: int, flush: bool) -> float:
     return seconds
 
 
+def mirror(source: Path, target: Path, *, size: int, speed: int) -> float:
+    """Seconds from the making of the target to its last flush: a raw image, copied into a new qcow2 image."""
+    target.touch()
+    nodes = [
+        _node("f0", "file", filename=str(source), **{"read-only": True}),
+        _node("l0", "raw", file="f0", **{"read-only": True}),
+        _node("ft", "file", filename=str(target)),
+    ]
+    with _storage_daemon(nodes, source.parent) as monitor:
+        began = time.perf_counter()
+        monitor.call(
+            "blockdev-create", **{"job-id": "create", "options": {"driver": "qcow2", "file": "ft", "size": size}}
+        )
+        monitor.until("JOB_STATUS_CHANGE", id="create", status="concluded")
+        lt = _node("lt", "qcow2", file="ft")
+        monitor.call("blockdev-add", **lt)
+        options = {"job-id": "copy", "device": "l0", "target": "lt", "sync": "full", "speed": speed}
+        monitor.call("blockdev-mirror", **options)
+        monitor.until("BLOCK_JOB_READY", device="copy")
+        monitor.call("block-job-cancel", device="copy")
+        ended = monitor.until("BLOCK_JOB_COMPLETED", device="copy")
+        monitor.call("blockdev-reopen", options=[lt])
+        _sync(target)
+        seconds = time.perf_counter() - began
+    if "error" in ended:
+        raise AssertionError(f"blockdev-mirror: {ended['error']}")
+    return seconds
+
+
+def commit(overlay: Path, base: Path, *, speed: int) -> float:
+    """Seconds of an active block-commit into a raw base, to its last flush."""
+    l1 = _node("l1", "raw", file="f1")
+    nodes = [_node("f1", "file", filename=str(base)), l1]
+    nodes += [_node("f0", "file", filename=str(overlay)), _node("l0", "qcow2", file="f0", backing="l1")]
+    with _storage_daemon(nodes, overlay.parent) as monitor:
+        began = time.perf_counter()
+        monitor.call("block-commit", **{"job-id": "commit", "device": "l0", "base-node": "l1", "speed": speed})
+        monitor.until("BLOCK_JOB_READY", device="commit")
+        monitor.call("block-job-complete", device="commit")
+        ended = monitor.until("BLOCK_JOB_COMPLETED", device="commit")
+        monitor.call("blockdev-reopen", options=[l1])
+        _sync(base)
+        seconds = time.perf_counter() - began
+    if "error" in ended:
+        raise AssertionError(f"block-commit: {ended['error']}")
+    return seconds
+
+
+def convert(source: Path, target: Path, *, speed: int) -> float:
+    """Seconds of `qemu-img convert` of a raw image into a new qcow2 image, and its last flush."""
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-r", str(speed), str(source), str(target)]
+    began = time.perf_counter()
+    subprocess.run(command, check=True, timeout=WAIT)
+    _sync(target)
+    return time.perf_counter() - began
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _node(name: str, driver: str, **options: Any) -> dict[str, Any]:
     return {"node-name": name, "driver": driver, **options}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,15 @@ class Stage:
             yield agent
 
     @contextlib.contextmanager
+    def filled_overlay(self, base: Path, data: Path) -> Iterator[Path]:
+        """A new overlay of `base` that holds all that the raw image `data` has."""
+        with self.overlay(base, "filled.qcow2") as path:
+            command = ["qemu-img", "convert", "-n", "-f", "raw", "-O", "qcow2", str(data), str(path)]
+            subprocess.run(command, check=True)
+            os.sync()
+            yield path
+
+    @contextlib.contextmanager
     def overlay(self, base: Path, name: str = "overlay.qcow2") -> Iterator[Path]:
         """A new overlay of `base`, on a disk that has nothing left to write from the run before."""
         path = overlay(self.folder / name, base)
@@ -45,12 +55,17 @@ class Stage:
             path.unlink()
 
 
+def done(agent: AgentProcess, request: Json) -> Json:
+    """A job from its request until it is completed and its access settled."""
+    job = until(agent, agent.post("/v1/jobs", request), settled)
+    if job["state"] != "completed":
+        raise AssertionError(f"{request} is {job['state']}: {job['error']}")
+    return job
+
+
 def pull(agent: AgentProcess, target: Path, **spec: int | str) -> Json:
     """A pull from the request until it is completed and its revocation done, as a client sees it by long poll."""
-    job = until(agent, agent.pull(target, **spec), settled)
-    if job["state"] != "completed":
-        raise AssertionError(f"the pull of {target} is {job['state']}: {job['error']}")
-    return job
+    return done(agent, {"operation": "pull", "target": str(target), **spec})
 
 
 def settled(job: Json) -> bool:

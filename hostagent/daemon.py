@@ -254,7 +254,7 @@ class Agent:
             self._ledger,
             QemuImg(user=user, limits=tools, binary=images.qemu_img),
             pull=Pull(slices),
-            copy=Copy(self._chains, timeout),
+            copy=Copy(self._chains, self._dependents, timeout),
             commit=Commit(self._dependents, timeout),
             check_auto=images.check_auto_size,
         )

@@ -22,6 +22,7 @@ from hostagent.api import views
 from hostagent.api.changes import Changes
 from hostagent.api.peer import Peer
 from hostagent.nbd.chains import Chains
+from hostagent.nbd.copying import is_remote
 from hostagent.nbd.exports import Exports, ExportSpec
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.records import AccessFile, ExportRecord
@@ -393,7 +394,7 @@ def _job_spec(spec: Json, anywhere: bool) -> JobSpec:
         target=_offline(spec["target"], "target"),
         base=spec.get("base"),
         top=spec.get("top"),
-        dest=_offline(spec["dest"], "dest") if spec.get("dest") else None,
+        dest=_dest(spec["dest"]) if spec.get("dest") else None,
         format=spec.get("format"),
         source_format=spec.get("source_format"),
         shallow=bool(spec.get("shallow")),
@@ -406,6 +407,10 @@ def _job_spec(spec: Json, anywhere: bool) -> JobSpec:
         labels=spec.get("labels") or {},
         anywhere=anywhere,
     )
+
+
+def _dest(dest: str) -> str:
+    return dest if is_remote(dest) else _offline(dest, "dest")
 
 
 _FIELDS_OF = {

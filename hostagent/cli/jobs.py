@@ -77,7 +77,7 @@ def _register_copy(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     text = "copy the image into another file; with --pivot its exports go over to the copy"
     parser = verbs.add_parser("copy", help=text, description=text, parents=[common])
     _add_target(parser)
-    parser.add_argument("dest", metavar="DEST", type=arguments.path, help="the copy's path")
+    parser.add_argument("dest", metavar="DEST", type=_dest, help="the copy's path, or an NBD URI")
     parser.add_argument("--format", choices=("raw", "qcow2"), help="the copy's; default that of the image")
     parser.add_argument("--source-format", choices=("raw", "qcow2"), help="needed for raw, which is never probed")
     parser.add_argument("--shallow", action="store_true", help="the top layer alone; the backing file is shared")
@@ -101,6 +101,10 @@ def _register_commit(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     end.add_argument("--pivot", action="store_true", help="in the end exports and chain go over to the base")
     end.add_argument("--keep-overlay", dest="finish", action="store_true", help="in the end the overlay stays on top")
     _add_work(parser)
+
+
+def _dest(text: str) -> str:
+    return text if text.startswith(("nbd://", "nbd+unix://")) else arguments.path(text)
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:

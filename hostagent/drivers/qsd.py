@@ -359,6 +359,20 @@ class StorageDaemon:
         link = below.format_node if below else None
         await self.execute("blockdev-add", **_format_options(node, link, writable=True))
 
+    async def add_remote(self, node: Node, server: Mapping[str, Any], name: str, timeout: float) -> None:
+        """Open an NBD export for writing. A server that goes away is an error at once; one that does not answer is one
+        after `timeout` seconds, while it is opened."""
+        await self.execute(
+            "blockdev-add",
+            driver="nbd",
+            node_name=node.file_node,
+            server=dict(server),
+            export=name,
+            reconnect_delay=0,
+            open_timeout=max(1, round(min(timeout, self._settings.call_timeout / 2))),
+        )
+        await self.execute("blockdev-add", **_format_options(node, None, writable=True))
+
     async def _create(self, job_id: str, options: Mapping[str, Any]) -> None:
         """Write a new image's metadata (blockdev-create, a job). It is small: bounded by qmp.call_timeout."""
         await self.dismiss(job_id)

@@ -10,35 +10,25 @@ overlay still holds all that it held, and reads the same over a base that has pa
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hostagent.images.chain import OpenChain
-from hostagent.nbd.operations import backing_name, durable_backing, job_name, node_of, preflight, room
+from hostagent.nbd.operations import (
+    Search,
+    backing_name,
+    durable_backing,
+    job_name,
+    node_of,
+    preflight,
+    refuse_dependents,
+    room,
+)
 from hostagent.nbd.prepared import PreparedChain
 from jobs import commit
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Job, JobSpec, Need, Plan
-
-
-class Dependent(Protocol):
-    """An image that stands on a file that it was asked about."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def on(self) -> FileId: ...
-
-
-class Search(Protocol):
-    """Find the images, other than `skip`, that stand on `files`. Blocking; raises JobError when it cannot be sure."""
-
-    def __call__(
-        self, files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]
-    ) -> Sequence[Dependent]: ...
 
 
 class Commit:
@@ -69,23 +59,9 @@ class Commit:
     async def _refuse_dependents(self, chain: Chain, spec: JobSpec) -> None:
         """Invariant: who writes a file, or takes one away, does so alone."""
         layers = commit.touched(chain, spec)
-        files = [layer.file for layer in layers]
-        folders = sorted({Path(layer.path).parent for layer in chain.layers})
+        folders = [Path(layer.path).parent for layer in chain.layers]
         members = [layer.file for layer in chain.layers]
-        found = await asyncio.to_thread(self._search, files, folders=folders, skip=members)
-        if not found:
-            return
-        names = ", ".join(repr(image.path) for image in found[:8])
-        paths = {layer.file: layer.path for layer in layers}
-        on = ", ".join(sorted({repr(paths[image.on]) for image in found}))
-        raise JobError(
-            "busy",
-            f"other images stand on {on}, and a commit would change what they hold: {names}",
-            field="target",
-            value=spec.target,
-            remedy="pull them first (`hostagent job pull`), or commit into a layer above",
-            holders=[image.path for image in found[:8]],
-        )
+        await refuse_dependents(self._search, layers, folders=folders, skip=members, field="target")
 
     def needs(self, job: Job) -> list[Need]:
         writes = self.writes(job)

@@ -20,19 +20,21 @@ from typing import Any, TypeVar
 
 from hostagent.images.chain import OpenChain
 from hostagent.nbd.chains import Chains
-from hostagent.nbd.operations import backing_name, job_name, preflight, room
+from hostagent.nbd.operations import Search, backing_name, job_name, preflight, refuse_dependents, room
 from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.uri import server_of
 from jobs import copy
 from jobs.errors import JobError
-from jobs.model import FileId, Job, JobSpec, Layer, Need, Plan, Target
+from jobs.model import Completion, FileId, Job, JobSpec, Layer, Need, Plan, Target
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Copy:
-    def __init__(self, chains: Chains, file_timeout: float) -> None:
+    def __init__(self, chains: Chains, search: Search, file_timeout: float) -> None:
         self._chains = chains
+        self._search = search
         self._timeout = file_timeout
 
     async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan:
@@ -45,6 +47,8 @@ class Copy:
         if spec.shallow and format_ == "raw":
             remedy = "copy into qcow2, or without --shallow"
             raise JobError("invalid", "a raw image cannot have a backing file", field="format", remedy=remedy)
+        if is_remote(spec.dest):
+            return Plan(source, source, 0, (), {"space": {}}, _remote(spec))
         if spec.reuse_external:
             target = await self._existing(spec, opened, format_)
         else:
@@ -68,7 +72,13 @@ class Copy:
             if [layer.file for layer in below] != [layer.file for layer in wanted]:
                 needs = f"the backing file {wanted[0].path!r}" if wanted else "no backing file"
                 raise _unfit(spec.dest, "stands on another image", f"make it anew, with {needs}")
+            await self._refuse_dependents(top)
             return Target(top.path, top.format, made=False, file=top.file)
+
+    async def _refuse_dependents(self, target: Layer) -> None:
+        """Invariant: who writes a file does so alone."""
+        folders = [Path(target.path).parent]
+        await refuse_dependents(self._search, [target], folders=folders, skip=[target.file], field="dest")
 
     def needs(self, job: Job) -> list[Need]:
         reads = [Need(layer, "r", f"job {job.id} reads it") for layer in job.before.layers]
@@ -89,6 +99,8 @@ class Copy:
             assert source is not None
             target = await self._aside(_make, replace(target, part=_part(target, job.id)), source, _size(job))
         await self._hold(replace(job, target=target), chain)
+        if not target.made and target.file is not None and job.started is None:
+            await self._refuse_dependents(_layer_of(target, _size(job)))  # again: now it is leased
         if target == job.target:
             return {}
         after = job.after if job.after == job.before else copy.after(job.before, job.spec, target)
@@ -97,8 +109,7 @@ class Copy:
     async def _hold(self, job: Job, chain: PreparedChain) -> None:
         """Lease the target, again after a restart: what we have of it is what gets its name."""
         assert job.target is not None
-        assert job.target.file is not None
-        if chain.descriptor(job.target.file) is None:
+        if job.target.file is not None and chain.descriptor(job.target.file) is None:
             fd = await self._aside(_open, job.target)
             await chain.take_target(_layer_of(job.target, _size(job)), fd)
 
@@ -111,7 +122,10 @@ class Copy:
             backing = (backing_name(job.target.path, below.layer.path), below.layer.format)
         path = job.target.part or job.target.path
         try:
-            node = await chain.open_target(path, below=below, new=job.target.made, backing=backing)
+            if job.target.file is None:
+                node = await chain.open_remote(Layer(path, "raw", copy.NOT_YET, _size(job), 0), self._timeout)
+            else:
+                node = await chain.open_target(path, below=below, new=job.target.made, backing=backing)
         except JobError as error:
             if "permission denied" not in error.message.lower():
                 raise
@@ -136,7 +150,9 @@ class Copy:
         assert job.target is not None
         await self._hold(job, chain)
         await chain.flush_target(chain.nodes[1] if job.spec.shallow else None)
-        fd = chain.descriptor(job.target.file) if job.target.file else None
+        if job.target.file is None:
+            return
+        fd = chain.descriptor(job.target.file)
         assert fd is not None
         await self._aside(_settle, job.target, fd)
 
@@ -153,6 +169,23 @@ class Copy:
             return await asyncio.wait_for(asyncio.to_thread(work, *args), self._timeout)
         except TimeoutError:
             raise JobError("timeout", "the target's storage does not answer", remedy="see whether it hangs") from None
+
+
+def is_remote(dest: str) -> bool:
+    """Whether a target is an NBD URI."""
+    return dest.startswith(("nbd://", "nbd+unix://"))
+
+
+def _remote(spec: JobSpec) -> Target:
+    """An export of another host or program. Nothing can go over to it, and nobody but the hypervisor proves it."""
+    assert spec.dest is not None
+    if spec.completion is Completion.PIVOT or spec.shallow or spec.format not in (None, "raw"):
+        remedy = "copy with --finish, whole, and as raw"
+        raise JobError("invalid", "an NBD export can only be filled", field="dest", value=spec.dest, remedy=remedy)
+    if not spec.anywhere:
+        raise JobError("denied", "only root may copy to NBD", field="dest", value=spec.dest, remedy="name a file")
+    server_of(spec.dest)
+    return Target(spec.dest, "raw", made=False)
 
 
 def _size(job: Job) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,45 @@ class Operation(Protocol):
     async def seal(self, job: Job, chain: PreparedChain) -> None: ...
 
     async def discard(self, job: Job, chain: PreparedChain | None) -> None: ...
+
+
+class Dependent(Protocol):
+    """An image that stands on a file that it was asked about."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def on(self) -> FileId: ...
+
+
+class Search(Protocol):
+    """Find the images, other than `skip`, that stand on `files`. Blocking; raises JobError when it cannot be sure."""
+
+    def __call__(
+        self, files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]
+    ) -> Sequence[Dependent]: ...
+
+
+async def refuse_dependents(
+    search: Search, layers: Sequence[Layer], *, folders: Collection[Path], skip: Collection[FileId], field: str
+) -> None:
+    """A `busy` that names the images, other than `skip`, which stand on one of `layers`."""
+    files = [layer.file for layer in layers]
+    found = await asyncio.to_thread(search, files, folders=sorted(set(folders)), skip=skip)
+    if not found:
+        return
+    names = ", ".join(repr(image.path) for image in found[:8])
+    paths = {layer.file: layer.path for layer in layers}
+    on = ", ".join(sorted({repr(paths[image.on]) for image in found}))
+    raise JobError(
+        "busy",
+        f"other images stand on {on}, and would not hold any more what they hold now: {names}",
+        field=field,
+        value=layers[0].path,
+        remedy="pull them first (`hostagent job pull`), or name another file",
+        holders=[image.path for image in found[:8]],
+    )
 
 
 def job_name(job: Job) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hostagent.drivers.qmp import Refused
 from hostagent.drivers.qsd import Link, StorageDaemon
 from hostagent.images.chain import OpenChain
+from hostagent.nbd.uri import server_of
 from hostagent.records import Node
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Holder, Layer
@@ -269,6 +270,17 @@ class PreparedChain:
         self.beside = [node]
         await self._registry.remember(self)
         await self.ask(daemon.add_target(node, below, new=new, backing=backing))
+        return node
+
+    async def open_remote(self, layer: Layer, timeout: float) -> Node:
+        """Open an NBD export as the target; `timeout` seconds to connect."""
+        daemon = await self.serve()
+        await self.close_beside()
+        node = Node(layer, 1 + max(node.index for node in self.nodes), -1)
+        self.beside = [node]
+        await self._registry.remember(self)
+        server, name = server_of(layer.path)
+        await self.ask(daemon.add_remote(node, server, name, timeout))
         return node
 
     async def flush_target(self, below: Node | None) -> None:

@@ -6,10 +6,14 @@ complete is left, and no client is ever cut off.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +31,31 @@ from tests.harness import (
     reachable,
     same_content,
 )
-from tests.qemu.faults import HASTE, ROOT, Pair, Reader, Tmpfs, daemon_of, eventually, permissions, storage_daemons
+from tests.qemu.faults import (
+    HASTE,
+    PATIENCE,
+    ROOT,
+    Pair,
+    Reader,
+    Tmpfs,
+    daemon_of,
+    eventually,
+    permissions,
+    storage_daemons,
+)
 
 pytestmark = pytest.mark.qemu
 SLOW = 4 * MIB
 REVOKED = "done" if ROOT else "kept"
 
 
-def copy(agent: AgentProcess, source: Path, dest: Path, **spec: Any) -> Json:
+def copy(agent: AgentProcess, source: Path, dest: Path | str, **spec: Any) -> Json:
     """A copy that has ended, and whose access is settled."""
     job: Json = agent.post("/v1/jobs", {"operation": "copy", "target": str(source), "dest": str(dest), **spec})
     return agent.until_ended(job["id"])
 
 
-def started(agent: AgentProcess, source: Path, dest: Path, state: str = "running", **spec: Any) -> Json:
+def started(agent: AgentProcess, source: Path, dest: Path | str, state: str = "running", **spec: Any) -> Json:
     job: Json = agent.post("/v1/jobs", {"operation": "copy", "target": str(source), "dest": str(dest), **spec})
     return agent.until(job["id"], lambda job: job["state"] == state)
 
@@ -384,3 +399,101 @@ def test_a_copy_goes_on_when_the_agent_was_killed(tmp_path: Path, images: Pair, 
         assert same_content(dest, images.truth)
         assert_source_untouched(images)
         assert_nothing_left(agent, images.folder)
+
+
+# NBD
+
+
+@contextlib.contextmanager
+def nbd_server(folder: Path, size: int, *filters: str) -> Iterator[tuple[str, Path, subprocess.Popen[bytes]]]:
+    """nbdkit with a writable file; its URI, the file, the process."""
+    disk, where = folder / "remote.raw", Path(tempfile.mkdtemp(prefix="nbd-"))
+    with disk.open("wb") as file:
+        file.truncate(size)
+    where.chmod(0o755)
+    command = ["nbdkit", "-f", "-U", str(where / "s"), *[word for word in filters if word.startswith("--filter")]]
+    command += ["file", str(disk), *[word for word in filters if not word.startswith("--filter")]]
+    process = subprocess.Popen(command)
+    try:
+        assert eventually((where / "s").exists)
+        (where / "s").chmod(0o666)
+        yield f"nbd+unix:///?socket={where / 's'}", disk, process
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        process.wait(PATIENCE)
+        shutil.rmtree(where)
+
+
+needs_nbdkit = pytest.mark.skipif(not shutil.which("nbdkit"), reason="needs nbdkit")
+
+
+@needs_nbdkit
+def test_a_copy_goes_to_an_nbd_export(agent: AgentProcess, images: Pair, folder: Path) -> None:
+    with nbd_server(folder, 16 * MIB) as (uri, disk, _):
+        job = copy(agent, images.top, uri, completion="finish")
+        assert (job["state"], job["dest"]) == ("completed", {"path": uri, "format": "raw", "state": "complete"})
+    assert same_content(disk, images.truth, first="raw")
+    assert_nothing_left(agent, images.folder)
+
+
+@needs_nbdkit
+@pytest.mark.parametrize(
+    ("spec", "code"), [({"completion": "pivot"}, "invalid"), ({"shallow": True}, "invalid"), ({}, "job_failed")]
+)
+def test_what_an_nbd_export_cannot_be_is_refused(
+    agent: AgentProcess, images: Pair, folder: Path, spec: Json, code: str
+) -> None:
+    with nbd_server(folder, 8 * MIB) as (uri, _, _):
+        try:
+            error = copy(agent, images.top, uri, **spec)["error"]["code"]
+        except ApiError as refused:
+            error = refused.code
+        assert error == code
+    assert_source_untouched(images)
+
+
+@needs_nbdkit
+def test_a_target_that_dies_fails_the_copy_and_nothing_else(agent: AgentProcess, images: Pair, folder: Path) -> None:
+    export = agent.export(images.top)
+    with nbd_server(folder, 16 * MIB) as (uri, _, server), Reader(export["uri"], images.truth) as reader:
+        job = started(agent, images.top, uri, bandwidth=SLOW)
+        server.kill()
+        job = agent.until_ended(job["id"])
+        assert (job["state"], job["dest"]["state"]) == ("failed", "unusable")
+        assert reader.stop() > 0
+    agent.delete(f"/v1/exports/{export['id']}")
+    assert_source_untouched(images)
+
+
+@needs_nbdkit
+def test_a_target_that_hangs_holds_up_nobody_else_and_force_ends_it(tmp_path: Path, images: Pair, folder: Path) -> None:
+    other = raw_image(folder / "other.raw", 4 * MIB)
+    with (
+        AgentProcess(tmp_path, {**HASTE, "JOBS_ABORT_TIMEOUT": "1"}) as agent,
+        nbd_server(folder, 16 * MIB) as (uri, _, server),
+    ):
+        job = started(agent, images.top, uri, bandwidth=SLOW)
+        server.send_signal(signal.SIGSTOP)
+        time.sleep(0.3)
+        began = time.monotonic()
+        export = agent.export(other, format="raw")
+        assert copy(agent, other, folder / "x.raw", source_format="raw", completion="finish")["state"] == "completed"
+        agent.delete(f"/v1/exports/{export['id']}")
+        assert time.monotonic() - began < 10
+        agent.post(f"/v1/jobs/{job['id']}/abort")
+        time.sleep(1.2)
+        agent.post(f"/v1/jobs/{job['id']}/abort", {"force": True})
+        job = agent.until_ended(job["id"])
+        assert (job["state"], job["dest"]["state"]) == ("aborted", "unusable")
+        assert_source_untouched(images)
+
+
+def test_a_target_that_others_stand_on_is_not_written_over(agent: AgentProcess, images: Pair) -> None:
+    dest = images.folder / "there.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(dest), "16M"], check=True)
+    child = overlay(images.folder / "child.qcow2", dest, "qcow2")
+    with pytest.raises(ApiError) as refused:
+        copy(agent, images.top, dest, reuse_external=True, completion="finish")
+    assert (refused.value.code, refused.value.body["field"]) == ("busy", "dest")
+    assert str(child) in refused.value.body["detail"]

@@ -90,7 +90,7 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
         ledger,
         QemuImg(user=None, limits=ToolLimits()),
         pull=Pull(SliceLimits(slice=2 * MIB, requests_in_flight=4, request_size=MIB, nbd_timeout=10.0)),
-        copy=Copy(chains, 10.0),
+        copy=Copy(chains, lambda files, folders, skip: [], 10.0),
         commit=Commit(lambda files, folders, skip: [], 10.0),
         check_auto=1 << 30,
     )

@@ -1,10 +1,11 @@
-# make setup      packages (apt, through sudo when not root) and a private virtual environment in .venv
-# make demo       the main job, shown on a real qemu-storage-daemon; KEEP=1 leaves the agent running
-# make test       everything that belongs to a change: lint, types, unit, contract and real-parts tests
-# make test-full  the same, and what takes longer (the long kill matrix)
-# make bench      figures, against named peers in the same run
-# make lint       ruff and mypy alone
-# make clean      without .venv and caches
+# make setup        packages (apt, through sudo when not root) and a private virtual environment in .venv
+# make demo         the main job, shown on a real qemu-storage-daemon; KEEP=1 leaves the agent running
+# make test         everything that belongs to a change: lint, types, unit, contract and real-parts tests
+# make test-full    the same, and what takes longer (the long kill matrix)
+# make bench        figures, against named peers in the same run
+# make bench-scale  the same at scale: 600 storage daemons, 100,000 finished jobs; minutes
+# make lint         ruff and mypy alone
+# make clean        without .venv and caches
 #
 # Each sets up what it needs by itself, once; again when pyproject.toml or tools/setup.sh change.
 
@@ -15,7 +16,7 @@ PYTHON := .venv/bin/python
 RUN := .venv/.run
 DEVELOP := .venv/.develop
 
-.PHONY: setup demo test test-full bench lint clean
+.PHONY: setup demo test test-full bench bench-scale lint clean
 
 setup: $(DEVELOP)
 
@@ -42,6 +43,9 @@ test-full: lint
 
 bench: $(DEVELOP)
 	@$(PYTHON) -m tests.bench
+
+bench-scale: $(DEVELOP)
+	@$(PYTHON) -m tests.bench crowd history
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

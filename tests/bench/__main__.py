@@ -17,7 +17,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from tests.bench import copy_overhead, export_start, idle, increments, pull_overhead, revocation
+from tests.bench import copy_overhead, crowd, export_start, history, idle, increments, pull_overhead, revocation
 from tests.bench.figure import Figure
 from tests.bench.stage import Stage
 from tests.bench.table import machine, show
@@ -26,8 +26,11 @@ WIDTH = 140
 """Columns of the table in a file or a log."""
 
 FIGURES: dict[str, Callable[[Stage], Figure]] = {
-    module.NAME: module.measure for module in (pull_overhead, increments, revocation, export_start, copy_overhead, idle)
+    module.NAME: module.measure
+    for module in (pull_overhead, increments, revocation, export_start, copy_overhead, idle, crowd, history)
 }
+USUAL = [name for name in FIGURES if name not in (crowd.NAME, history.NAME)]
+"""Without a name on the command line. The others need some minutes, and hundreds of processes."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     where = machine()
     figures = []
     with people.status("") as status:
-        for name in arguments.names or FIGURES:
+        for name in arguments.names or USUAL:
             with tempfile.TemporaryDirectory(prefix="hostagent-bench-", dir=arguments.folder) as folder:
                 figures.append(FIGURES[name](Stage(Path(folder), arguments.runs, status.update)))
     if arguments.json:
@@ -54,7 +57,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Figures against named peers.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(FIGURES)}; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"one of {', '.join(FIGURES)}; default: {', '.join(USUAL)}"
+    )
     parser.add_argument("--runs", type=_positive, help="instead of each figure's own number")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--strict", action="store_true", help="exit 1 when a target is missed")

@@ -6,11 +6,10 @@ processes of their own, and are shown beside the agent's number.
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
 from tests.bench.figure import Figure, Result, median
+from tests.bench.process import children, cpu_seconds, private_mib, rss_mib
 from tests.bench.stage import Stage
 from tests.harness import MIB, overlay, raw_image
 
@@ -34,16 +33,16 @@ def measure(stage: Stage) -> Figure:
             exports.append(agent.export(image)["id"])
         stage.say(f"{NAME}: {SECONDS:g} s of nothing")
         time.sleep(SETTLE)
-        before, began = _cpu_seconds(pid), time.monotonic()
+        before, began = cpu_seconds(pid), time.monotonic()
         time.sleep(SECONDS)
-        percent = 100 * (_cpu_seconds(pid) - before) / (time.monotonic() - began)
+        percent = 100 * (cpu_seconds(pid) - before) / (time.monotonic() - began)
         daemons = agent.daemons()
-        rss, daemon_rss = _rss_mib(pid), median([_rss_mib(daemon) for daemon in daemons])
-        daemon_private = median([_private_mib(daemon) for daemon in daemons])
-        probers = [child for child in _children(pid) if child not in daemons]
+        rss, daemon_rss = rss_mib(pid), median([rss_mib(daemon) for daemon in daemons])
+        daemon_private = median([private_mib(daemon) for daemon in daemons])
+        probers = [child for child in children(pid) if child not in daemons]
         details = {"storage_daemon_rss_mib": daemon_rss, "storage_daemon_private_mib": daemon_private}
         if probers:
-            details["prober_rss_mib"] = sum(_rss_mib(child) for child in probers)
+            details["prober_rss_mib"] = sum(rss_mib(child) for child in probers)
         for export in exports:  # so that the daemons end as the agent's children, and it reaps them
             agent.delete(f"/v1/exports/{export}")
     for image in (*images, base):
@@ -59,30 +58,3 @@ def measure(stage: Stage) -> Figure:
         ),
         details=details,
     )
-
-
-def _cpu_seconds(pid: int) -> float:
-    """User and system time (proc(5): fields 14 and 15 of stat, the 12th and 13th after the name)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _rss_mib(pid: int) -> float:
-    return _kib(Path(f"/proc/{pid}/status"), "VmRSS:") / 1024
-
-
-def _private_mib(pid: int) -> float:
-    """What would be free if this process ended: its libraries are shared with the other daemons."""
-    rollup = Path(f"/proc/{pid}/smaps_rollup")
-    return (_kib(rollup, "Private_Clean:") + _kib(rollup, "Private_Dirty:")) / 1024
-
-
-def _kib(path: Path, key: str) -> int:
-    return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(key))
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found

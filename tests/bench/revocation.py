@@ -32,8 +32,8 @@ def measure(stage: Stage) -> Figure:
                 if number % 10 == 0:
                     stage.say(f"{NAME}: job {number + 1} of {runs}")
                 with stage.overlay(base) as overlay:
-                    _refuse_unless_revoked(pull(agent, overlay)["chain"]["revoked"], str(base))
-            lags = _lags(agent)
+                    refuse_unless_revoked(pull(agent, overlay)["chain"]["revoked"], str(base))
+            lags = lags_of(agent)
             if len(lags) != runs:
                 raise AssertionError(f"{runs} jobs ended, and {len(lags)} revocations are logged")
     base.unlink()
@@ -50,12 +50,12 @@ def measure(stage: Stage) -> Figure:
     )
 
 
-def _refuse_unless_revoked(revoked: list[str], base: str) -> None:
+def refuse_unless_revoked(revoked: list[str], base: str) -> None:
     if revoked != [base]:
         raise AssertionError(f"revoked is {revoked}, not {base}: the lag would mean nothing")
 
 
-def _lags(agent: AgentProcess) -> list[float]:
+def lags_of(agent: AgentProcess) -> list[float]:
     """Milliseconds, from the agent's log."""
     lines = (json.loads(line) for line in agent.log.read_text().splitlines() if line.startswith("{"))
     return [1000 * float(line["lag_seconds"]) for line in lines if line["message"] == "access settled"]

@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +28,11 @@ class Stage:
         return usual if self.runs is None else self.runs
 
     @contextlib.contextmanager
-    def agent(self) -> Iterator[AgentProcess]:
-        """A new agent with the settings that it ships with."""
+    def agent(self, settings: Mapping[str, str] | None = None) -> Iterator[AgentProcess]:
+        """An agent with the settings that it ships with, but for `settings`; a second one has the state of the first."""
         folder = self.folder / "agent"
-        folder.mkdir()
-        with AgentProcess(folder) as agent:
+        folder.mkdir(exist_ok=True)
+        with AgentProcess(folder, settings) as agent:
             yield agent
 
     @contextlib.contextmanager

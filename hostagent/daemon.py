@@ -196,7 +196,7 @@ class Agent:
             self._prober,
             settings=LedgerSettings(access.converge_timeout, access.shared_filesystems == "manage"),
             clock=self._clock,
-            daemons=lambda: [chain.pid for chain in self._chains.all() if chain.pid],
+            daemons=lambda: {c.daemon.pid: c.daemon.inodes for c in self._chains.all() if c.daemon},
             observe=lambda trigger, result: self._metrics.revocation(trigger, result),
         )
 

@@ -84,7 +84,8 @@ class _Finding:
 
 
 class Ledger:
-    """`daemons` are the process ids of our own storage daemons; `observe(trigger, result)` is told of revocations."""
+    """`daemons` are our own storage daemons, by process id, with the inode numbers of all that each can ever open;
+    `observe(trigger, result)` is told of revocations."""
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class Ledger:
         *,
         settings: Settings,
         clock: Clock,
-        daemons: Callable[[], Collection[int]],
+        daemons: Callable[[], Mapping[int, Collection[int]]],
         observe: Callable[[str, str], None],
     ) -> None:
         self._store = store
@@ -163,7 +164,7 @@ class Ledger:
     async def keepers(self, file: FileId, leaving: Collection[Holder]) -> list[str]:
         """Who would keep the file when `leaving` need it no more: other rows, and foreign processes."""
         rows = [row for row in await self._store.access_rows([file]) if row.holder not in leaving]
-        processes = await self._thread(file, lambda: self._open_in(file))
+        processes = await self._open_in(file)
         mine = set(self._daemons())
         return [str(row.holder) for row in rows] + [str(p) for p in processes if p.pid not in mine]
 
@@ -329,7 +330,7 @@ class Ledger:
         kept = replace(was, verdict=AccessVerdict.KEPT, holders=())
         if self._subject.own:
             return _Finding(replace(kept, mode="", reason=self._own_reason), GrantEventKind.KEPT)
-        processes = await self._thread(was.file, lambda: self._open_in(was.file))
+        processes = await self._open_in(was.file)
         ours = [process for process in processes if process.pid in self._daemons()]
         if ours:
             raise JobError("busy", f"{was.path!r} is still open in our storage daemon ({ours[0]})")
@@ -394,9 +395,13 @@ class Ledger:
                 return why or f"{self._subject.name} can still open it, and its mode does not say why"
         return None
 
-    def _open_in(self, file: FileId) -> list[holders.Process]:
-        found = holders.find_open([file], uids=[self._subject.uid], skip_pids=[os.getpid()])
-        return found.get(file, [])
+    async def _open_in(self, file: FileId) -> list[holders.Process]:
+        """The user's processes that have the file open. Hundreds of our own storage daemons, with a dozen descriptors
+        each, would take seconds to look at: those that cannot have it are left out."""
+        others = {pid for pid, inodes in self._daemons().items() if file.ino not in inodes}
+        skip = {os.getpid(), *others}
+        search = functools.partial(holders.find_open, [file], uids=[self._subject.uid], skip_pids=skip)
+        return (await self._thread(file, search))[file]
 
     async def _thread(self, file: FileId, work: Callable[[], T]) -> T:
         """Work on a file in a thread, within access.converge_timeout. While work that came late still hangs, no other

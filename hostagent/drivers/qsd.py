@@ -107,6 +107,8 @@ class StorageDaemon:
         self._on_exit = on_exit
         self._on_event = on_event
         self.pid = 0
+        self.inodes: frozenset[int] = frozenset()
+        """The inode numbers of what it was given to open. No other file can ever be open in it."""
         self._watch: Watch
         self._monitor: Monitor | None = None
         self._connecting = asyncio.Lock()
@@ -115,6 +117,7 @@ class StorageDaemon:
 
     async def launch(self, descriptors: Sequence[int]) -> None:
         """Start the process. `descriptors` (O_PATH) keep their numbers inside it."""
+        self.inodes = frozenset(os.fstat(fd).st_ino for fd in descriptors)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with theirs:
@@ -204,6 +207,7 @@ class StorageDaemon:
         """Take over a process that an earlier agent started. The caller has proven its identity."""
         self.pid = pid
         self._watch = Watch(pid, self._on_exit)
+        self.inodes = await asyncio.to_thread(_inodes, pid)
         with contextlib.suppress(JobError):  # one that does not answer is adopted all the same: it is ours
             await self.monitor()
 
@@ -338,6 +342,7 @@ class StorageDaemon:
         """Open a file that came after the daemon's start. What it opened is proven to be the right one, and stays open:
         from then on it is reached through that descriptor, as the others are through theirs."""
         await self._remove(_pin(index))
+        self.inodes |= {layer.file.ino}
         known = await asyncio.to_thread(self._descriptors_of, layer.file)
         await self.execute(
             "blockdev-add", driver="file", node_name=_pin(index), filename=path, read_only=True, locking="off"
@@ -645,6 +650,15 @@ def _entries(folder: Path) -> list[str]:
         return os.listdir(folder)  # noqa: PTH208 - names only, hot path
     except OSError:
         return []
+
+
+def _inodes(pid: int) -> frozenset[int]:
+    """The inode numbers of all that the process has open, O_PATH too."""
+    found = set()
+    for entry in _entries(Path(f"/proc/{pid}/fd")):
+        with contextlib.suppress(OSError, ValueError):
+            found.add(_fdinfo(pid, entry)[1])
+    return frozenset(found)
 
 
 def _fdinfo(pid: int, fd: str) -> tuple[int, int]:

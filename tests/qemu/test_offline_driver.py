@@ -82,7 +82,7 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
         _Owner(),
         settings=Settings(5.0, manage_shared=False),
         clock=SystemClock(),
-        daemons=lambda: [],
+        daemons=lambda: {},
         observe=lambda trigger, result: None,
     )
     return OfflineDriver(

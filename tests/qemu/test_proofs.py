@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,28 @@ def test_a_client_reads_right_bytes_while_the_chain_is_reopened_for_writing_and_
     run(test())
     assert check_clean(images.top)
     assert same_content(images.top, images.truth)
+
+
+def test_a_daemon_has_nothing_open_but_what_it_was_given_also_for_the_agent_that_comes_back(images: Pair) -> None:
+    def opened(pid: int) -> set[int]:
+        """The files of its chain's folder that it has open for data or pinned."""
+        links = [Path(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        return {link.stat().st_ino for link in links if link.readlink().parent == images.top.parent}
+
+    async def test() -> None:
+        async with bench(images.top) as it:
+            late = Path(shutil.copy(images.top, images.top.with_name("late.qcow2")))
+            target = replace(it.top.layer, path=str(late), file=FileId(late.stat().st_dev, late.stat().st_ino))
+            await it.daemon.grasp(str(late), target, 9)
+            layers = {target.file.ino, *(node.layer.file.ino for node in it.nodes)}
+            await it.reopen(writable=True)
+            await it.stream()
+            assert opened(it.daemon.pid) == layers <= it.daemon.inodes
+            other = await it.reconnected()
+            assert opened(other.pid) == layers <= other.inodes
+            assert await other.quit()
+
+    run(test())
 
 
 def test_a_pull_under_a_connected_client_ends_with_the_base_closed(images: Pair) -> None:

@@ -63,7 +63,7 @@ class Host:
     heard: list[Record]
     own: bool = False
     manage_shared: bool = False
-    daemons: list[int] = field(default_factory=list)
+    daemons: dict[int, frozenset[int]] = field(default_factory=dict)
     observed: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -416,11 +416,35 @@ class TestAnotherUser:
             file = host.file("base")
             await host.acquire(JOB, (file, "r"))
             with opened_by_guest(file) as process:
-                host.daemons.append(process.pid)
+                host.daemons[process.pid] = frozenset({1, identity(file).ino})
                 assert verdict(await host.release(JOB)) is AccessVerdict.PENDING
                 assert verdict(await host.ledger.converge_all(trigger="timer")) is AccessVerdict.PENDING
             assert verdict(await host.ledger.converge_all(trigger="timer")) is AccessVerdict.REVOKED
             assert not host.can(file)
+
+        given_user(scenario)
+
+    def test_only_the_storage_daemons_that_may_have_a_file_are_searched(self, given_user: Play) -> None:
+        """A daemon can open what it was given and nothing else; hundreds of others would take seconds to look at."""
+
+        async def scenario(host: Host) -> None:
+            file, other = host.file("base"), host.file("other")
+            await host.acquire(JOB, (file, "r"))
+            with opened_by_guest(file) as guest, opened_by_guest(other) as daemon:
+                host.daemons[daemon.pid] = frozenset({identity(other).ino})
+                looked_at: list[int] = []
+                listed = os.listdir
+
+                def spying(folder: Any) -> list[str]:
+                    if str(folder).endswith("/fd"):
+                        looked_at.append(int(str(folder).split("/")[2]))
+                    return listed(folder)
+
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("hostagent.access.holders.os.listdir", spying)
+                    assert verdict(await host.release(JOB)) is AccessVerdict.KEPT
+                assert guest.pid in looked_at
+                assert daemon.pid not in looked_at
 
         given_user(scenario)
 

@@ -241,6 +241,15 @@ class Api:
 class Store:
     busy_timeout: float = setting(5.0, "Seconds to wait for the database's lock.", low=0.1, high=60)
     events_kept: int = setting(100000, "Events that a client may still replay.", low=100, high=10000000)
+    prune_interval: float = setting(
+        600.0, "Seconds between two looks at what retention no longer keeps.", low=1, high=86400
+    )
+    prune_rows: int = setting(
+        200,
+        "Jobs, exports or events that are forgotten at a time; a job's next record waits for so long.",
+        low=10,
+        high=100000,
+    )
     min_free: int = setting(
         16 * MIB, "Bytes that must be free beside the store before new work is taken.", low=0, size=True
     )

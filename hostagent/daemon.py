@@ -68,9 +68,9 @@ from hostagent.nbd.operations import job_id
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.records import ExportRecord
+from hostagent.retention import Retention, keep_house
 from hostagent.store import Store
 from jobs.engine import Engine
-from jobs.errors import JobError
 from jobs.model import Chain, FileId, Job, State
 from jobs.outcome import job_event
 from jobs.ports import SystemClock
@@ -80,7 +80,6 @@ log = logging.getLogger(__name__)
 
 WORKERS = 32
 """Threads for files, processes and NBD: one job's slice or one slow disk must not wait for another's."""
-PRUNE_INTERVAL = 3600.0
 
 
 def run(config: Config) -> int:
@@ -165,7 +164,6 @@ class Agent:
             host=config.agent.host,
             publish=self._publish,
             busy_timeout=config.store.busy_timeout,
-            events_kept=config.store.events_kept,
         )
         self._prober: Prober | _Owner = (
             _Owner()
@@ -318,7 +316,7 @@ class Agent:
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._listen()]), name="api")
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
-            asyncio.create_task(self._keep_house(), name="house"),
+            asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
         ]
         where = self._config.api.socket
         log.info(
@@ -423,16 +421,16 @@ class Agent:
         listener.setblocking(False)
         return listener
 
-    async def _keep_house(self) -> None:
-        jobs, exports = self._config.jobs, self._config.exports
-        while True:
-            try:
-                await self._store.prune(
-                    days=jobs.retention_days, count=jobs.retention_count, exports=exports.retention_count
-                )
-            except JobError as error:
-                log.warning("the store cannot be pruned", extra={"fields": {"error": error.message}})
-            await asyncio.sleep(PRUNE_INTERVAL)
+    def _retention(self) -> Retention:
+        jobs, exports, store = self._config.jobs, self._config.exports, self._config.store
+        return Retention(
+            days=jobs.retention_days,
+            jobs=jobs.retention_count,
+            exports=exports.retention_count,
+            events=store.events_kept,
+            rows=store.prune_rows,
+            interval=store.prune_interval,
+        )
 
     # What is told to us (Sink, Observer, callbacks)
 

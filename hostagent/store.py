@@ -22,36 +22,14 @@ from typing import Any, TypeVar
 
 from events import cloudevents
 from events.model import Event, Record, now
-from hostagent import records
+from hostagent import records, selection
 from hostagent.records import AccessFile, AccessRow, DaemonRecord, ExportRecord, encode
+from hostagent.schema import MIGRATIONS
 from jobs.errors import JobError
-from jobs.model import FileId, Holder, Job, Need, Revocation
+from jobs.model import TERMINAL, FileId, Holder, Job, Need, Revocation
 from jobs.ports import AccessChange
 
 T = TypeVar("T")
-
-MIGRATIONS = (
-    """
-    CREATE TABLE jobs (id TEXT PRIMARY KEY, state TEXT NOT NULL, path TEXT NOT NULL, origin TEXT NOT NULL,
-        created TEXT NOT NULL, finished TEXT, revocation TEXT NOT NULL, body TEXT NOT NULL);
-    CREATE INDEX jobs_by_state ON jobs (state, created);
-    CREATE INDEX jobs_by_created ON jobs (created, id);
-    CREATE INDEX jobs_unsettled ON jobs (created) WHERE finished IS NULL OR revocation = 'pending';
-    CREATE INDEX jobs_by_end ON jobs (finished) WHERE finished IS NOT NULL;
-    CREATE TABLE events (seq INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL);
-    CREATE TABLE access_rows (id TEXT PRIMARY KEY, dev INTEGER NOT NULL, ino INTEGER NOT NULL, path TEXT NOT NULL,
-        holder_kind TEXT NOT NULL, holder_id TEXT NOT NULL, mode TEXT NOT NULL, since TEXT NOT NULL,
-        reason TEXT NOT NULL, UNIQUE (dev, ino, holder_kind, holder_id));
-    CREATE INDEX access_rows_by_holder ON access_rows (holder_kind, holder_id);
-    CREATE TABLE access_files (dev INTEGER NOT NULL, ino INTEGER NOT NULL, verdict TEXT NOT NULL, body TEXT NOT NULL,
-        PRIMARY KEY (dev, ino));
-    CREATE TABLE exports (id TEXT PRIMARY KEY, state TEXT NOT NULL, created TEXT NOT NULL, stopped TEXT,
-        body TEXT NOT NULL);
-    CREATE INDEX exports_by_state ON exports (state, created);
-    CREATE TABLE daemons (id TEXT PRIMARY KEY, body TEXT NOT NULL);
-    CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-    """,
-)
 
 
 class Store:
@@ -64,13 +42,11 @@ class Store:
         host: str,
         publish: Callable[[Record], None],
         busy_timeout: float = 5.0,
-        events_kept: int = 100_000,
     ) -> None:
         self._folder = folder
         self._host = host
         self._publish = publish
         self._busy_timeout = busy_timeout
-        self._events_kept = events_kept
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._db: sqlite3.Connection
         self._lock_fd: int
@@ -179,11 +155,15 @@ class Store:
 
     async def events_since(self, seq: int, limit: int) -> list[Record] | None:
         """Up to `limit` records after `seq`; None when some of them are no longer kept."""
-        if seq + 1 < self._first_seq or seq > self._last_seq:
+
+        def work(db: sqlite3.Connection) -> list[Any] | None:
+            if seq + 1 < self._first_seq or seq > self._last_seq:  # here, where no pruning comes in between
+                return None
+            return db.execute("SELECT body FROM events WHERE seq>? ORDER BY seq LIMIT ?", (seq, limit)).fetchall()
+
+        rows = await self._run(work)
+        if rows is None:
             return None
-        rows = await self._run(
-            lambda db: db.execute("SELECT body FROM events WHERE seq>? ORDER BY seq LIMIT ?", (seq, limit)).fetchall()
-        )
         return [cloudevents.from_json(json.loads(body)) for (body,) in rows]
 
     # Jobs
@@ -220,58 +200,49 @@ class Store:
         return [records.job(json.loads(body)) for (body,) in rows]
 
     async def jobs(
-        self, *, states: Sequence[str] = (), path: str | None = None, origin: str | None = None,
-        after: str | None = None, limit: int = 100, labels: dict[str, str] | None = None,
+        self, *, state: str | None = None, path: str | None = None, origin: str | None = None,
+        after: str | None = None, limit: int = 100, labels: Mapping[str, str] | None = None,
     ) -> list[Job]:  # fmt: skip
         """Newest first; `after` is the id of the last one of the page before."""
-        where, values = ["1"], []
-        if states:
-            where.append(f"state IN ({','.join('?' * len(states))})")
-            values += list(states)
-        for column, value in (("path", path), ("origin", origin)):
-            if value is not None:
-                where.append(f"{column}=?")
-                values.append(value)
-        for key, value in (labels or {}).items():
-            where.append("EXISTS (SELECT 1 FROM json_each(body, '$.spec.labels') WHERE key=? AND value=?)")
-            values += [key, value]
-        if after is not None:
-            where.append("(created, id) < (SELECT created, id FROM jobs WHERE id=?)")
-            values.append(after)
-        query = f"SELECT body FROM jobs WHERE {' AND '.join(where)} ORDER BY created DESC, id DESC LIMIT ?"  # noqa: S608
-        rows = await self._run(lambda db: db.execute(query, (*values, limit)).fetchall())
-        return [records.job(json.loads(body)) for (body,) in rows]
+        given = labels or {}
+
+        def work(db: sqlite3.Connection) -> list[Any]:
+            counted = db.execute("SELECT jobs FROM job_counts WHERE state=?", (state,)).fetchone()
+            found = selection.jobs(state, path, origin, given, after, in_state=counted[0] if counted else 0)
+            return db.execute(found.sql, (*found.values, limit)).fetchall()
+
+        return [records.job(json.loads(body)) for (body,) in await self._run(work)]
 
     async def counts(self) -> dict[str, int]:
-        rows = await self._run(lambda db: db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+        """How many jobs there are, by state."""
+        rows = await self._run(lambda db: db.execute("SELECT state, jobs FROM job_counts WHERE jobs > 0").fetchall())
         return dict(rows)
 
-    async def prune(self, *, days: float, count: int, exports: int) -> int:
-        """Forget what retention no longer keeps; never a job whose revocation is pending. How many rows went."""
-        horizon = (now() - timedelta(days=days)).isoformat()
+    async def prune(self, at: datetime, *, days: float, count: int, exports: int, events: int, most: int) -> bool:
+        """Forget what retention does not keep at the time `at`, oldest first, up to `most` of each kind.
 
-        def work(db: sqlite3.Connection) -> int:
-            before = db.total_changes
-            ended = f"finished IS NOT NULL AND revocation != '{Revocation.PENDING}'"
-            db.execute(f"DELETE FROM jobs WHERE {ended} AND finished < ?", (horizon,))  # noqa: S608
-            for table, kept, of in (("jobs", count, ended), ("exports", exports, "stopped IS NOT NULL")):
-                when = "finished" if table == "jobs" else "stopped"
-                db.execute(
-                    f"DELETE FROM {table} WHERE {of} AND id NOT IN "  # noqa: S608
-                    f"(SELECT id FROM {table} WHERE {of} ORDER BY {when} DESC LIMIT ?)",
-                    (kept,),
-                )
-            # What is closed, or was never ours to close, needs no memory once no job may still ask for the verdict.
-            owed = "SELECT 1 FROM jobs WHERE revocation = 'pending'"
-            needed = "SELECT 1 FROM access_rows r WHERE r.dev = access_files.dev AND r.ino = access_files.ino"
-            old = "verdict = 'kept' AND json_extract(body, '$.mode') = '' AND json_extract(body, '$.since') < ?"
-            settled = f"(verdict = 'revoked' OR ({old})) AND NOT EXISTS ({owed}) AND NOT EXISTS ({needed})"
-            db.execute(f"DELETE FROM access_files WHERE {settled}", (horizon,))  # noqa: S608
-            self._first_seq = max(self._first_seq, self._last_seq - self._events_kept + 1)
-            db.execute("DELETE FROM events WHERE seq < ?", (self._first_seq,))
-            return db.total_changes - before
+        True when there may be more. Kept is what has not ended, a job whose revocation is pending, and every verdict
+        while there is such a job; `events` is how many of them stay. The file does not shrink: a VACUUM would need the
+        room of a second one, and hold up all jobs while it runs. Free pages are used again, so retention bounds it.
+        """
+        horizon = (at - timedelta(days=days)).isoformat()
+
+        def work(db: sqlite3.Connection) -> bool:
+            gone = [
+                *_prune_jobs(db, horizon, count, most),
+                _prune_exports(db, exports, most),
+                _prune_verdicts(db, horizon, most),
+                self._prune_events(db, events, most),
+            ]
+            return max(gone) >= most
 
         return await self._run(work)
+
+    def _prune_events(self, db: sqlite3.Connection, kept: int, most: int) -> int:
+        first = min(self._first_seq + most, max(self._first_seq, self._last_seq - kept + 1))
+        gone = db.execute("DELETE FROM events WHERE seq < ?", (first,)).rowcount
+        self._first_seq = first
+        return gone
 
     # The access ledger
 
@@ -383,10 +354,13 @@ class Store:
 
         await self._run(work)
 
-    async def exports(self, *, active: bool | None = None) -> list[ExportRecord]:
-        where = {None: "1", True: "stopped IS NULL", False: "stopped IS NOT NULL"}[active]
-        query = f"SELECT body FROM exports WHERE {where} ORDER BY created DESC, id DESC"  # noqa: S608
-        rows = await self._run(lambda db: db.execute(query).fetchall())
+    async def exports(
+        self, *, active: bool | None = None, state: str | None = None, image: str | None = None,
+        labels: Mapping[str, str] | None = None, after: str | None = None, limit: int = -1,
+    ) -> list[ExportRecord]:  # fmt: skip
+        """Newest first, all of them unless `limit` says how many. `image` is the path, resolved or as it was named."""
+        found = selection.exports(active, state, image, labels or {}, after)
+        rows = await self._run(lambda db: db.execute(found.sql, (*found.values, limit)).fetchall())
         return [records.export(json.loads(body)) for (body,) in rows]
 
     async def export(self, export_id: str) -> ExportRecord | None:
@@ -437,6 +411,35 @@ def _key(file: FileId) -> tuple[int, int]:
 
 def _file(dev: int, ino: int) -> FileId:
     return FileId(dev, ino + (1 << 64) if ino < 0 else ino)
+
+
+def _prune_jobs(db: sqlite3.Connection, horizon: str, count: int, most: int) -> tuple[int, int]:
+    ended = f"finished IS NOT NULL AND revocation != '{Revocation.PENDING}'"
+    delete = f"DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE {ended}"  # noqa: S608
+    old = db.execute(f"{delete} AND finished < ? ORDER BY finished LIMIT ?)", (horizon, most)).rowcount
+    states = ",".join(f"'{state}'" for state in sorted(TERMINAL))
+    (present,) = db.execute(f"SELECT total(jobs) FROM job_counts WHERE state IN ({states})").fetchone()  # noqa: S608
+    owed = f"SELECT count(*) FROM jobs WHERE finished IS NOT NULL AND revocation = '{Revocation.PENDING}'"  # noqa: S608
+    excess = int(present) - db.execute(owed).fetchone()[0] - count
+    over = db.execute(f"{delete} ORDER BY finished LIMIT ?)", (max(0, min(excess, most)),)).rowcount
+    return old, over
+
+
+def _prune_exports(db: sqlite3.Connection, kept: int, most: int) -> int:
+    (present,) = db.execute("SELECT count(*) FROM exports WHERE stopped IS NOT NULL").fetchone()
+    oldest = "SELECT id FROM exports WHERE stopped IS NOT NULL ORDER BY stopped LIMIT ?"
+    number = max(0, min(present - kept, most))
+    return db.execute(f"DELETE FROM exports WHERE id IN ({oldest})", (number,)).rowcount  # noqa: S608
+
+
+def _prune_verdicts(db: sqlite3.Connection, horizon: str, most: int) -> int:
+    """What is closed, or was never ours to close, needs no memory once no job may still ask for the verdict."""
+    owed = "SELECT 1 FROM jobs WHERE revocation = 'pending'"
+    needed = "SELECT 1 FROM access_rows r WHERE r.dev = f.dev AND r.ino = f.ino"
+    old = "verdict = 'kept' AND json_extract(body, '$.mode') = '' AND json_extract(body, '$.since') < ?"
+    settled = f"(verdict = 'revoked' OR ({old})) AND NOT EXISTS ({owed}) AND NOT EXISTS ({needed})"
+    found = f"SELECT rowid FROM access_files f WHERE {settled} LIMIT ?"  # noqa: S608
+    return db.execute(f"DELETE FROM access_files WHERE rowid IN ({found})", (horizon, most)).rowcount  # noqa: S608
 
 
 def _put_job(db: sqlite3.Connection, job: Job) -> None:

@@ -115,9 +115,7 @@ class AgentService:
         limit: int,
         after: str | None,
     ) -> Json:
-        found = await self._store.jobs(
-            states=(state,) if state else (), path=target, origin=origin, labels=dict(labels), limit=limit, after=after
-        )
+        found = await self._store.jobs(state=state, path=target, origin=origin, labels=labels, limit=limit, after=after)
         fresh = {job.id: job for job in self._engine.active()}
         items = [self._job(fresh.get(job.id, job)) for job in found]
         return {"items": items, "next": items[-1]["id"] if len(items) == limit else None}
@@ -174,18 +172,9 @@ class AgentService:
     async def list_exports(
         self, *, state: str | None, target: str | None, labels: Mapping[str, str], limit: int, after: str | None
     ) -> Json:
-        found = sorted(await self._exports.all(), key=lambda record: (record.created, record.id), reverse=True)
-        if after is not None:
-            found = found[1 + next((n for n, record in enumerate(found) if record.id == after), len(found)) :]
-        matching = [
-            record
-            for record in found
-            if state in (None, record.state)
-            and target in (None, record.path, record.image)
-            and labels.items() <= dict(record.labels).items()
-        ][: limit + 1]
-        items = [self._export_view(record, []) for record in matching[:limit]]
-        return {"items": items, "next": items[-1]["id"] if len(matching) > limit else None}
+        found = await self._exports.page(state=state, image=target, labels=labels, limit=limit + 1, after=after)
+        items = [self._export_view(record, []) for record in found[:limit]]
+        return {"items": items, "next": items[-1]["id"] if len(found) > limit else None}
 
     async def get_export(self, id: str) -> Json:
         return await self._export(await self._exports.get(id))

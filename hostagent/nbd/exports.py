@@ -59,7 +59,10 @@ class ExportStore(Protocol):
 
     async def forget_export(self, export: ExportRecord) -> None: ...
 
-    async def exports(self, *, active: bool | None = None) -> list[ExportRecord]: ...
+    async def exports(
+        self, *, active: bool | None = None, state: str | None = None, image: str | None = None,
+        labels: Mapping[str, str] | None = None, after: str | None = None, limit: int = -1,
+    ) -> list[ExportRecord]: ...  # fmt: skip
 
     async def export(self, export_id: str) -> ExportRecord | None: ...
 
@@ -104,8 +107,12 @@ class Exports:
             raise JobError("not_found", f"no export {export_id}", field="id", value=export_id, remedy=remedy)
         return found
 
-    async def all(self) -> list[ExportRecord]:
-        return [*self._active.values(), *await self._store.exports(active=False)]
+    async def page(
+        self, *, state: str | None, image: str | None, labels: Mapping[str, str], limit: int, after: str | None
+    ) -> list[ExportRecord]:
+        """Present and past, newest first; `after` is the id of the last one of the page before."""
+        found = await self._store.exports(state=state, image=image, labels=labels, limit=limit, after=after)
+        return [self._active.get(record.id, record) for record in found]
 
     def clients(self, export: ExportRecord) -> list[sockdiag.Client]:
         """Who is connected to the export's listener. Blocking: reads the kernel's socket table and /proc."""

@@ -17,7 +17,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {"events", "jobs", "hostagent"}
-LEAVES = {f"hostagent.{name}" for name in ("config", "errors", "sizes", "logs", "sdnotify", "nbdclient", "locks")}
+LEAVES = {
+    f"hostagent.{name}"
+    for name in ("config", "errors", "sizes", "logs", "sdnotify", "nbdclient", "locks", "schema", "selection")
+}
 SIBLINGS = ("store", "images", "drivers", "nbd", "access", "transfers")
 AMONG_SIBLINGS = {("nbd", "images"), ("nbd", "drivers"), ("transfers", "nbd"), ("transfers", "access")}
 BELOW_SERVICE = {f"hostagent.{name}" for name in (*SIBLINGS, "records")}

@@ -49,6 +49,7 @@ from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
 from hostagent.api.service import AgentService, HostFacts, Trouble
 from hostagent.config import Config
+from hostagent.drain import Drain
 from hostagent.drivers import process
 from hostagent.drivers import qsd as qsd_driver
 from hostagent.drivers.process import User
@@ -180,6 +181,7 @@ class Agent:
         self._exports = self._make_exports()
         self._driver = self._make_driver()
         self._engine = self._make_engine()
+        self._drain = Drain(self._store, self._engine, self._clock, self._later)
         self._service: AgentService
         self._server: Server
         self._gauges: dict[str, Any] = {"pending": 0, "oldest": None, "grants": {}}
@@ -310,7 +312,9 @@ class Agent:
         await self._chains.sweep()
         await self._ledger.converge_all(trigger="start")
         self._metrics.reconcile("start")
+        await self._drain.load()
         recovered = await self._engine.recover()
+        self._later(self._drain.settle())
         self._make_service()
         await self._refresh()
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._listen()]), name="api")
@@ -396,6 +400,7 @@ class Agent:
             subject=self._subject,
             facts=facts,
             changes=self._changes,
+            drain=self._drain,
         )
         names = {item.name for item in fields(HttpSettings)} - {"host", "stop_timeout"}
         settings = HttpSettings(
@@ -476,6 +481,7 @@ class Agent:
 
     def _job_changed(self, job: Job) -> None:
         self._changes.tell(f"job {job.id}")
+        self._drain.job_changed(job)
         if job.state is State.RUNNING:
             self._bus.publish(Record(0, now(), job_event(job, JobEventKind.PROGRESS)))
 

@@ -139,6 +139,15 @@ class DaemonRecord:
         return Chain(tuple(node.layer for node in self.nodes))
 
 
+@dataclass(frozen=True, slots=True)
+class DrainRecord:
+    """Whether the host is being drained (`since`), whether running jobs are to pause, and those that we paused."""
+
+    since: datetime | None = None
+    pause: bool = False
+    paused: tuple[str, ...] = ()
+
+
 def encode(value: Any) -> Any:
     """Dataclasses, enums, times and tuples as JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -239,6 +248,10 @@ def daemon(data: Mapping[str, Any]) -> DaemonRecord:
             "created": _time(data["created"]),
         }
     )
+
+
+def drain(data: Mapping[str, Any]) -> DrainRecord:
+    return DrainRecord(since=when(data["since"]), pause=data["pause"], paused=tuple(data["paused"]))
 
 
 def access_file(data: Mapping[str, Any]) -> AccessFile:

@@ -74,6 +74,10 @@ class Engine:
             raise JobError("not_found", f"no job {job_id}", field="id", value=job_id, remedy="see `hostagent job list`")
         return job
 
+    def settling(self) -> list[Job]:
+        """Jobs that have ended and whose files are still being closed, or taken back."""
+        return [actor.job for actor in self._actors.values() if actor.job.state.terminal]
+
     def on_file(self, file: FileId) -> Job | None:
         """The active job whose chain has this file on top."""
         return next((job for job in self.active() if job.before.top.file == file), None)
@@ -101,6 +105,13 @@ class Engine:
         self._world.changed(job)
         log.info("job queued", extra={"fields": {"job": job.id, "path": job.before.top.path}})
         return job, True
+
+    def admit(self, *, jobs: bool) -> None:
+        """Whether queued jobs may begin. Those that have begun go on."""
+        if jobs:
+            self._world.slots.open()
+        else:
+            self._world.slots.close()
 
     async def next(self, job_id: str, cursor: int | None) -> Job:
         job = await self.get(job_id)

@@ -94,6 +94,10 @@ class EmptyBody(Request):
     pass
 
 
+class DrainBody(Request):
+    pause: Annotated[bool, Field(description="Pause the running jobs instead of waiting for their ends.")] = False
+
+
 class ExportCreate(Request):
     image: Annotated[Text, Field(description="An absolute path of an offline image.")]
     id: Id | None = None
@@ -277,6 +281,36 @@ class Health(Answer):
 class Host(Answer):
     host: str
     version: str
+
+
+class DrainJob(Answer):
+    id: str
+    operation: str
+    target: str
+    state: str
+    cursor: Cursor
+
+
+class DrainExport(Answer):
+    id: str
+    image: str
+    state: str
+    clients: list[Client]
+
+
+class Drain(Answer):
+    """`drained`: nothing holds any more. `paused` are the jobs that draining has paused; `revocations` counts files,
+    `beginning` requests that were let in before."""
+
+    draining: bool
+    since: datetime | None
+    pause: bool
+    paused: list[str]
+    drained: bool
+    jobs: list[DrainJob]
+    exports: list[DrainExport]
+    revocations: int
+    beginning: int
 
 
 class Image(Answer):

@@ -157,6 +157,24 @@ async def host(front: TheFront) -> Response:
     return answer(await front.service.host())
 
 
+@probes.get("/v1/host/drain", response_model=models.Drain)
+async def drain_state(front: TheFront) -> Response:
+    """Whether the host takes new work, and what is not at rest yet."""
+    return answer(await front.service.drain_state())
+
+
+@probes.post("/v1/host/drain", response_model=models.Drain)
+async def drain(front: TheFront, peer: ThePeer, body: models.DrainBody | None = None) -> Response:
+    """Take no new work, also after a restart, until it is lifted. A second time may add `pause`."""
+    return answer(await front.service.drain(body.pause if body else False, peer=peer))
+
+
+@probes.delete("/v1/host/drain", response_model=models.Drain)
+async def lift_drain(front: TheFront, peer: ThePeer) -> Response:
+    """Take new work again, and resume the jobs that draining has paused."""
+    return answer(await front.service.lift_drain(peer=peer))
+
+
 @jobs.get("", response_model=models.JobPage)
 async def list_jobs(
     front: TheFront,

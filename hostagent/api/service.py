@@ -21,6 +21,7 @@ from hostagent.access.ledger import Ledger, Subject
 from hostagent.api import views
 from hostagent.api.changes import Changes
 from hostagent.api.peer import Peer
+from hostagent.drain import Drain
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.copying import is_remote
 from hostagent.nbd.exports import Exports, ExportSpec
@@ -29,7 +30,7 @@ from hostagent.records import AccessFile, ExportRecord
 from hostagent.store import Store
 from jobs.engine import Engine
 from jobs.errors import JobError
-from jobs.model import Completion, Holder, Job, JobSpec, Operation
+from jobs.model import Completion, Holder, Job, JobSpec, Operation, State
 
 Json = dict[str, Any]
 
@@ -68,6 +69,7 @@ class AgentService:
         subject: Subject,
         facts: HostFacts,
         changes: Changes,
+        drain: Drain,
     ) -> None:
         self._engine = engine
         self._exports = exports
@@ -77,14 +79,16 @@ class AgentService:
         self._subject = subject
         self._facts = facts
         self._changes = changes
+        self._drain = drain
         self.troubles: deque[Trouble] = deque(maxlen=20)
 
     # Jobs
 
     async def start_job(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
         self._has_room()
-        with _about("target"):
-            job, created = await self._engine.create(_job_spec(spec, self._anywhere(peer)), _id(spec))
+        job_id = _id(spec)
+        with self._admitted(job_id and await self._store.get(job_id)), _about("target"):
+            job, created = await self._engine.create(_job_spec(spec, self._anywhere(peer)), job_id)
         return self._job(job), created
 
     async def plan_job(self, spec: Json, *, peer: Peer) -> Json:
@@ -130,6 +134,9 @@ class AgentService:
         return self._job(await self._engine.set_speed(id, bandwidth))
 
     async def next_job(self, id: str, cursor: int | None) -> Json:
+        job = await self._engine.get(id)
+        if job.state is State.WAITING and cursor in (None, job.cursor.cur):
+            self._drain.refuse("another increment")
         return self._job(await self._engine.next(id, cursor))
 
     async def abort_job(self, id: str, force: bool) -> Json:
@@ -139,6 +146,8 @@ class AgentService:
         return self._job(await self._engine.pause(id))
 
     async def resume_job(self, id: str) -> Json:
+        if self._drain.record.pause:
+            self._drain.refuse("to resume")
         return self._job(await self._engine.resume(id))
 
     async def complete_job(self, id: str, completion: str | None) -> Json:
@@ -165,8 +174,9 @@ class AgentService:
             idle_timeout=spec.get("idle_timeout"),
             labels=spec.get("labels") or {},
         )
-        with _about("image"):
-            record, created = await self._exports.start(asked, _id(spec), anywhere=self._anywhere(peer))
+        export_id = _id(spec)
+        with self._admitted(export_id and await self._store.export(export_id)), _about("image"):
+            record, created = await self._exports.start(asked, export_id, anywhere=self._anywhere(peer))
         return await self._export(record), created
 
     async def list_exports(
@@ -293,7 +303,29 @@ class AgentService:
             "store": {"path": str(self._facts.state_dir), "events": self._store.last_seq()},
             "jobs": await self._store.counts(),
             "exports": exports,
+            "drain": {"draining": self._drain.on, "since": views.time(self._drain.record.since)},
         }
+
+    async def drain(self, pause: bool, *, peer: Peer) -> Json:
+        self._only_operators(peer)
+        await self._drain.begin(pause=pause)
+        return await self.drain_state()
+
+    async def lift_drain(self, *, peer: Peer) -> Json:
+        self._only_operators(peer)
+        await self._drain.lift()
+        return await self.drain_state()
+
+    async def drain_state(self) -> Json:
+        clients = await asyncio.to_thread(self._exports.all_clients)
+        exports = [(one, [c._asdict() for c in clients.get(one.id, [])]) for one in self._exports.active()]
+        return views.drain(
+            self._drain.record,
+            jobs=[*self._drain.holding(), *self._engine.settling()],
+            exports=exports,
+            revocations=len(await self._owed()),
+            beginning=self._drain.beginning,
+        )
 
     async def _owed(self) -> list[AccessFile]:
         return [f for f in await self._store.access_files() if f.verdict == "pending"]
@@ -321,6 +353,9 @@ class AgentService:
         stuck = [chain.path for chain in self._chains.all() if not chain.answers]
         detail = f"unresponsive: {', '.join(stuck)}" if stuck else "all answer"
         checks["storage_daemons"] = {"ok": True, "detail": detail}
+        since = views.time(self._drain.record.since)
+        drain = f"since {since}: no new work is taken" if self._drain.on else "not being drained"
+        checks["drain"] = {"ok": not self._drain.on, "detail": drain}
         checks["libvirt"] = {"ok": True, "detail": "not used by this version"}
         return {"ready": all(check["ok"] for check in checks.values()), "checks": checks}
 
@@ -335,6 +370,14 @@ class AgentService:
     def _anywhere(self, peer: Peer) -> bool:
         """Root and the agent's own user may name any image; others only images in a pool."""
         return peer.uid in (0, os.geteuid())
+
+    def _admitted(self, known: object) -> contextlib.AbstractContextManager[None]:
+        """Around what starts something; a request that was obeyed before (`known`) starts nothing, and is answered."""
+        return contextlib.nullcontext() if known else self._drain.work()
+
+    def _only_operators(self, peer: Peer) -> None:
+        if not self._anywhere(peer):
+            raise JobError("denied", "only root and the agent's own user may drain the host", remedy="ask as root")
 
     def _has_room(self) -> None:
         room = os.statvfs(self._facts.state_dir)

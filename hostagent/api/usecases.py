@@ -63,6 +63,12 @@ class Service(Protocol):
 
     async def host(self) -> Json: ...
 
+    async def drain(self, pause: bool, *, peer: Peer) -> Json:
+        """Take no new work; what still holds."""
+
+    async def drain_state(self) -> Json: ...
+    async def lift_drain(self, *, peer: Peer) -> Json: ...
+
     async def ready(self) -> Json:
         """{"ready": bool, "checks": {name: {"ok": bool, "detail": str}}}"""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from hostagent.records import AccessFile, AccessRow, ExportRecord
+from hostagent.records import AccessFile, AccessRow, DrainRecord, ExportRecord
 from jobs.model import Chain, Job, Plan, State
 from jobs.progress import View
 
@@ -102,6 +102,39 @@ def export(value: ExportRecord, clients: Sequence[Json] = (), *, answers: bool =
         "pid": value.pid,
         "labels": dict(value.labels),
         "revision": value.revision,
+    }
+
+
+def drain(
+    record: DrainRecord,
+    *,
+    jobs: Sequence[Job],
+    exports: Sequence[tuple[ExportRecord, Sequence[Json]]],
+    revocations: int,
+    beginning: int,
+) -> Json:
+    return {
+        "draining": record.since is not None,
+        "since": time(record.since),
+        "pause": record.pause,
+        "paused": list(record.paused),
+        "drained": record.since is not None and not (jobs or exports or revocations or beginning),
+        "jobs": [
+            {
+                "id": job.id,
+                "operation": job.spec.operation.value,
+                "target": job.spec.target,
+                "state": job.state.value,
+                "cursor": {"cur": job.cursor.cur, "end": job.cursor.end},
+            }
+            for job in jobs
+        ],
+        "exports": [
+            {"id": export.id, "image": export.image, "state": export.state, "clients": list(clients)}
+            for export, clients in exports
+        ],
+        "revocations": revocations,
+        "beginning": beginning,
     }
 
 

@@ -88,11 +88,17 @@ def _agent(client: Client) -> Iterator[Finding]:
 
 
 def _ready(state: Json) -> Iterator[Finding]:
+    checks = dict(state.get("checks") or {})
+    drain = checks.pop("drain", None)
     if state.get("ready"):
         yield ok("agent", "answers and is ready")
+    elif drain and not drain.get("ok") and all(check.get("ok") for check in checks.values()):
+        yield ok("agent", "answers")  # and takes no new work because somebody wanted that
     else:
         yield fail("agent", "answers, but is not ready", "see the checks below, and its log")
-    for name, check in sorted((state.get("checks") or {}).items()):
+    if drain and not drain.get("ok"):
+        yield warn("agent: drain", str(drain.get("detail")), "`hostagent drain --undo`, when it is to take work again")
+    for name, check in sorted(checks.items()):
         text = str(check.get("detail") or ("ok" if check.get("ok") else "not ok"))
         yield ok(f"agent: {name}", text) if check.get("ok") else fail(f"agent: {name}", text, "see the agent's log")
 

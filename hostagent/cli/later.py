@@ -16,7 +16,6 @@ NOUNS = {
     "checksum": "compute an image's checksum",
     "bitmap": "dirty bitmaps of an image",
     "data": "the data plane",
-    "drain": "finish what runs, take nothing new",
 }
 
 

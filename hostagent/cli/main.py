@@ -12,13 +12,26 @@ import sys
 from collections.abc import Sequence
 
 from hostagent import __version__
-from hostagent.cli import arguments, demo, doctor, events_cmd, exports, grants, images, jobs, later, serve, status
+from hostagent.cli import (
+    arguments,
+    demo,
+    doctor,
+    drain,
+    events_cmd,
+    exports,
+    grants,
+    images,
+    jobs,
+    later,
+    serve,
+    status,
+)
 from hostagent.cli.client import CliError
 from hostagent.cli.terminal import complain
 from hostagent.errors import CODES, EXIT_ERROR, EXIT_INTERRUPTED, AgentError
 from jobs.errors import JobError
 
-NOUNS = (jobs, images, exports, grants, events_cmd, status, doctor, serve, demo)
+NOUNS = (jobs, images, exports, grants, events_cmd, status, doctor, drain, serve, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -75,7 +75,7 @@ def _libvirt(state: Json) -> str:
 
 
 def _print_alarms(terminal: Terminal, host: Json) -> None:
-    alarms = [*_daemon_alarms(host), *_revocation_alarms(host)]
+    alarms = [*_daemon_alarms(host), *_revocation_alarms(host), *_drain_alarms(host)]
     terminal.line("")
     if not alarms:
         terminal.line("nothing needs attention", "ok")
@@ -114,6 +114,14 @@ def _revocation_alarms(host: Json) -> list[tuple[str, str]]:
     oldest = format_duration(pending.get("oldest_seconds") or 0)
     text = f"{pending['pending']} files wait for their access to be taken back, the oldest for {oldest}"
     return [(text, "hostagent grant list shows which, and why")]
+
+
+def _drain_alarms(host: Json) -> list[tuple[str, str]]:
+    drain = host.get("drain") or {}
+    if not drain.get("draining"):
+        return []
+    text = f"the host has been draining for {age(drain.get('since'))}: no new work is taken"
+    return [(text, "hostagent drain says what still holds; hostagent drain --undo lifts it")]
 
 
 def _print_jobs(terminal: Terminal, jobs: list[Json]) -> None:

@@ -121,6 +121,13 @@ class Exports:
         skip = (os.getpid(), *((export.pid,) if export.pid else ()))
         return sockdiag.clients(export.socket, skip_pids=skip)
 
+    def all_clients(self) -> dict[str, list[sockdiag.Client]]:
+        """Who is connected, by export: exports of one chain share a listener, and so its clients. Blocking."""
+        exports = [export for export in self.active() if export.socket]
+        skip = {os.getpid(), *(export.pid for export in exports if export.pid)}
+        found = sockdiag.clients_of({export.socket for export in exports}, skip_pids=skip)
+        return {export.id: found[export.socket] for export in exports}
+
     # Start
 
     async def start(self, spec: ExportSpec, export_id: str | None, *, anywhere: bool) -> tuple[ExportRecord, bool]:

@@ -47,13 +47,21 @@ class Client(NamedTuple):
 
 def clients(socket_path: str, *, skip_pids: Collection[int] = (), timeout: float = 5.0) -> list[Client]:
     """One entry for each connection to the listener bound at this absolute path, but for those of `skip_pids`."""
-    peers = _peers(socket_path, timeout)
-    owners = _owners(set(peers)) if peers else {}
-    found = []
-    for inode in peers:
+    return clients_of({socket_path}, skip_pids=skip_pids, timeout=timeout)[socket_path]
+
+
+def clients_of(
+    sockets: Collection[str], *, skip_pids: Collection[int] = (), timeout: float = 5.0
+) -> dict[str, list[Client]]:
+    """The same for many listeners, with one look at the kernel's table and at most one at /proc."""
+    names = {os.fsencode(path): path for path in sockets}
+    peers = [(names[bound], peer) for bound, peer in _dump(timeout) if bound in names and peer]
+    owners = _owners({inode for _, inode in peers}) if peers else {}
+    found: dict[str, list[Client]] = {path: [] for path in sockets}
+    for path, inode in peers:
         pids = owners.get(inode, [])
         if not any(pid in skip_pids for pid in pids):
-            found.append(_client(pids[0]) if pids else Client(None, "?", None))
+            found[path].append(_client(pids[0]) if pids else Client(None, "?", None))
     return found
 
 

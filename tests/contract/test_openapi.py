@@ -21,6 +21,7 @@ OBJECTS = {
     "Job": JOB,
     "Export": EXPORT,
     "Grant": "id path mode holder since reason access state detail",
+    "Drain": "draining since pause paused drained jobs exports revocations beginning",
     "Chain": "before after revoked kept",
     "Kept": "path reason holders",
     "Cursor": "cur end",
@@ -35,6 +36,7 @@ REQUESTS = {
     "CompleteBody": "completion",
     "NextBody": "cursor",
     "AbortBody": "force",
+    "DrainBody": "pause",
     "ExportCreate": "id image format shallow writable bitmaps ttl idle_timeout labels",
 }
 

@@ -106,6 +106,20 @@ def test_another_listener_beside_it_does_not_count(server: Server, tmp_path: Pat
     other.close()
 
 
+def test_the_clients_of_many_listeners_are_told_apart_in_one_look(server: Server, tmp_path: Path) -> None:
+    other, idle = Server(tmp_path / "other.sock"), Server(tmp_path / "idle.sock")
+    try:
+        mine, theirs = server.client(2), other.client()
+        found = sockdiag.clients_of({server.path, other.path, idle.path})
+        pids = {path: [client.pid for client in clients] for path, clients in found.items()}
+        assert pids == {server.path: [mine.pid, mine.pid], other.path: [theirs.pid], idle.path: []}
+        assert sockdiag.clients_of({server.path}, skip_pids=[mine.pid]) == {server.path: []}
+        assert sockdiag.clients_of(set()) == {}
+    finally:
+        other.close()
+        idle.close()
+
+
 def test_hundreds_of_connections_are_all_counted(server: Server) -> None:
     server.client(connections=400)
     assert sockdiag.connections(server.path) == 400

@@ -238,5 +238,16 @@ class FakeService:
     async def host(self) -> Json:
         return {"host": "h1", "version": "0"}
 
+    async def drain(self, pause: bool, *, peer: Peer) -> Json:
+        self.calls.append(("drain", (pause, peer)))
+        return await self.drain_state()
+
+    async def lift_drain(self, *, peer: Peer) -> Json:
+        self.calls.append(("lift_drain", peer))
+        return await self.drain_state()
+
+    async def drain_state(self) -> Json:
+        return {"draining": True, "drained": False}
+
     async def ready(self) -> Json:
         return {"ready": self.is_ready, "checks": {"store": {"ok": self.is_ready, "detail": "writable"}}}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -189,6 +190,18 @@ def test_grants_are_listed_shown_and_kept_while_needed(agent):
     assert agent.call("GET", "/v1/grants/g1").body["id"] == "g1"
     reply = agent.call("DELETE", "/v1/grants/g1")
     assert (reply.status, reply.body["holders"]) == (409, ["job:j"])
+
+
+def test_draining_is_begun_asked_for_and_lifted(agent):
+    assert agent.call("POST", "/v1/host/drain").body["draining"]
+    assert agent.call("POST", "/v1/host/drain", {"pause": True}).status == 200
+    assert agent.call("POST", "/v1/host/drain", {"pauze": True}).body["field"] == "pauze"
+    assert agent.call("GET", "/v1/host/drain").status == 200
+    assert agent.call("DELETE", "/v1/host/drain").status == 200
+    asked = [(name, what) for name, what in agent.service.calls if "drain" in name]
+    assert [(name, what[0]) for name, what in asked[:2]] == [("drain", False), ("drain", True)]
+    peers = [asked[0][1][1], asked[2][1]]
+    assert {peer.uid for peer in peers} == {os.geteuid()}
 
 
 def test_probes_and_metrics(agent):

@@ -28,7 +28,7 @@ def test_who_came_first_is_served_first() -> None:
 
 
 @example(["take", "take", "tick", "give", "cancel"], 1)  # given, and cancelled before it could know
-@given(st.lists(st.sampled_from(["take", "give", "cancel", "tick", "occupy"]), max_size=40), st.integers(1, 3))
+@given(st.lists(st.sampled_from(["take", "give", "cancel", "tick", "occupy", "close", "open"]), max_size=40), st.integers(1, 3))
 def test_slots_neither_leak_nor_multiply(steps: list[str], width: int) -> None:
     """Whatever is taken, cancelled at any moment and given back: in the end there are as many as there were."""
 
@@ -49,8 +49,13 @@ def test_slots_neither_leak_nor_multiply(steps: list[str], width: int) -> None:
             elif step == "occupy":
                 slots.occupy()
                 occupied += 1
+            elif step == "close":
+                slots.close()
+            elif step == "open":
+                slots.open()
             else:
                 await asyncio.sleep(0)
+        slots.open()
         for _ in range(occupied):
             slots.give()
         for _ in range(2 * len(tasks) + 2):
@@ -64,5 +69,29 @@ def test_slots_neither_leak_nor_multiply(steps: list[str], width: int) -> None:
             await asyncio.sleep(0)
         assert [task.done() for task in again] == [True] * width + [False]
         again[-1].cancel()
+
+    asyncio.run(scenario())
+
+
+def test_closed_slots_let_nobody_in_and_keep_their_order() -> None:
+    async def scenario() -> None:
+        slots, served = Slots(2), []
+
+        async def work(name: int) -> None:
+            await slots.take()
+            served.append(name)
+
+        await slots.take()
+        slots.close()
+        waiting = [asyncio.create_task(work(n)) for n in range(3)]
+        await asyncio.sleep(0)
+        slots.give()
+        await asyncio.sleep(0)
+        assert served == []
+        slots.open()
+        await asyncio.wait(waiting[:2])
+        assert served == [0, 1]
+        assert not waiting[2].done()
+        waiting[2].cancel()
 
     asyncio.run(scenario())

@@ -1,21 +1,21 @@
 """SQLite (WAL): jobs, the access ledger, exports, storage daemons, the event log.
 
 One connection in one thread of its own; every public coroutine is one transaction, durable when it returns
-(synchronous=FULL). Events are rows of the same transaction as the change that they tell of, and are published after
-it. A folder belongs to one agent: a second one is refused at open. Rows hold whole records as JSON beside the few
-columns that queries need; MIGRATIONS takes an older file forward.
+(synchronous=FULL); those that come at the same time share a commit. Events are rows of the same transaction as the
+change that they tell of, and are published after it. A folder belongs to one agent: a second one is refused at open.
+Rows hold whole records as JSON beside the few columns that queries need; MIGRATIONS takes an older file forward.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +25,13 @@ from events.model import Event, Record, now
 from hostagent import records, selection
 from hostagent.records import AccessFile, AccessRow, DaemonRecord, ExportRecord, encode
 from hostagent.schema import MIGRATIONS
+from hostagent.turns import Outcome, Turns
 from jobs.errors import JobError
 from jobs.model import TERMINAL, FileId, Holder, Job, Need, Revocation
 from jobs.ports import AccessChange
 
 T = TypeVar("T")
+Work = Callable[[sqlite3.Connection], Any]
 
 
 class Store:
@@ -47,7 +49,7 @@ class Store:
         self._host = host
         self._publish = publish
         self._busy_timeout = busy_timeout
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._turns = Turns("store", self._together)
         self._db: sqlite3.Connection
         self._lock_fd: int
         self._last_seq = 0
@@ -56,9 +58,8 @@ class Store:
     async def open(self) -> None:
         """Take the folder, bring the schema up to date. Raises JobError busy when another agent has it."""
         self._lock_fd = _lock(self._folder)
-        loop = asyncio.get_running_loop()
         try:
-            self._db = await loop.run_in_executor(self._thread, self._connect)
+            self._db = await self._turns.first(self._connect)
         except BaseException as error:
             os.close(self._lock_fd)
             if not isinstance(error, sqlite3.Error):
@@ -70,8 +71,7 @@ class Store:
             ) from error
 
     async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)
-        self._thread.shutdown()
+        await self._turns.close(self._db.close)
         os.close(self._lock_fd)
 
     def _connect(self) -> sqlite3.Connection:
@@ -97,8 +97,23 @@ class Store:
         return db
 
     async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """`work` in the store's thread, as one transaction."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transaction, work)
+        """`work` in the store's thread, as one transaction; it may run twice, and must do nothing but to `db`."""
+        done: T = await self._turns.take(work)
+        return done
+
+    def _together(self, works: Sequence[Work]) -> list[Outcome]:
+        """One commit, and so one fsync, for all; each work fails alone. Where the transaction itself fails (no space,
+        which a reader need not suffer from), each is tried again by itself."""
+        if len(works) > 1:
+            with contextlib.suppress(JobError, sqlite3.Error):
+                return self._transaction(lambda db: [_apart(db, work) for work in works])
+        return [self._alone(work) for work in works]
+
+    def _alone(self, work: Work) -> Outcome:
+        try:
+            return self._transaction(work), None
+        except Exception as error:  # noqa: BLE001 - it is the caller's, on the loop
+            return None, error
 
     def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         db = self._db
@@ -387,6 +402,20 @@ class Store:
 
     async def set_fact(self, name: str, value: str) -> None:
         await self._run(lambda db: db.execute("INSERT OR REPLACE INTO facts VALUES (?,?)", (name, value)))
+
+
+def _apart(db: sqlite3.Connection, work: Work) -> Outcome:
+    """`work` in a savepoint. What SQLite itself says is the whole transaction's."""
+    db.execute("SAVEPOINT work")
+    try:
+        outcome: Outcome = work(db), None
+    except sqlite3.Error:
+        raise
+    except Exception as error:  # noqa: BLE001 - it is the caller's, on the loop
+        db.execute("ROLLBACK TO work")
+        outcome = None, error
+    db.execute("RELEASE work")
+    return outcome
 
 
 def _lock(folder: Path) -> int:

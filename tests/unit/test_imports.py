@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = {"events", "jobs", "hostagent"}
 LEAVES = {
     f"hostagent.{name}"
-    for name in ("config", "errors", "sizes", "logs", "sdnotify", "nbdclient", "locks", "schema", "selection")
+    for name in ("config", "errors", "sizes", "logs", "sdnotify", "nbdclient", "locks", "schema", "selection", "turns")
 }
 SIBLINGS = ("store", "images", "drivers", "nbd", "access", "transfers")
 AMONG_SIBLINGS = {("nbd", "images"), ("nbd", "drivers"), ("transfers", "nbd"), ("transfers", "access")}

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 STREAM_FILTER = "stream"
 STREAM_TOP = "pull"
 MIRROR_FILTER = "mirror"
+COMMIT_FILTER = "commit"
 COPY_ON_READ = "cor"
 MOMENT = 0.5
 """Seconds between a process's closing of its sockets and its end, at most (it is flushing nothing any more then)."""
@@ -421,8 +422,8 @@ class StorageDaemon:
             "auto_dismiss": False,
             "filter_node_name": MIRROR_FILTER,
         }
-        if device != top:
-            arguments |= {"backing_file": backing, "auto_finalize": False}
+        if device != top:  # its filter stands within the chain, where no export belongs
+            arguments |= {"backing_file": backing, "auto_finalize": False, "filter_node_name": COMMIT_FILTER}
         await self.execute("block-commit", **arguments)
 
     async def complete(self, job_id: str, *, pivot: bool) -> None:

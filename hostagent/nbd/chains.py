@@ -328,7 +328,7 @@ class Chains:
         """Leases went with the agent before; the daemon's own locks kept the worst away meanwhile."""
         try:
             chain.layers = [layer for layer in chain.layers if chain.descriptor(layer.file) is not None]
-            await chain.lease(exclusive=chain.writable)
+            await chain.lease(exclusive=_alone(chain))
         except JobError as error:
             log.warning("a lease was lost", extra={"fields": {"path": chain.path, "error": error.message}})
 
@@ -410,6 +410,13 @@ class Chains:
             beside=tuple(chain.beside),
             created=self._clock.now(),
         )
+
+
+def _alone(chain: PreparedChain) -> set[FileId]:
+    """Whom nobody else may use: what is open for writing, and what a commit takes in on the way down."""
+    written = [n for n, layer in enumerate(chain.layers) if layer.file in chain.writable]
+    between = chain.layers[1 : max(written, default=0) + 1]
+    return chain.writable | {layer.file for layer in between}
 
 
 def _open(nodes: Sequence[Node], modes: Mapping[FileId, bool]) -> list[Node]:

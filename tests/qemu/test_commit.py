@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, check_clean, overlay, same_content
-from tests.qemu.faults import ROOT, Pair, Reader, daemon_of, eventually, sound, storage_daemons
+from tests.qemu.faults import HASTE, ROOT, Pair, Reader, daemon_of, eventually, sound, storage_daemons
 
 pytestmark = pytest.mark.qemu
 SLOW = MIB
@@ -155,6 +155,27 @@ def test_a_commit_below_the_top_under_a_reading_client(agent: AgentProcess, chai
     assert backing_of(chain.upper) == chain.base.name
     assert not chain.lower.exists()
     assert same_content(chain.top, chain.truth)
+
+
+@pytest.mark.parametrize("spec", [{"completion": "pivot"}, {"top": "{upper}"}], ids=["active", "below"])
+@pytest.mark.parametrize("killed", [False, True], ids=["", "agent-killed"])
+def test_who_comes_while_a_commit_runs_reads_the_top(tmp_path: Path, chain: Chain, spec: Json, *, killed: bool) -> None:
+    spec = {key: value.format(upper=chain.upper) for key, value in spec.items()}
+    with AgentProcess(tmp_path, HASTE) as agent:
+        job = request(agent, chain.top, bandwidth=SLOW, **spec)
+        agent.until(job["id"], lambda job: job["state"] == "running" and job["cursor"]["cur"] > 0)
+        export = agent.export(chain.top)
+        with Reader(export["uri"], chain.truth) as reader:
+            if killed:
+                agent.kill()
+                agent.start()
+            agent.patch(f"/v1/jobs/{job['id']}", {"bandwidth": 0})
+            assert agent.until_ended(job["id"])["state"] == "completed"
+            time.sleep(0.2)
+            assert reader.stop() > 0
+        agent.delete(f"/v1/exports/{export['id']}")
+    left = chain.top if "top" in spec else chain.base
+    assert same_content(left, chain.truth, first=raw(left))
 
 
 # Siblings

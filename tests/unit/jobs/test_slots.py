@@ -28,7 +28,10 @@ def test_who_came_first_is_served_first() -> None:
 
 
 @example(["take", "take", "tick", "give", "cancel"], 1)  # given, and cancelled before it could know
-@given(st.lists(st.sampled_from(["take", "give", "cancel", "tick", "occupy", "close", "open"]), max_size=40), st.integers(1, 3))
+@given(
+    st.lists(st.sampled_from(["take", "give", "cancel", "tick", "occupy", "close", "open"]), max_size=40),
+    st.integers(1, 3),
+)
 def test_slots_neither_leak_nor_multiply(steps: list[str], width: int) -> None:
     """Whatever is taken, cancelled at any moment and given back: in the end there are as many as there were."""
 

@@ -273,7 +273,8 @@ class Actor:
 
     async def _sealed(self, seen: Observation) -> Observation:
         """Make sure of a result that nothing but the hypervisor's word says, once it has said it."""
-        if self.job.completion is None or seen.proven or not seen.done:
+        failed = self.job.error is not None and self.job.completion is Completion.FINISH
+        if self.job.completion is None or seen.proven or not seen.done or failed:
             return seen
         try:
             await self._w.driver.seal(self.job)

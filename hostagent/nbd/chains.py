@@ -420,4 +420,5 @@ def _alone(chain: PreparedChain) -> set[FileId]:
 
 
 def _open(nodes: Sequence[Node], modes: Mapping[FileId, bool]) -> list[Node]:
-    return [node for node in nodes if node.layer.file in modes]
+    """Of these nodes those that the daemon still has open; of a remote one (no descriptor) the kernel cannot say."""
+    return [node for node in nodes if node.layer.file in modes or node.descriptor < 0]

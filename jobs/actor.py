@@ -145,7 +145,7 @@ class Actor:
         await self._stream()
 
     async def _prepare(self) -> None:
-        if changes := await self._w.driver.prepare(self.job):
+        while changes := await self._w.driver.prepare(self.job):
             await self._keeper.change(**changes)
 
     async def _stream(self) -> None:
@@ -249,7 +249,8 @@ class Actor:
 
     async def _ending(self) -> None:
         """Completing or aborting: ask for the end where that is our part, then settle."""
-        if self.job.state is State.ABORTING or self.job.error is not None:
+        to_cancel = self.job.state is State.ABORTING or self.job.error is not None
+        if to_cancel:
             await self._w.driver.cancel(self.job)
         elif self.job.completion is not None:
             await self._w.driver.complete(self.job)
@@ -270,11 +271,14 @@ class Actor:
             message = await self._inbox.next(self._w.limits.progress_interval)
             if message is not None and message.ask is not Ask.LOOK:
                 await self._request(message)
+                if self.job.state is State.ABORTING and not to_cancel:
+                    return  # and in again, to ask for that
+            elif seen.phase is Phase.READY and not to_cancel:
+                await self._w.driver.complete(self.job)  # asked in a moment in which it did not listen
 
     async def _sealed(self, seen: Observation) -> Observation:
         """Make sure of a result that nothing but the hypervisor's word says, once it has said it."""
-        failed = self.job.error is not None and self.job.completion is Completion.FINISH
-        if self.job.completion is None or seen.proven or not seen.done or failed:
+        if self.job.completion is None or self.job.error is not None or seen.proven or not seen.done:
             return seen
         try:
             await self._w.driver.seal(self.job)
@@ -303,7 +307,7 @@ class Actor:
                 await self._keeper.move(Signal.ENDED)
             elif seen.phase in (Phase.RUNNING, Phase.PENDING, Phase.READY) and self.job.completion is None:
                 await self._keeper.started()
-            elif seen.phase is Phase.PAUSED:
+            elif seen.phase is Phase.PAUSED and self.job.completion is None:
                 await self._keeper.move(Signal.PAUSED)
             elif self._agent_driven and seen.contact is Contact.ALIVE:
                 await self._keeper.started()

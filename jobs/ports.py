@@ -94,7 +94,8 @@ class BlockDriver(Protocol):
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         """Leases, grants, the target's file: all that comes before the image is opened for the job. Idempotent.
 
-        Returns what of the job is only known now, as changes to its fields.
+        Returns what of the job is only known now, as changes to its fields: they are to be stored, and then it is to
+        be called again for what depends on them.
         """
 
     async def check(self, job: Job) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ hypervisor's word is the only one, and where it is lost the job failed and its t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -144,7 +145,7 @@ class Copy:
         target = job.target
         if target is None or not target.made or job.completion is None:
             return False
-        return await self._aside(_named, target)
+        return await self._aside(_is_settled, target)
 
     async def seal(self, job: Job, chain: PreparedChain) -> None:
         assert job.target is not None
@@ -273,35 +274,69 @@ def _named(target: Target) -> bool:
     return FileId(found.st_dev, found.st_ino) == target.file
 
 
+def _is_settled(target: Target) -> bool:
+    """Whether the target has its name, on stable storage. An agent that was killed while it gave it may have left the
+    other one: that goes, for a file with two names is nobody's for certain, and is refused everywhere."""
+    if not _named(target):
+        return False
+    _name_alone(target)
+    return True
+
+
 def _settle(target: Target, fd: int) -> None:
-    """On stable storage, and under its name. Idempotent."""
-    os.fsync(fd)
-    if target.part is None:
-        return
+    """On stable storage, and under its name. Idempotent. Of its own descriptor: should it hang and come through when
+    the job has long failed, then there is no such file to be named, and no other by that number."""
+    own = os.dup(fd)
+    try:
+        os.fsync(own)
+        if target.part is not None:
+            _name(target, own)
+            _name_alone(target)
+    except OSError as error:
+        raise _os_error(target, error) from error
+    finally:
+        os.close(own)
+
+
+def _name(target: Target, fd: int) -> None:
     folder = os.open(Path(target.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # By descriptor, so that it is this file that gets the name; the folder makes it linkat(2), which follows.
         os.link(f"/proc/self/fd/{fd}", target.path, src_dir_fd=folder, follow_symlinks=True)
-    except OSError as error:
+    except OSError:
         if not _named(target):
-            os.close(folder)
-            raise _os_error(target, error) from error
-    Path(target.part).unlink(missing_ok=True)
-    os.fsync(folder)
-    os.close(folder)
+            raise
+    finally:
+        os.close(folder)
+
+
+def _name_alone(target: Target) -> None:
+    """Take the unfinished file's name from the target that has its own; durable."""
+    if target.part is not None:
+        _unlink(Path(target.part), target.file)
+    folder = os.open(Path(target.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _delete(target: Target, job_id: str) -> None:
-    """The unfinished file; only the one that is ours."""
-    path = Path(target.part or _part(target, job_id))
+    """The file that was not sealed, by both its names: it may have got the second in the moment in which it failed."""
     try:
-        found = os.lstat(path)
-        if target.file is None or FileId(found.st_dev, found.st_ino) == target.file:
-            path.unlink()
-    except FileNotFoundError:
-        return
+        _unlink(Path(target.part or _part(target, job_id)), target.file)
+        if target.file is not None:
+            _unlink(Path(target.path), target.file)
     except OSError as error:
         raise _os_error(target, error) from error
+
+
+def _unlink(path: Path, file: FileId | None) -> None:
+    """Only the very file; None is any. What is gone is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if file is None or FileId(found.st_dev, found.st_ino) == file:
+            path.unlink()
 
 
 def _os_error(target: Target, error: OSError) -> JobError:

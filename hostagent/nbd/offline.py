@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,8 +88,9 @@ class OfflineDriver:
                 raise JobError("busy", f"{others[0]} works on {chain.path!r}", remedy="wait for it to end")
             await chain.lease(exclusive=operation.alone(job))
             try:
-                changes = await operation.make_ready(job, chain)
-                await self._grants.acquire(job.holder, operation.needs(replace(job, **changes)))
+                # Stored before the grants: rows for a file that no job names would be nobody's to take back.
+                if not (changes := await operation.make_ready(job, chain)):
+                    await self._grants.acquire(job.holder, operation.needs(job))
             except JobError:
                 chain.give_up_target()
                 await chain.close_for_writing()
@@ -194,7 +194,9 @@ class OfflineDriver:
         chain = self._chain(job)
         async with chain.lock:  # nobody may come to stand on the chain in this moment
             daemon = await chain.serve()
-            await chain.ask(daemon.complete(job_name(job), pivot=job.completion is Completion.PIVOT))
+            found: BlockJob = await chain.ask(daemon.block_job(job_name(job)))
+            if found.phase is Phase.READY:  # of one that is not, a good end that keeps the disk would be a cancelling
+                await chain.ask(daemon.complete(job_name(job), pivot=job.completion is Completion.PIVOT))
 
     async def seal(self, job: Job) -> None:
         chain = self._chain(job)

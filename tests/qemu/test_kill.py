@@ -7,13 +7,8 @@ and looks at everything that may be left. TEST_SEED repeats the moments of a run
 from __future__ import annotations
 
 import contextlib
-import http.client
-import os
 import random
 import signal
-import sqlite3
-import threading
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,24 +16,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, ApiError, Json, check_clean, reachable, same_content
-from tests.qemu.faults import (
-    PATIENCE,
-    ROOT,
-    Pair,
-    Reader,
-    eventually,
-    open_below,
-    permissions,
-    send,
-    sound,
-    storage_daemons,
-    writable_for_qemu,
+from tests.harness import MIB, AgentProcess, check_clean, reachable, same_content
+from tests.qemu.faults import ROOT, Pair, Reader, eventually, permissions, send, sound, storage_daemons
+from tests.qemu.kills import (
+    SEED,
+    SETTINGS,
+    Client,
+    Moment,
+    assert_nothing_left,
+    left_in_store,
+    noted,
+    settled,
+    start_and_kill,
 )
 
 pytestmark = pytest.mark.qemu
 
-SEED = os.environ.get("TEST_SEED") or str(random.SystemRandom().randrange(1 << 32))
 SIZE = 24 * MIB
 BANDWIDTH = 48 * MIB
 """Bytes a second: a pull takes 0.5 s, and the moments are spread over that and what comes before and after."""
@@ -60,70 +53,6 @@ class Case:
         return "-".join(words)
 
 
-@dataclass(frozen=True)
-class Moment:
-    """`delay` seconds after the request was sent, or after the overlay's header shows the end."""
-
-    after: str
-    delay: float
-
-    @classmethod
-    def chosen(cls, dice: random.Random) -> Moment:
-        kind = dice.randrange(4)
-        if kind == 0:  # before the answer to the request, or just after it
-            return cls("request", dice.uniform(0, 0.012))
-        if kind == 1:  # leases, grants, the storage daemon's start
-            return cls("request", dice.uniform(0.01, 0.2))
-        if kind == 2:  # anywhere in the pull, its end included
-            return cls("request", dice.uniform(0.1, 0.9))
-        return cls("header", dice.uniform(0, 0.05))  # proof, record, revocation, closing
-
-    def wait(self, images: Pair) -> None:
-        if self.after == "header":
-            deadline = time.monotonic() + PATIENCE
-            while not images.pulled() and time.monotonic() < deadline:
-                time.sleep(0.0005)
-        time.sleep(self.delay)
-
-
-class Client:
-    """Somebody who asks for the pull and drives it, until the agent is gone."""
-
-    def __init__(self, agent: AgentProcess, request: Json) -> None:
-        self._agent = agent
-        self.request = request
-        self.acknowledged = False
-        self.cursor = 0
-        self._thread = threading.Thread(target=self._try, daemon=True)
-        self._thread.start()
-
-    def join(self) -> None:
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
-
-    def _try(self) -> None:
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            self._agent.post("/v1/jobs", self.request)
-            self.acknowledged = True
-            if "increment" in self.request:
-                self.drive()
-
-    def drive(self) -> Json:
-        """Bring the job to its end, by `next` where it waits for that."""
-        path = f"/v1/jobs/{self.request['id']}"
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            job: Json = self._agent.get(path)
-            assert job["cursor"]["cur"] >= self.cursor, f"the cursor went back from {self.cursor}: {job}"
-            self.cursor = job["cursor"]["cur"]
-            if job["state"] in ("completed", "failed", "aborted") and job["revocation"] != "pending":
-                return job
-            if job["state"] == "waiting":
-                self._agent.post(f"{path}/next", {"cursor": self.cursor})
-            time.sleep(0.01)
-        raise AssertionError(f"the job stays {job}")
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
     """What rounds pull, one of them each: three whole pulls to one that stops at a base."""
@@ -134,8 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[AgentProcess]:
-    settings = {"JOBS_PROGRESS_INTERVAL": "0.1", "JOBS_SETTLE_RETRY": "0.1", "QSD_STOP_TIMEOUT": "5"}
-    with reachable(tmp_path), AgentProcess(tmp_path, settings) as process:
+    with reachable(tmp_path), AgentProcess(tmp_path, SETTINGS) as process:
         yield process
 
 
@@ -173,14 +101,10 @@ def _rounds(agent: AgentProcess, models: list[Pair], case: Case, count: int, fir
     for number in range(first, first + count):
         dice = random.Random(f"{SEED} {case} {number}")
         moment = Moment.chosen(dice)
-        try:
+        with noted(agent, f"{case}, round {number}, killed {moment}"):
             _round(agent, dice.choice(models).copy(agent.folder / f"round{number}"), case, moment, dice)
-        except BaseException as error:
-            error.add_note(f"TEST_SEED={SEED}, {case}, round {number}, killed {moment}")
-            error.add_note(f"the agent's log ends: {agent.log.read_text()[-4000:]}")
-            raise
     agent.stop()
-    assert _left_in_store(agent) == {}
+    assert left_in_store(agent) == {}
 
 
 def _round(agent: AgentProcess, images: Pair, case: Case, moment: Moment, dice: random.Random) -> None:
@@ -192,16 +116,16 @@ def _round(agent: AgentProcess, images: Pair, case: Case, moment: Moment, dice: 
             reader = stack.enter_context(Reader(export["uri"], images.truth))
         request = {**images.request, "id": str(uuid.uuid4()), "bandwidth": BANDWIDTH}
         client = Client(agent, {**request, "increment": INCREMENT} if case.incremental else request)
-        moment.wait(images)
+        moment.wait(images.pulled)
         _kill(agent, case, dice)
         client.join()
         agent.start()
-        job = _settled(agent, client, case)
+        job = settled(agent, client)
         if case.daemon and job["state"] == "failed":
             assert job["error"]["code"] == "storage_daemon_died", job
             _assert_whole(images, case, pulled=False)
             again = {**client.request, "id": str(uuid.uuid4())}
-            job = _settled(agent, Client(agent, again), case)
+            job = settled(agent, Client(agent, again))
             _take_back_what_a_failure_left(agent, images)
         assert job["state"] == "completed", job
         assert job["cursor"] == {"cur": SIZE, "end": SIZE}
@@ -209,7 +133,7 @@ def _round(agent: AgentProcess, images: Pair, case: Case, moment: Moment, dice: 
         if reader is not None:
             _end_export(agent, export["id"], reader, case)
     _assert_whole(images, case, pulled=True)
-    _assert_nothing_left(agent, images, before)
+    assert_nothing_left(agent, images.files, before)
 
 
 def _kill(agent: AgentProcess, case: Case, dice: random.Random) -> None:
@@ -221,39 +145,7 @@ def _kill(agent: AgentProcess, case: Case, dice: random.Random) -> None:
     if case.daemon:
         send(signal.SIGKILL, *storage_daemons(agent))
     for _ in range(dice.randint(1, 2) if case.twice else 0):
-        _start_and_kill(agent, dice.uniform(0.3, 0.9))
-
-
-def _start_and_kill(agent: AgentProcess, delay: float) -> None:
-    starting = threading.Thread(target=_start_quietly, args=(agent,), daemon=True)
-    process = agent.process
-    starting.start()
-    eventually(lambda: agent.process is not process)
-    time.sleep(delay)
-    assert agent.process is not None
-    agent.process.kill()
-    starting.join(PATIENCE)
-    agent.process.wait(PATIENCE)
-    agent.process = None
-
-
-def _start_quietly(agent: AgentProcess) -> None:
-    with contextlib.suppress(AssertionError):  # it is killed before it is ready
-        agent.start()
-
-
-def _settled(agent: AgentProcess, client: Client, case: Case) -> Json:
-    """The job at its end. One that was never acknowledged is not there, or is whole: asked for again, it is the one."""
-    client.join()
-    path = f"/v1/jobs/{client.request['id']}"
-    try:
-        agent.get(path)
-    except ApiError as error:
-        assert error.status == 404
-        assert not client.acknowledged, "an acknowledged job is lost"
-    job = agent.post("/v1/jobs", client.request)
-    assert job["id"] == client.request["id"]
-    return client.drive()
+        start_and_kill(agent, dice.uniform(0.3, 0.9))
 
 
 def _end_export(agent: AgentProcess, export_id: str, reader: Reader, case: Case) -> None:
@@ -279,33 +171,3 @@ def _assert_whole(images: Pair, case: Case, *, pulled: bool) -> None:
     assert sound(images.top) if case.daemon else check_clean(images.top)
     assert images.pulled() or not pulled
     assert same_content(images.top, images.truth)
-
-
-def _assert_nothing_left(agent: AgentProcess, images: Pair, before: dict[Path, tuple[int, bytes | None]]) -> None:
-    assert eventually(lambda: storage_daemons(agent) == []), "a storage daemon is left"
-    assert eventually(lambda: agent.get("/v1/host")["storage_daemons"] == [])
-    assert eventually(lambda: agent.get("/v1/host")["revocations"]["pending"] == 0)
-    assert agent.get("/v1/host")["orphans"] == []
-    assert list((agent.runtime / "qsd").iterdir()) == []
-    assert list((agent.runtime / "nbd").iterdir()) == []
-    if ROOT:
-        assert eventually(lambda: agent.get("/v1/grants")["items"] == [])
-    assert eventually(lambda: {path: permissions(path) for path in before} == before)
-    assert agent.process is not None
-    assert open_below(agent.process.pid, images.folder) == []
-    locked = [path for path, format in images.files.items() if not writable_for_qemu(path, format)]
-    assert locked == []
-
-
-def _left_in_store(agent: AgentProcess) -> dict[str, int]:
-    """Rows that only something unfinished has; the agent must not run."""
-    questions = {
-        "jobs": "SELECT count(*) FROM jobs WHERE finished IS NULL OR revocation = 'pending'",
-        "exports": "SELECT count(*) FROM exports WHERE stopped IS NULL",
-        "daemons": "SELECT count(*) FROM daemons",
-        "needs": "SELECT count(*) FROM access_rows",
-        "files": "SELECT count(*) FROM access_files WHERE verdict NOT IN ('revoked', 'kept')",
-    }
-    with contextlib.closing(sqlite3.connect(agent.state / "hostagent.db")) as db:
-        counts = {name: db.execute(query).fetchone()[0] for name, query in questions.items()}
-    return {name: count for name, count in counts.items() if count}

@@ -98,6 +98,13 @@ class Qsd:
     stop_timeout: float = setting(
         10.0, "Seconds to flush and end after `quit`. One that does not is unresponsive, not killed.", low=0.1, high=600
     )
+    flush_timeout: float = setting(
+        120.0,
+        "Seconds to make durable all that was written, at the end of a writable export or of a job. It answers nothing "
+        "else meanwhile.",
+        low=1,
+        high=3600,
+    )
     unresponsive_kill: float = setting(
         0.0,
         "Seconds after which an unresponsive storage daemon that serves only a job is killed; 0 is never. One with a "

@@ -40,6 +40,7 @@ from events.model import (
     now,
 )
 from hostagent import __version__, sdnotify
+from hostagent.access import holders
 from hostagent.access.leases import Lease, LeaseMode
 from hostagent.access.ledger import Ledger, Subject
 from hostagent.access.ledger import Settings as LedgerSettings
@@ -61,6 +62,7 @@ from hostagent.metrics import JobGauge, Metrics, Snapshot
 from hostagent.nbd import chains as nbd_chains
 from hostagent.nbd import exports as nbd_exports
 from hostagent.nbd.chains import Chains
+from hostagent.nbd.claims import Claims
 from hostagent.nbd.committing import Commit
 from hostagent.nbd.copying import Copy
 from hostagent.nbd.exports import Exports
@@ -210,6 +212,7 @@ class Agent:
                 call_timeout=config.qmp.call_timeout,
                 start_timeout=config.qsd.start_timeout,
                 stop_timeout=config.qsd.stop_timeout,
+                flush_timeout=config.qsd.flush_timeout,
                 open_files=config.qsd.open_files,
                 max_connections=config.qsd.max_connections,
             ),
@@ -232,6 +235,7 @@ class Agent:
             self._chains,
             self._store,
             self._ledger,
+            Claims(self._store, self._dependents, openers=_openers, jobs=lambda: self._engine.active()),
             settings=nbd_exports.Settings(exports.limit, exports.nbd_timeout, exports.idle_check),
             clock=self._clock,
             started=self._metrics.export_started,
@@ -556,6 +560,11 @@ class Agent:
             bandwidth=job.bandwidth,
             stalled=view.stalled if view else 0.0,
         )
+
+
+def _openers(file: FileId) -> list[str]:
+    """The processes that have the file open, but for this one. Blocking."""
+    return [str(process) for process in holders.find_open([file], skip_pids=[os.getpid()])[file]]
 
 
 def _user(config: Config) -> User:

@@ -24,7 +24,8 @@ from hostagent.api.peer import Peer
 from hostagent.drain import Drain
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.copying import is_remote
-from hostagent.nbd.exports import Exports, ExportSpec
+from hostagent.nbd.export_spec import ExportSpec
+from hostagent.nbd.exports import Exports
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.records import AccessFile, ExportRecord
 from hostagent.store import Store
@@ -163,13 +164,14 @@ class AgentService:
 
     async def start_export(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
         self._has_room()
-        for name in ("writable", "bitmaps"):
-            if spec.get(name):
-                raise JobError("not_supported", f"{name} exports are not supported yet", field=name, value=spec[name])
+        if spec.get("bitmaps"):
+            message = "exports of bitmaps are not supported yet"
+            raise JobError("not_supported", message, field="bitmaps", value=spec["bitmaps"])
         asked = ExportSpec(
             image=_offline(spec["image"], "image"),
             format=spec.get("format"),
             shallow=bool(spec.get("shallow")),
+            writable=bool(spec.get("writable")),
             ttl=spec.get("ttl"),
             idle_timeout=spec.get("idle_timeout"),
             labels=spec.get("labels") or {},

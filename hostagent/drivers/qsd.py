@@ -55,6 +55,7 @@ class Settings:
     call_timeout: float
     start_timeout: float
     stop_timeout: float
+    flush_timeout: float
     open_files: int
     max_connections: int
 
@@ -311,7 +312,7 @@ class StorageDaemon:
         for node, below in links:
             options.append(_file_options(node, writable=writable))
             options.append(_format_options(node, below.format_node if below else None, writable=writable))
-        await self.execute("blockdev-reopen", options=options)
+        await self.execute("blockdev-reopen", None if writable else self._settings.flush_timeout, options=options)
 
     async def flush(self, node: Node, below: Node | None) -> None:
         """Make durable what was written through a node that is open for writing: reopening it does.
@@ -320,7 +321,8 @@ class StorageDaemon:
         next change of permissions closes the descriptor under those who read from it ("Bad file descriptor").
         """
         backing = below.format_node if below else None
-        await self.execute("blockdev-reopen", options=[_format_options(node, backing, writable=True)])
+        options = [_format_options(node, backing, writable=True)]
+        await self.execute("blockdev-reopen", self._settings.flush_timeout, options=options)
 
     async def remove(self, node: Node) -> None:
         """Close a layer that nothing uses any more. Idempotent; sent at once, carried out in order."""
@@ -466,15 +468,15 @@ class StorageDaemon:
             allocation_depth=depth,
         )
 
-    async def add_client_export(self, name: str, top: Node) -> None:
+    async def add_client_export(self, name: str, top: Node, *, writable: bool = False) -> None:
         """An export for clients. While a copy or a commit runs it stands on the job's filter, as those do that were
         there before, and goes over to the target with them."""
         try:
-            await self.add_export(name, MIRROR_FILTER)
+            await self.add_export(name, MIRROR_FILTER, writable=writable)
         except Refused as error:
             if "cannot find" not in error.text.lower():
                 raise
-            await self.add_export(name, top.format_node)
+            await self.add_export(name, top.format_node, writable=writable)
 
     async def remove_export(self, name: str, *, hard: bool) -> bool:
         """True when it is gone; False when a client is connected and `hard` is false."""

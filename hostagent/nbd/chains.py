@@ -102,6 +102,26 @@ class Chains:
         """The chain that this storage daemon serves, whatever its top is by now."""
         return next((chain for chain in self._chains.values() if chain.daemon and chain.daemon.id == daemon_id), None)
 
+    def users_of(self, file: FileId, *, besides: PreparedChain) -> list[str]:
+        """Who uses the file by another chain."""
+        chains = [chain for chain in self._chains.values() if chain is not besides]
+        found = {user for chain in chains if chain.uses(file) for user in chain.users}
+        return sorted(str(user) for user in found)
+
+    def refuse_written(self, chain: Chain) -> None:
+        """Raise busy when clients may write a file of the chain: what they write is nobody else's to read or change."""
+        files = {layer.file for layer in chain.layers}
+        for other in self._chains.values():
+            if other.writer is not None and other.file in files:
+                raise JobError(
+                    "busy",
+                    f"{other.path!r} is exported for writing by {other.writer}",
+                    field="path",
+                    value=other.path,
+                    remedy=f"stop the export first: hostagent export stop {other.writer.id}",
+                    holders=[str(other.writer)],
+                )
+
     async def open(self, path: str, *, format: str | None = None, anywhere: bool = True) -> OpenChain:
         """Read the chain's headers, in a thread and within images.inspect_timeout."""
         limits = self.settings.limits
@@ -154,6 +174,7 @@ class Chains:
                 if self._chains.get(key) is not chain:
                     continue
                 chain.take_over(opened)
+                self.refuse_written(opened.chain)
                 yield chain
                 return
             finally:
@@ -341,7 +362,7 @@ class Chains:
             with contextlib.suppress(JobError):
                 if not chain.users:
                     await chain.close()
-                elif chain.answers and not any(user.kind == "job" for user in chain.users):
+                elif chain.answers and chain.writer is None and not any(user.kind == "job" for user in chain.users):
                     await chain.tidy()
 
     async def let_go(self) -> None:

@@ -1,8 +1,9 @@
 """Exports: an image over NBD for as long as somebody needs it.
 
 An export is `running` when a handshake with it succeeded, not when a socket exists. Exports of one chain share its
-storage daemon and listener. Stopping is graceful: it is refused while clients are connected, and names them; `force`
-cuts them off. An export whose daemon ended is `lost`, told so, and holds nothing any more.
+storage daemon and listener; a writable one is alone on its chain (claims). Stopping is graceful: it is refused while
+clients are connected, and names them; `force` cuts them off. What was written is durable when a writable export is
+stopped. An export whose daemon ended is `lost`, told so, and holds nothing any more.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from events.model import Event, ExportEvent, ExportEventKind
 from hostagent import nbdclient
+from hostagent.drivers.qmp import Refused
 from hostagent.errors import AgentError
 from hostagent.locks import Locks
 from hostagent.nbd import sockdiag
 from hostagent.nbd.chains import Chains
+from hostagent.nbd.claims import Claims
+from hostagent.nbd.export_spec import ExportSpec
 from hostagent.nbd.offline import Grants
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.records import ExportRecord
@@ -31,18 +34,6 @@ from jobs.model import FileId, Holder, Need
 from jobs.ports import Clock
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ExportSpec:
-    """What the caller asks. Times in seconds."""
-
-    image: str
-    format: str | None = None
-    shallow: bool = False
-    ttl: float | None = None
-    idle_timeout: float | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +68,7 @@ class Exports:
         chains: Chains,
         store: ExportStore,
         access: Converging,
+        claims: Claims,
         *,
         settings: Settings,
         clock: Clock,
@@ -86,6 +78,7 @@ class Exports:
         self._chains = chains
         self._store = store
         self._access = access
+        self._claims = claims
         self._settings = settings
         self._clock = clock
         self._started = started
@@ -137,29 +130,13 @@ class Exports:
         export_id = export_id or str(uuid.uuid4())
         async with self._requests.alone(export_id):
             if known := self._active.get(export_id) or await self._store.export(export_id):
-                return _same(known, spec), False
+                return spec.matches(known), False
             if len(self._active) >= self._settings.limit:
                 remedy = "stop some, or raise exports.limit"
                 raise JobError("limit", f"{len(self._active)} exports run already", remedy=remedy)
             began = self._clock.monotonic()
             opened = await self._chains.open(spec.image, format=spec.format, anywhere=anywhere)
-            top = opened.chain.top
-            now = self._clock.now()
-            record = ExportRecord(
-                id=export_id,
-                image=spec.image,
-                path=top.path,
-                file=top.file,
-                format=top.format,
-                state="starting",
-                created=now,
-                shallow=spec.shallow,
-                size=top.virtual_size,
-                ttl=spec.ttl,
-                idle_timeout=spec.idle_timeout,
-                expires=now + timedelta(seconds=spec.ttl) if spec.ttl else None,
-                labels=spec.labels,
-            )
+            record = spec.record(export_id, opened.chain.top, self._clock.now())
             files = [layer.file for layer in opened.chain.layers]
             try:
                 async with self._chains.joined(opened, shallow=spec.shallow) as chain:
@@ -175,12 +152,17 @@ class Exports:
         await self._store.put_export(record)
         self._active[record.id] = record
         try:
-            await chain.lease()
-            needs = [Need(layer, "r", f"export {record.id} serves it") for layer in chain.layers]
-            await self._access.acquire(record.holder, needs)
+            if record.writable:
+                await self._claims.claim(record.holder, chain)
+            else:
+                await chain.lease()
+            await self._access.acquire(record.holder, _needs(record, chain))
             daemon = await chain.serve()
             chain.users.add(record.holder)
-            await chain.ask(daemon.add_client_export(record.id, chain.nodes[0]))
+            if record.writable:
+                chain.writer = record.holder
+                await chain.open_for_writing((chain.file,))
+            await chain.ask(daemon.add_client_export(record.id, chain.nodes[0], writable=record.writable))
             self._chains.publish_socket(chain)
             socket = str(daemon.places.socket)
             size = await asyncio.to_thread(nbdclient.handshake, socket, record.id, self._settings.nbd_timeout)
@@ -212,7 +194,7 @@ class Exports:
         if chain.daemon is not None and chain.daemon.alive:
             with contextlib.suppress(JobError):
                 await chain.ask(chain.daemon.remove_export(record.id, hard=True))
-        chain.users.discard(record.holder)
+        chain.leave(record.holder)
         self._active.pop(record.id, None)
         await self._store.forget_export(record)
 
@@ -228,15 +210,48 @@ class Exports:
                 return await self._end(record, "lost", "its storage daemon ended", ExportEventKind.LOST)
             files = [layer.file for layer in chain.layers]
             async with chain.lock:
+                if record.writable and not force:
+                    await self._flush(record, chain)
                 if not await chain.ask(chain.daemon.remove_export(record.id, hard=force)):
                     raise await self._in_use(record)
-                record = await self._end(record, "stopped", reason, ExportEventKind.STOPPED)
+                record = await self._ended(record, chain, reason, force=force)
                 try:
                     await chain.release(record.holder)
                 except JobError as error:
                     log.warning("the storage daemon lives on", extra={"fields": {"error": error.message}})
             await self._access.converge(files, trigger="export")
             return record
+
+    async def _ended(self, record: ExportRecord, chain: PreparedChain, reason: str, *, force: bool) -> ExportRecord:
+        """Record the end of an export that is not served any more; of a writable one when all is durable.
+
+        With `force` it ends also when that cannot be: `lost`, which says so.
+        """
+        try:
+            if record.writable:
+                await chain.close_for_writing()
+        except JobError as error:
+            if not force:
+                raise
+            reason = f"{reason}; what clients had not flushed is lost: {error.message}"
+            return await self._end(record, "lost", reason, ExportEventKind.LOST)
+        return await self._end(record, "stopped", reason, ExportEventKind.STOPPED)
+
+    async def _flush(self, record: ExportRecord, chain: PreparedChain) -> None:
+        """What cannot be written is told while the export still stands.
+
+        Trying again is no use: after one failed fdatasync nobody knows what is on the disk, and QEMU says so for ever.
+        """
+        try:
+            await chain.flush(chain.file)
+        except Refused as error:
+            raise JobError(
+                "io_error",
+                f"what clients wrote to {record.path!r} cannot be made durable: {error.text}",
+                field="id",
+                value=record.id,
+                remedy="the export goes on: copy out what is needed; --force gives up what was not flushed",
+            ) from error
 
     async def _in_use(self, record: ExportRecord) -> JobError:
         clients = await asyncio.to_thread(self.clients, record)
@@ -298,9 +313,11 @@ class Exports:
     async def recover(self) -> None:
         """After a restart: exports whose daemon was adopted go on, the others are lost."""
         for record in await self._store.exports(active=True):
-            chain = self._chains.of_daemon(record.daemon)
+            chain = self._chains.of_daemon(record.daemon) or self._chains.find(record.file, shallow=record.shallow)
             if chain is not None and record.state == "running" and await self._still_served(chain, record):
                 chain.users.add(record.holder)
+                if record.writable:
+                    chain.writer = record.holder
                 self._keep(record if record.file == chain.file else self._on(chain, record))
                 continue
             if chain is not None and chain.daemon is not None:
@@ -359,18 +376,9 @@ def _connections(socket: str) -> int:
     return sockdiag.connections(socket, skip_self=True)
 
 
-def _same(known: ExportRecord, spec: ExportSpec) -> ExportRecord:
-    asked = (spec.image, spec.shallow, spec.ttl, spec.idle_timeout, dict(spec.labels))
-    before = (known.image, known.shallow, known.ttl, known.idle_timeout, dict(known.labels))
-    if asked != before or spec.format not in (None, known.format):
-        raise JobError(
-            "conflict",
-            f"export {known.id} exists with another request",
-            field="id",
-            value=known.id,
-            remedy="choose another id, or leave it out",
-        )
-    return known
+def _needs(record: ExportRecord, chain: PreparedChain) -> list[Need]:
+    reads = [Need(layer, "r", f"export {record.id} serves it") for layer in chain.layers]
+    return [reads[0]._replace(mode="rw"), *reads[1:]] if record.writable else reads
 
 
 def _event(record: ExportRecord, kind: ExportEventKind) -> ExportEvent:

@@ -69,6 +69,7 @@ class OfflineDriver:
     async def plan(self, spec: JobSpec) -> Plan:
         format_ = spec.source_format if spec.operation is model.Operation.COPY else "qcow2"
         with await self._chains.open(spec.target, format=format_, anywhere=spec.anywhere) as opened:
+            self._chains.refuse_written(opened.chain)
             return await self._operations[spec.operation].plan(spec, opened)
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
@@ -279,8 +280,10 @@ class OfflineDriver:
             chain.users.add(job.holder)
 
     def _find(self, job: Job) -> PreparedChain | None:
-        """The job's chain: by its top, or by what a pivot put there."""
-        return self._chains.find(job.before.top.file) or self._chains.find(job.after.top.file)
+        """The job's chain: by its top, or by what a pivot put there. One that clients write is no job's: its daemon may
+        hold what they wrote, and nothing here may touch it."""
+        chain = self._chains.find(job.before.top.file) or self._chains.find(job.after.top.file)
+        return None if chain is None or chain.writer is not None else chain
 
     def _chain(self, job: Job) -> PreparedChain:
         chain = self._find(job)

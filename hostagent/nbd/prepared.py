@@ -58,6 +58,8 @@ class PreparedChain:
         self.layers: list[Layer] = list(chain.layers)
         self.nodes: list[Node] = []
         self.users: set[Holder] = set()
+        self.writer: Holder | None = None
+        """The user whose clients write the top: nobody else may use the chain, and its daemon is never killed."""
         self.lock = asyncio.Lock()
         self.daemon: StorageDaemon | None = None
         self.writable: set[FileId] = set()
@@ -112,6 +114,10 @@ class PreparedChain:
         """The agent's own descriptors of `files()`, in that order."""
         return [fd for fd in map(self.descriptor, self.files()) if fd is not None]
 
+    def uses(self, file: FileId) -> bool:
+        """Whether the file is a layer, or a copy's target."""
+        return file in self.files()
+
     def take_over(self, opened: OpenChain) -> None:
         """The same files, opened once more by somebody who joins: kept where we have none, else closed."""
         if opened is self._opened:
@@ -134,6 +140,12 @@ class PreparedChain:
             holders=sorted(str(user) for user in self.users),
         )
 
+    def leave(self, holder: Holder) -> None:
+        """One user less."""
+        self.users.discard(holder)
+        if self.writer == holder:
+            self.writer = None
+
     # Leases
 
     async def lease(self, *, exclusive: Collection[FileId] = ()) -> None:
@@ -149,7 +161,7 @@ class PreparedChain:
                     await self._take(layer, exclusive=wanted)
                     taken.append(layer.file)
                 elif wanted:
-                    await asyncio.to_thread(lease.exclude, ours=self._ours)
+                    await self._exclude(lease, layer)
                     raised.append(layer.file)
         except JobError:
             for file in taken:
@@ -159,11 +171,34 @@ class PreparedChain:
                     await asyncio.to_thread(self._leases[file].share, ours=self._ours)
             raise
 
+    async def _exclude(self, lease: Lease, layer: Layer) -> None:
+        try:
+            await asyncio.to_thread(lease.exclude, ours=self._ours)
+        except JobError as error:
+            raise self._named(error, layer) from error
+
+    def _named(self, error: JobError, layer: Layer) -> JobError:
+        """The kernel says only that this agent has a lease of the file; say for whom."""
+        users = self._registry.users_of(layer.file, besides=self)
+        if error.code != "busy" or not users:
+            return error
+        return JobError(
+            "busy",
+            f"{layer.path!r} is in use by {', '.join(users)}",
+            field=error.field,
+            value=error.value,
+            remedy="end them first",
+            holders=users,
+        )
+
     async def _take(self, layer: Layer, *, exclusive: bool) -> None:
         fd = self.descriptor(layer.file)
         assert fd is not None
         leasing = self._registry.leasing
-        self._leases[layer.file] = await asyncio.to_thread(leasing, fd, exclusive=exclusive, ours=self._ours)
+        try:
+            self._leases[layer.file] = await asyncio.to_thread(leasing, fd, exclusive=exclusive, ours=self._ours)
+        except JobError as error:
+            raise self._named(error, layer) from error
 
     # The daemon
 
@@ -360,7 +395,7 @@ class PreparedChain:
 
     async def release(self, holder: Holder) -> None:
         """One user less; the last one closes the chain. Call under `lock`."""
-        self.users.discard(holder)
+        self.leave(holder)
         if not self.users:
             await self.close()
 

@@ -566,7 +566,7 @@ def test_sockets_and_folders_open_to_those_who_may_use_them_alone(agent: AgentPr
     assert not daemon.exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("writable", True), ("bitmaps", ["bm0"])])
+@pytest.mark.parametrize(("name", "value"), [("bitmaps", ["bm0"])])
 def test_what_is_not_supported_yet_is_refused_by_name(
     agent: AgentProcess, images: Pair, name: str, value: object
 ) -> None:

@@ -57,6 +57,7 @@ def make_chains(folder: Path, store: Store) -> Chains:
             call_timeout=10.0,
             start_timeout=10.0,
             stop_timeout=5.0,
+            flush_timeout=5.0,
             open_files=1024,
             max_connections=10,
         ),

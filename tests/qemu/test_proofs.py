@@ -100,6 +100,7 @@ def _settings(user: User) -> Settings:
         call_timeout=PATIENCE,
         start_timeout=PATIENCE,
         stop_timeout=PATIENCE,
+        flush_timeout=PATIENCE,
         open_files=1024,
         max_connections=8,
     )

@@ -113,7 +113,13 @@ class Qsd:
         high=86400,
     )
     open_files: int = setting(4096, "Open files that a storage daemon may have (RLIMIT_NOFILE).", low=64, high=1048576)
-    max_connections: int = setting(64, "NBD connections that one export takes.", low=1, high=10000)
+    max_connections: int = setting(
+        64,
+        "NBD connections that the exports of one image take together; `--max-clients` gives an export a limit of its "
+        "own.",
+        low=1,
+        high=10000,
+    )
     max_daemons: int = setting(1000, "Storage daemons at a time.", low=1, high=100000)
     probe_interval: float = setting(1.0, "Seconds between two looks at whether they answer.", low=0.1, high=60)
 

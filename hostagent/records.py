@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs.model import (
     Chain,
@@ -63,9 +63,16 @@ class AccessFile:
     holders: tuple[str, ...] = ()
 
 
+class Part(NamedTuple):
+    """A part of a raw image, in bytes."""
+
+    offset: int
+    size: int
+
+
 @dataclass(frozen=True, slots=True)
 class ExportRecord:
-    """An NBD export. States: starting, running, stopped, lost."""
+    """An NBD export. States: starting, running, stopped, lost. `size` is what clients see."""
 
     id: str
     image: str
@@ -77,6 +84,8 @@ class ExportRecord:
     shallow: bool = False
     writable: bool = False
     size: int = 0
+    part: Part | None = None
+    max_clients: int | None = None
     socket: str = ""
     uri: str = ""
     daemon: str = ""
@@ -101,11 +110,12 @@ class ExportRecord:
 @dataclass(frozen=True, slots=True)
 class Node:
     """A layer in a storage daemon's graph. `index` names its nodes; `descriptor` leads to its file inside the daemon:
-    `/proc/self/fd/N` there is this file, and no other, as long as the daemon runs."""
+    `/proc/self/fd/N` there is this file, and no other, as long as the daemon runs. `part` is all that it shows."""
 
     layer: Layer
     index: int
     descriptor: int
+    part: Part | None = None
 
     @property
     def file_node(self) -> str:
@@ -121,7 +131,8 @@ class DaemonRecord:
     """A storage daemon that we started, so that a later agent knows it for its own.
 
     `pid`, `start_time` (clock ticks since boot, proc(5)) and `boot_id` together name a process for ever. `nodes` are
-    the chain's layers, top first, with their places in the daemon's graph; `beside` is what else it has open.
+    the chain's layers, top first, with their places in the daemon's graph; `beside` is what else it has open. `apart`
+    names the export that has the daemon for itself.
     """
 
     id: str
@@ -133,6 +144,7 @@ class DaemonRecord:
     nodes: tuple[Node, ...]
     created: datetime
     beside: tuple[Node, ...] = ()
+    apart: str = ""
 
     @property
     def chain(self) -> Chain:
@@ -196,7 +208,7 @@ def _target(data: Mapping[str, Any]) -> Target:
 
 
 def _node(data: Mapping[str, Any]) -> Node:
-    return Node(layer(data["layer"]), data["index"], data["descriptor"])
+    return Node(layer(data["layer"]), data["index"], data["descriptor"], _part(data.get("part")))
 
 
 def job(data: Mapping[str, Any]) -> Job:
@@ -234,8 +246,13 @@ def export(data: Mapping[str, Any]) -> ExportRecord:
             "created": _time(data["created"]),
             "expires": when(data["expires"]),
             "stopped": when(data["stopped"]),
+            "part": _part(data.get("part")),
         }
     )
+
+
+def _part(data: Any) -> Part | None:
+    return Part(*data) if data else None
 
 
 def daemon(data: Mapping[str, Any]) -> DaemonRecord:

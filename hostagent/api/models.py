@@ -105,6 +105,11 @@ class ExportCreate(Request):
     shallow: Annotated[bool | None, Field(description="Only this layer, not its backing chain.")] = None
     writable: bool | None = None
     bitmaps: Annotated[list[Name] | None, Field(max_length=64)] = None
+    offset: Annotated[Bytes | None, Field(description="Raw images: where the part begins, in bytes.")] = None
+    size: Annotated[Bytes | None, Field(description="Raw images: the part's bytes. Default: to the end.")] = None
+    max_clients: Annotated[
+        int | None, Field(ge=1, le=10000, description="Connections at a time; one more waits for its turn.")
+    ] = None
     ttl: Annotated[Seconds | None, Field(description="Stopped after this time.")] = None
     idle_timeout: Annotated[Seconds | None, Field(description="Stopped when no client was there for so long.")] = None
     labels: Labels | None = None
@@ -216,8 +221,10 @@ class Export(Answer):
     name: str
     format: str
     size: int
+    offset: int
     shallow: bool
     writable: bool
+    max_clients: int | None
     state: str
     reason: str | None
     created: datetime

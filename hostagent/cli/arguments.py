@@ -100,6 +100,12 @@ def object_id(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is not a UUID") from error
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 10**9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     try:
         value = float(text)

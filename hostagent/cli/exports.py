@@ -44,6 +44,11 @@ def _register_start(verbs: Any, common: argparse.ArgumentParser) -> None:
     start.add_argument("--writable", action="store_true", help="clients may write; needs the image for itself")
     start.add_argument("--bitmap", metavar="NAME", action="append", default=[], help="a dirty bitmap; may repeat")
     start.add_argument("--shallow", action="store_true", help="only this layer, without its backing chain")
+    start.add_argument("--offset", metavar="BYTES", type=arguments.size, help="of a raw image: only from here on")
+    start.add_argument("--size", metavar="BYTES", type=arguments.size, help="of a raw image: only so many bytes")
+    start.add_argument(
+        "--max-clients", metavar="N", type=arguments.count, help="connections at a time; one more waits for its turn"
+    )
     start.add_argument("--ttl", metavar="S", type=arguments.seconds, help="end it after S seconds")
     start.add_argument(
         "--idle-timeout", metavar="S", type=arguments.seconds, help="end it S seconds after its last client"
@@ -75,6 +80,9 @@ def _request(args: argparse.Namespace) -> Json:
         "writable": args.writable or None,
         "shallow": args.shallow or None,
         "bitmaps": args.bitmap or None,
+        "offset": args.offset,
+        "size": args.size,
+        "max_clients": args.max_clients,
         "ttl": args.ttl,
         "idle_timeout": args.idle_timeout,
         "labels": dict(args.label) or None,
@@ -128,12 +136,13 @@ def _show(args: argparse.Namespace) -> int:
     clients = [f"{client['name']} (pid {client['pid']}, uid {client['uid']})" for client in export.get("clients") or []]
     terminal.fields(
         [
-            ("image", f"{export['image']} ({export['format']}, {format_size(export['size'])})"),
+            ("image", f"{export['image']} ({export['format']}, {format_size(export['size'])}{_part(export)})"),
             ("state", str(export["state"])),
             ("reason", export.get("reason") or ""),
             ("mode", _mode(export)),
             ("uri", str(export["uri"])),
             ("clients", ", ".join(clients) or "none"),
+            ("at most", f"{export['max_clients']} clients" if export.get("max_clients") else ""),
             ("created", f"{export['created']} ({age(export['created'])} ago)"),
             ("stopped", export.get("stopped") or ""),
             ("expires", export.get("expires") or ""),
@@ -157,6 +166,10 @@ def _stop(args: argparse.Namespace) -> int:
 
 def _mode(export: Json) -> str:
     return ("writable" if export.get("writable") else "read-only") + (", shallow" if export.get("shallow") else "")
+
+
+def _part(export: Json) -> str:
+    return f" at {export['offset']}" if export.get("offset") else ""
 
 
 def _address(args: argparse.Namespace) -> str:

@@ -695,6 +695,8 @@ def _format_options(node: Node, below: str | None, *, writable: bool) -> dict[st
     }
     if node.layer.format != "raw":
         options["backing"] = below
+    elif node.part is not None:
+        options |= node.part._asdict()
     return options
 
 

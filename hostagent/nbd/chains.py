@@ -14,14 +14,14 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from hostagent.drivers import process, qsd
 from hostagent.drivers.qsd import Places, StorageDaemon
 from hostagent.images.chain import ChainLimits, OpenChain, open_chain
-from hostagent.nbd.prepared import Leasing, PreparedChain
+from hostagent.nbd.prepared import Apart, Key, Leasing, PreparedChain
 from hostagent.records import DaemonRecord, Node
 from jobs.errors import JobError
 from jobs.model import Chain, FileId
@@ -84,7 +84,7 @@ class Chains:
         self.leasing = leasing
         self._store = store
         self._clock = clock
-        self._chains: dict[tuple[FileId, bool], PreparedChain] = {}
+        self._chains: dict[Key, PreparedChain] = {}
         self.orphans: list[Orphan] = []
         # Threads of their own: an open() on dead storage never returns, and must not use up those that others need.
         self._inspectors = ThreadPoolExecutor(INSPECTIONS, thread_name_prefix="inspect")
@@ -96,7 +96,8 @@ class Chains:
         return list(self._chains.values())
 
     def find(self, file: FileId, *, shallow: bool = False) -> PreparedChain | None:
-        return self._chains.get((file, shallow))
+        """The chain that is not an export's own."""
+        return self._chains.get((file, shallow, ""))
 
     def of_daemon(self, daemon_id: str) -> PreparedChain | None:
         """The chain that this storage daemon serves, whatever its top is by now."""
@@ -156,14 +157,16 @@ class Chains:
             work.result().close()
 
     @contextlib.asynccontextmanager
-    async def joined(self, opened: OpenChain, *, shallow: bool = False) -> AsyncIterator[PreparedChain]:
+    async def joined(
+        self, opened: OpenChain, *, shallow: bool = False, apart: Apart | None = None
+    ) -> AsyncIterator[PreparedChain]:
         """The chain of `opened`, which is taken over; locked, made when there is none, closed when left unused."""
-        key = (opened.chain.top.file, shallow)
+        key = (opened.chain.top.file, shallow, apart.export if apart else "")
         while True:
             chain = self._chains.get(key)
             if chain is None:
                 layers = opened.chain.layers[:1] if shallow else opened.chain.layers
-                chain = self._chains[key] = PreparedChain(self, opened, Chain(layers), shallow=shallow)
+                chain = self._chains[key] = PreparedChain(self, opened, Chain(layers), shallow=shallow, apart=apart)
             try:
                 await chain.lock.acquire()
             except BaseException:
@@ -201,6 +204,8 @@ class Chains:
             for fd in chain.descriptors():
                 descriptors.append(os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC))
             nodes = [Node(layer, n, descriptors[n]) for n, layer in enumerate(chain.layers)]
+            if chain.apart is not None:
+                nodes[0] = replace(nodes[0], part=chain.apart.part)
             await daemon.launch(descriptors)
         except BaseException:
             chain.closed = False
@@ -234,15 +239,15 @@ class Chains:
 
     async def moved(self, chain: PreparedChain, file: FileId) -> None:
         """The chain has another top now."""
-        self._chains.pop((chain.file, chain.shallow), None)
+        self._chains.pop(chain.key, None)
         chain.file = file
-        self._chains[(file, chain.shallow)] = chain
+        self._chains[chain.key] = chain
         await self.sink.moved(chain)
         if chain.daemon is not None and not chain.died:
             await self.remember(chain)
 
     def lost(self, chain: PreparedChain) -> None:
-        self._chains.pop((chain.file, chain.shallow), None)
+        self._chains.pop(chain.key, None)
         chain.let_go()
         fields = {"path": chain.path, "pid": chain.pid, "why": chain.daemon.death().message if chain.daemon else ""}
         log.warning("storage daemon ended", extra={"fields": fields})
@@ -252,7 +257,7 @@ class Chains:
         self.sink.daemon_gone(chain)
 
     async def closed(self, chain: PreparedChain) -> None:
-        self._chains.pop((chain.file, chain.shallow), None)
+        self._chains.pop(chain.key, None)
         await chain.let_go()
         await self._clean(chain)
 
@@ -316,10 +321,11 @@ class Chains:
             if opened.chain.top.file != record.file:
                 opened.close()
                 opened = None
-        chain = PreparedChain(self, opened, record.chain, shallow=record.shallow)
+        apart = Apart(record.apart) if record.apart else None
+        chain = PreparedChain(self, opened, record.chain, shallow=record.shallow, apart=apart)
         daemon = self._daemon(chain, record.id, self._places(record.id))
         chain.daemon = daemon
-        self._chains[(record.file, record.shallow)] = chain
+        self._chains[chain.key] = chain
         await daemon.adopt(record.pid)
         files = {node.layer.file for node in (*record.nodes, *record.beside)}
         modes = await asyncio.to_thread(daemon.open_modes, files)
@@ -414,7 +420,10 @@ class Chains:
         def event(name: str, data: Mapping[str, Any]) -> None:
             self.sink.qmp_event(chain, name, data)
 
-        return StorageDaemon(daemon_id, places, self.settings.qsd, on_event=event, on_exit=chain.exited)
+        settings = self.settings.qsd
+        if chain.apart is not None and chain.apart.max_clients is not None:
+            settings = replace(settings, max_connections=chain.apart.max_clients)
+        return StorageDaemon(daemon_id, places, settings, on_event=event, on_exit=chain.exited)
 
     def _record(self, chain: PreparedChain, daemon: StorageDaemon) -> DaemonRecord:
         start_time = process.start_time(daemon.pid)
@@ -429,6 +438,7 @@ class Chains:
             boot_id=process.boot_id(),
             nodes=tuple(chain.nodes),
             beside=tuple(chain.beside),
+            apart=chain.apart.export if chain.apart else "",
             created=self._clock.now(),
         )
 

@@ -6,24 +6,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from hostagent.records import ExportRecord
+from hostagent.nbd.prepared import Apart
+from hostagent.records import ExportRecord, Part
 from jobs.errors import JobError
 from jobs.model import Layer
+
+SECTOR = 512
+"""What a raw image's part is counted in (QEMU's BDRV_SECTOR_SIZE)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportSpec:
-    """What the caller asks. Times in seconds."""
+    """What the caller asks. Times in seconds; `offset` and `size` are bytes of a raw image."""
 
     image: str
     format: str | None = None
     shallow: bool = False
     writable: bool = False
+    offset: int | None = None
+    size: int | None = None
+    max_clients: int | None = None
     ttl: float | None = None
     idle_timeout: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def record(self, export_id: str, top: Layer, now: datetime) -> ExportRecord:
+        """Raises JobError invalid when the image has no such part."""
+        part = self._part(top)
         return ExportRecord(
             id=export_id,
             image=self.image,
@@ -34,16 +43,35 @@ class ExportSpec:
             created=now,
             shallow=self.shallow,
             writable=self.writable,
-            size=top.virtual_size,
+            size=part.size if part else top.virtual_size,
+            part=part,
+            max_clients=self.max_clients,
             ttl=self.ttl,
             idle_timeout=self.idle_timeout,
             expires=now + timedelta(seconds=self.ttl) if self.ttl else None,
             labels=self.labels,
         )
 
+    def _part(self, top: Layer) -> Part | None:
+        if self.offset is None and self.size is None:
+            return None
+        name = "size" if self.offset is None else "offset"
+        if top.format != "raw":
+            remedy = "leave it out, or export a raw image"
+            raise _invalid(name, self.size, f"{top.path!r} is {top.format}: parts are for raw images", remedy)
+        offset = self.offset or 0
+        size = top.virtual_size - offset if self.size is None else self.size
+        for field_, value in (("offset", offset), ("size", size)):
+            if value % SECTOR:
+                raise _invalid(field_, value, f"{field_} {value} is no multiple of {SECTOR}", "say one that is")
+        if size <= 0 or offset + size > top.virtual_size:
+            message = f"{size} bytes at {offset} are not within the {top.virtual_size} bytes of {top.path!r}"
+            raise _invalid(name, offset if name == "offset" else size, message, "say a part of the image")
+        return Part(offset, size)
+
     def matches(self, known: ExportRecord) -> ExportRecord:
         """The export that was made with the same id, if it was for the same request."""
-        same = all(getattr(self, name) == getattr(known, name) for name in _COMPARED)
+        same = all(getattr(self, name) == getattr(known, name) for name in _COMPARED) and self._same_part(known.part)
         if not same or dict(self.labels) != dict(known.labels) or self.format not in (None, known.format):
             raise JobError(
                 "conflict",
@@ -54,5 +82,21 @@ class ExportSpec:
             )
         return known
 
+    def _same_part(self, part: Part | None) -> bool:
+        if part is None:
+            return self.offset is None and self.size is None
+        return (self.offset or 0) == part.offset and self.size in (None, part.size)
 
-_COMPARED = ("image", "shallow", "writable", "ttl", "idle_timeout")
+
+_COMPARED = ("image", "shallow", "writable", "max_clients", "ttl", "idle_timeout")
+
+
+def apart(record: ExportRecord) -> Apart | None:
+    """Whether the export needs a storage daemon of its own, and what is special about that."""
+    if record.part is None and record.max_clients is None:
+        return None
+    return Apart(record.id, record.max_clients, record.part)
+
+
+def _invalid(name: str, value: object, message: str, remedy: str) -> JobError:
+    return JobError("invalid", message, field=name, value=value, remedy=remedy)

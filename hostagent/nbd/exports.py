@@ -25,7 +25,7 @@ from hostagent.locks import Locks
 from hostagent.nbd import sockdiag
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.claims import Claims
-from hostagent.nbd.export_spec import ExportSpec
+from hostagent.nbd.export_spec import ExportSpec, apart
 from hostagent.nbd.offline import Grants
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.records import ExportRecord
@@ -136,10 +136,14 @@ class Exports:
                 raise JobError("limit", f"{len(self._active)} exports run already", remedy=remedy)
             began = self._clock.monotonic()
             opened = await self._chains.open(spec.image, format=spec.format, anywhere=anywhere)
-            record = spec.record(export_id, opened.chain.top, self._clock.now())
+            try:
+                record = spec.record(export_id, opened.chain.top, self._clock.now())
+            except JobError:
+                opened.close()
+                raise
             files = [layer.file for layer in opened.chain.layers]
             try:
-                async with self._chains.joined(opened, shallow=spec.shallow) as chain:
+                async with self._chains.joined(opened, shallow=spec.shallow, apart=apart(record)) as chain:
                     record = await self._serve(record, chain)
             except BaseException:
                 await self._access.converge(files, trigger="export")  # now that the chain is closed again

@@ -1,6 +1,7 @@
 """A prepared chain: its leases, its storage daemon, and those who use it.
 
-One storage daemon serves one chain (one top file): all its exports and its one job. Its graph changes under one lock
+One storage daemon serves one chain (one top file): its exports and its one job; an export that needs a listener or a
+graph of its own has a chain apart. Its graph changes under one lock
 per chain, so that an export can never join a chain in the moment in which a job's end takes layers from it. A chain
 whose last user left is closed: the daemon ends, then the leases go.
 """
@@ -12,14 +13,14 @@ import contextlib
 import logging
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hostagent.drivers.qmp import Refused
 from hostagent.drivers.qsd import Link, StorageDaemon
 from hostagent.images.chain import OpenChain
 from hostagent.nbd.uri import server_of
-from hostagent.records import Node
+from hostagent.records import Node, Part
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Holder, Layer
 
@@ -28,9 +29,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Key = tuple[FileId, bool, str]
+"""What a chain is found by: its top, whether it is the top alone, and the export that has it for itself."""
+
 CONTROL = "hostagent-control"
 READER = "hostagent-reader"
 """Exports for the agent's own connections; never left behind between two slices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """What makes an export need a storage daemon of its own: QEMU has one listener, with one limit, for all exports."""
+
+    export: str
+    max_clients: int | None = None
+    part: Part | None = None
 
 
 class Lease(Protocol):
@@ -50,11 +63,14 @@ class Leasing(Protocol):
 class PreparedChain:
     """Use it under `lock`; `users` says why it is kept."""
 
-    def __init__(self, registry: Chains, opened: OpenChain | None, chain: Chain, *, shallow: bool) -> None:
+    def __init__(
+        self, registry: Chains, opened: OpenChain | None, chain: Chain, *, shallow: bool, apart: Apart | None = None
+    ) -> None:
         self._registry = registry
         self.file = chain.top.file
         self.path = chain.top.path
         self.shallow = shallow
+        self.apart = apart
         self.layers: list[Layer] = list(chain.layers)
         self.nodes: list[Node] = []
         self.users: set[Holder] = set()
@@ -78,6 +94,10 @@ class PreparedChain:
         self._leases: dict[FileId, Lease] = {}
         self._target: tuple[Layer, int] | None = None
         self._probing: asyncio.Task[None] | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.file, self.shallow, self.apart.export if self.apart else ""
 
     @property
     def chain(self) -> Chain:

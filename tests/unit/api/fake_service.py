@@ -61,6 +61,8 @@ def export_json(id: str, spec: Json) -> Json:
         "size": 1 << 30,
         "shallow": spec.get("shallow", False),
         "writable": spec.get("writable", False),
+        "offset": 0,
+        "max_clients": spec.get("max_clients"),
         "state": "running",
         "reason": None,
         "created": TIME,

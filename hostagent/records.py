@@ -86,6 +86,7 @@ class ExportRecord:
     size: int = 0
     part: Part | None = None
     max_clients: int | None = None
+    bitmaps: tuple[str, ...] = ()
     socket: str = ""
     uri: str = ""
     daemon: str = ""
@@ -247,6 +248,7 @@ def export(data: Mapping[str, Any]) -> ExportRecord:
             "expires": when(data["expires"]),
             "stopped": when(data["stopped"]),
             "part": _part(data.get("part")),
+            "bitmaps": tuple(data.get("bitmaps", ())),
         }
     )
 

@@ -225,6 +225,7 @@ class Export(Answer):
     shallow: bool
     writable: bool
     max_clients: int | None
+    bitmaps: list[str]
     state: str
     reason: str | None
     created: datetime

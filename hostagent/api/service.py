@@ -164,9 +164,6 @@ class AgentService:
 
     async def start_export(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
         self._has_room()
-        if spec.get("bitmaps"):
-            message = "exports of bitmaps are not supported yet"
-            raise JobError("not_supported", message, field="bitmaps", value=spec["bitmaps"])
         asked = ExportSpec(
             image=_offline(spec["image"], "image"),
             format=spec.get("format"),
@@ -175,6 +172,7 @@ class AgentService:
             offset=spec.get("offset"),
             size=spec.get("size"),
             max_clients=spec.get("max_clients"),
+            bitmaps=tuple(dict.fromkeys(spec.get("bitmaps") or ())),
             ttl=spec.get("ttl"),
             idle_timeout=spec.get("idle_timeout"),
             labels=spec.get("labels") or {},

@@ -92,6 +92,7 @@ def export(value: ExportRecord, clients: Sequence[Json] = (), *, answers: bool =
         "shallow": value.shallow,
         "writable": value.writable,
         "max_clients": value.max_clients,
+        "bitmaps": list(value.bitmaps),
         "state": value.state if answers else "unresponsive",
         "reason": value.reason,
         "created": time(value.created),

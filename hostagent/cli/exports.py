@@ -142,6 +142,7 @@ def _show(args: argparse.Namespace) -> int:
             ("mode", _mode(export)),
             ("uri", str(export["uri"])),
             ("clients", ", ".join(clients) or "none"),
+            ("bitmaps", ", ".join(export.get("bitmaps") or [])),
             ("at most", f"{export['max_clients']} clients" if export.get("max_clients") else ""),
             ("created", f"{export['created']} ({age(export['created'])} ago)"),
             ("stopped", export.get("stopped") or ""),

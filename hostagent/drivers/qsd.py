@@ -457,7 +457,9 @@ class StorageDaemon:
 
     # Exports
 
-    async def add_export(self, name: str, node: str, *, writable: bool = False, depth: bool = True) -> None:
+    async def add_export(
+        self, name: str, node: str, *, writable: bool = False, depth: bool = True, bitmaps: Sequence[str] = ()
+    ) -> None:
         await self.execute(
             "block-export-add",
             type="nbd",
@@ -466,17 +468,20 @@ class StorageDaemon:
             node_name=node,
             writable=writable,
             allocation_depth=depth,
+            bitmaps=list(bitmaps),
         )
 
-    async def add_client_export(self, name: str, top: Node, *, writable: bool = False) -> None:
+    async def add_client_export(
+        self, name: str, top: Node, *, writable: bool = False, bitmaps: Sequence[str] = ()
+    ) -> None:
         """An export for clients. While a copy or a commit runs it stands on the job's filter, as those do that were
         there before, and goes over to the target with them."""
         try:
-            await self.add_export(name, MIRROR_FILTER, writable=writable)
+            await self.add_export(name, MIRROR_FILTER, writable=writable, bitmaps=bitmaps)
         except Refused as error:
             if "cannot find" not in error.text.lower():
                 raise
-            await self.add_export(name, top.format_node, writable=writable)
+            await self.add_export(name, top.format_node, writable=writable, bitmaps=bitmaps)
 
     async def remove_export(self, name: str, *, hard: bool) -> bool:
         """True when it is gone; False when a client is connected and `hard` is false."""

@@ -16,6 +16,7 @@ import struct
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jobs.errors import JobError
 
@@ -31,10 +32,20 @@ _V2 = struct.Struct(">4sIQIIQIIQ")  # up to l1_table_offset; what follows is not
 _V3 = struct.Struct(">QQQII")
 _V2_LENGTH, _V3_LENGTH = 72, 104
 _EXTENSION = struct.Struct(">II")
-_END, _BACKING_FORMAT, _DATA_FILE = 0, 0xE2792ACA, 0x44415441
+_END, _BACKING_FORMAT, _DATA_FILE, _BITMAPS = 0, 0xE2792ACA, 0x44415441, 0x23852875
+_BITMAPS_EXTENSION = struct.Struct(">IIQQ")  # how many, reserved, the directory's size, its offset
+_BITMAPS_VALID = 1  # autoclear bit: whoever does not know of bitmaps and writes the image clears it
 
 _DIRTY, _CORRUPT, _EXTERNAL_DATA, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
 _KNOWN = _DIRTY | _CORRUPT | _EXTERNAL_DATA | _COMPRESSION | _EXTENDED_L2
+
+
+class BitmapDirectory(NamedTuple):
+    """Where the image keeps the list of its dirty bitmaps; size and offset in bytes."""
+
+    entries: int
+    size: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,7 @@ class Qcow2Header:
     has_data_file: bool
     data_file: str | None
     extended_l2: bool
+    bitmaps: BitmapDirectory | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +79,7 @@ class _Fixed:
     l1_entries: int
     l1_offset: int
     incompatible: int
+    autoclear: int
     length: int
 
     @property
@@ -118,18 +131,19 @@ def _read(fd: int) -> Qcow2Header | None:
         has_data_file=bool(fixed.incompatible & _EXTERNAL_DATA),
         data_file=_text(fd, extensions.get(_DATA_FILE), "external data file name"),
         extended_l2=bool(fixed.incompatible & _EXTENDED_L2),
+        bitmaps=_bitmaps(fd, fixed, extensions.get(_BITMAPS)),
     )
 
 
 def _fixed(fd: int, head: bytes) -> _Fixed:
     _need(fd, head, _V2_LENGTH)
     _, version, backing_offset, backing_length, cluster_bits, size, crypt, l1_entries, l1_offset = _V2.unpack_from(head)
-    incompatible, length = 0, _V2_LENGTH
+    incompatible, autoclear, length = 0, 0, _V2_LENGTH
     if version not in (2, 3):
         raise _invalid(fd, f"its qcow2 version is {version}; 2 and 3 exist")
     if version == 3:
         _need(fd, head, _V3_LENGTH)
-        incompatible, _compatible, _autoclear, _refcount_order, length = _V3.unpack_from(head, _V2_LENGTH)
+        incompatible, _compatible, autoclear, _refcount_order, length = _V3.unpack_from(head, _V2_LENGTH)
     return _Fixed(
         version=version,
         backing_offset=backing_offset,
@@ -140,6 +154,7 @@ def _fixed(fd: int, head: bytes) -> _Fixed:
         l1_entries=l1_entries,
         l1_offset=l1_offset,
         incompatible=incompatible,
+        autoclear=autoclear,
         length=length,
     )
 
@@ -228,6 +243,18 @@ def _backing_format(fd: int, raw: bytes | None) -> str | None:
     if raw and len(raw) > FORMAT_MAX:
         raise _invalid(fd, f"its backing format has {len(raw)} bytes; {FORMAT_MAX} are allowed")
     return _text(fd, raw, "backing format")
+
+
+def _bitmaps(fd: int, fixed: _Fixed, raw: bytes | None) -> BitmapDirectory | None:
+    """As QEMU does it: an extension without its autoclear bit is out of date, and counts for nothing."""
+    if raw is None or not fixed.autoclear & _BITMAPS_VALID:
+        return None
+    if len(raw) < _BITMAPS_EXTENSION.size:
+        raise _invalid(fd, f"its bitmaps extension has {len(raw)} bytes; {_BITMAPS_EXTENSION.size} are needed")
+    entries, _, size, offset = _BITMAPS_EXTENSION.unpack_from(raw)
+    if offset % fixed.cluster_size or offset > SIZE_MAX - size:
+        raise _invalid(fd, f"the directory of its bitmaps begins at {offset}, which is not the start of a cluster")
+    return BitmapDirectory(entries, size, offset)
 
 
 def _text(fd: int, raw: bytes | None, what: str) -> str | None:

@@ -26,6 +26,7 @@ class ExportSpec:
     offset: int | None = None
     size: int | None = None
     max_clients: int | None = None
+    bitmaps: tuple[str, ...] = ()
     ttl: float | None = None
     idle_timeout: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class ExportSpec:
             size=part.size if part else top.virtual_size,
             part=part,
             max_clients=self.max_clients,
+            bitmaps=self.bitmaps,
             ttl=self.ttl,
             idle_timeout=self.idle_timeout,
             expires=now + timedelta(seconds=self.ttl) if self.ttl else None,
@@ -88,12 +90,12 @@ class ExportSpec:
         return (self.offset or 0) == part.offset and self.size in (None, part.size)
 
 
-_COMPARED = ("image", "shallow", "writable", "max_clients", "ttl", "idle_timeout")
+_COMPARED = ("image", "shallow", "writable", "max_clients", "bitmaps", "ttl", "idle_timeout")
 
 
 def apart(record: ExportRecord) -> Apart | None:
     """Whether the export needs a storage daemon of its own, and what is special about that."""
-    if record.part is None and record.max_clients is None:
+    if record.part is None and record.max_clients is None and not record.bitmaps:
         return None
     return Apart(record.id, record.max_clients, record.part)
 

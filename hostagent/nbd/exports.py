@@ -23,6 +23,7 @@ from hostagent.drivers.qmp import Refused
 from hostagent.errors import AgentError
 from hostagent.locks import Locks
 from hostagent.nbd import sockdiag
+from hostagent.nbd.bitmaps import refuse_unusable
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.claims import Claims
 from hostagent.nbd.export_spec import ExportSpec, apart
@@ -160,13 +161,17 @@ class Exports:
                 await self._claims.claim(record.holder, chain)
             else:
                 await chain.lease()
+            await refuse_unusable(record, chain, self._settings.nbd_timeout)
             await self._access.acquire(record.holder, _needs(record, chain))
             daemon = await chain.serve()
             chain.users.add(record.holder)
             if record.writable:
                 chain.writer = record.holder
                 await chain.open_for_writing((chain.file,))
-            await chain.ask(daemon.add_client_export(record.id, chain.nodes[0], writable=record.writable))
+            adding = daemon.add_client_export(
+                record.id, chain.nodes[0], writable=record.writable, bitmaps=record.bitmaps
+            )
+            await chain.ask(adding)
             self._chains.publish_socket(chain)
             socket = str(daemon.places.socket)
             size = await asyncio.to_thread(nbdclient.handshake, socket, record.id, self._settings.nbd_timeout)

@@ -39,7 +39,8 @@ READER = "hostagent-reader"
 
 @dataclass(frozen=True, slots=True)
 class Apart:
-    """What makes an export need a storage daemon of its own: QEMU has one listener, with one limit, for all exports."""
+    """What makes an export need a storage daemon of its own: QEMU has one listener, with one limit, for all exports,
+    and loses its head over a job that ends under an exported bitmap."""
 
     export: str
     max_clients: int | None = None

@@ -15,7 +15,7 @@ LATER = ("/v1/backups", "/v1/domains", "/v1/transfers")
 
 JOB = """id operation target path domain disk state cursor upto bandwidth base increment check labels origin revision
 created since started finished error revocation chain rate eta stalled_seconds warnings dest completion"""
-EXPORT = """id image uri socket name format size offset shallow writable max_clients state reason created stopped expires ttl idle_timeout
+EXPORT = """id image uri socket name format size offset shallow writable max_clients bitmaps state reason created stopped expires ttl idle_timeout
 clients daemon pid labels revision"""
 OBJECTS = {
     "Job": JOB,

@@ -83,9 +83,7 @@ def test_a_writable_part_is_written_and_nothing_around_it(agent: AgentProcess, f
         ("base", {"max_clients": 0}, "max_clients"),
     ],
 )
-def test_a_part_that_is_none_is_refused(
-    agent: AgentProcess, images: Pair, image: str, spec: Json, field: str
-) -> None:
+def test_a_part_that_is_none_is_refused(agent: AgentProcess, images: Pair, image: str, spec: Json, field: str) -> None:
     path, format_ = (images.base, "raw") if image == "base" else (images.top, "qcow2")
     error = refusal(agent, "POST", "/v1/exports", {"image": str(path), "format": format_, **spec})
     assert (error.code, error.body["field"]) == ("invalid", field), error.body

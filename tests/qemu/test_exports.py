@@ -566,16 +566,6 @@ def test_sockets_and_folders_open_to_those_who_may_use_them_alone(agent: AgentPr
     assert not daemon.exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("bitmaps", ["bm0"])])
-def test_what_is_not_supported_yet_is_refused_by_name(
-    agent: AgentProcess, images: Pair, name: str, value: object
-) -> None:
-    error = refusal(agent, "POST", "/v1/exports", {"image": str(images.top), name: value})
-    assert (error.status, error.code, error.body["field"]) == (501, "not_supported", name)
-    assert name in error.body["detail"]
-    assert_no_grants(agent, images)
-
-
 @pytest.mark.parametrize(
     ("spec", "code"),
     [

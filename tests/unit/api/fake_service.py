@@ -63,6 +63,7 @@ def export_json(id: str, spec: Json) -> Json:
         "writable": spec.get("writable", False),
         "offset": 0,
         "max_clients": spec.get("max_clients"),
+        "bitmaps": spec.get("bitmaps", []),
         "state": "running",
         "reason": None,
         "created": TIME,

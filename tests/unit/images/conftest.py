@@ -28,6 +28,7 @@ def craft_header(
     l1_entries: int = 1,
     l1_offset: int = 0x30000,
     incompatible: int = 0,
+    autoclear: int = 0,
     header_length: int = 104,
     extensions: bytes = b"",
 ) -> bytes:
@@ -43,7 +44,7 @@ def craft_header(
     numbers = (magic, version, at, length, cluster_bits, size, crypt, l1_entries, l1_offset, 0x10000, 1, 0, 0)
     header = struct.pack(">4sIQIIQIIQQIIQ", *numbers)
     if version == 3:
-        header += struct.pack(">QQQII", incompatible, 0, 0, 4, header_length)
+        header += struct.pack(">QQQII", incompatible, 0, autoclear, 4, header_length)
     return (header + area + name).ljust(4096, b"\0")
 
 

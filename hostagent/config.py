@@ -230,6 +230,25 @@ class Exports:
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    listen: str = setting("127.0.0.1", "The address that an export over TCP listens on when it names none.")
+    x509_dir: Path = setting(
+        UNSET,
+        "Certificates of exports with `--tls x509`: ca-cert.pem, server-cert.pem and server-key.pem, as QEMU names "
+        "them. The storage daemons' user must be able to read them. Clients must show a certificate of that CA.",
+    )
+    psk_dir: Path = setting(
+        UNSET,
+        "Keys of exports with `--tls psk`: keys.psk, with a line USER:HEX for each client (psktool writes it).",
+    )
+    x509_names: Path = setting(
+        UNSET,
+        "A file with the distinguished names that may connect, one a line, as QEMU's log shows them; `*` stands for "
+        "anything. Without a file it is every client with a certificate of the CA.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Api:
     socket: Path = setting(
         UNSET,
@@ -283,6 +302,7 @@ class Config:
     jobs: Jobs = Jobs()
     access: Access = Access()
     exports: Exports = Exports()
+    tls: Tls = Tls()
     api: Api = Api()
     store: Store = Store()
     logs: Logs = Logs()
@@ -469,6 +489,8 @@ def _checked(section: str, key: str, raw: object, source: str) -> Any:
             raise _wrong(name, raw, source, "a list of absolute paths")
         return tuple(raw)
     if isinstance(default, Path):
+        if raw == "" and default == UNSET and not rule.unset:
+            return UNSET  # said to be not set
         if not _is_absolute(raw):
             raise _wrong(name, raw, source, "an absolute path")
         return Path(str(raw))

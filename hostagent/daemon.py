@@ -70,6 +70,7 @@ from hostagent.nbd.offline import OfflineDriver
 from hostagent.nbd.operations import job_id
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
+from hostagent.nbd.tls import TlsSettings
 from hostagent.records import ExportRecord
 from hostagent.retention import Retention, keep_house
 from hostagent.store import Store
@@ -230,13 +231,14 @@ class Agent:
         return chains
 
     def _make_exports(self) -> Exports:
-        exports = self._config.exports
+        exports, tls_ = self._config.exports, self._config.tls
+        tls = TlsSettings(tls_.listen, tls_.x509_dir, tls_.psk_dir, tls_.x509_names, self._config.agent.host)
         return Exports(
             self._chains,
             self._store,
             self._ledger,
             Claims(self._store, self._dependents, openers=_openers, jobs=lambda: self._engine.active()),
-            settings=nbd_exports.Settings(exports.limit, exports.nbd_timeout, exports.idle_check),
+            settings=nbd_exports.Settings(exports.limit, exports.nbd_timeout, exports.idle_check, tls),
             clock=self._clock,
             started=self._metrics.export_started,
             changed=self._export_changed,

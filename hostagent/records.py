@@ -72,7 +72,8 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExportRecord:
-    """An NBD export. States: starting, running, stopped, lost. `size` is what clients see."""
+    """An NBD export. States: starting, running, stopped, lost. `size` is what clients see; `tcp` and `tls` are
+    as asked, and `port` the one that clients connect to."""
 
     id: str
     image: str
@@ -87,6 +88,9 @@ class ExportRecord:
     part: Part | None = None
     max_clients: int | None = None
     bitmaps: tuple[str, ...] = ()
+    tcp: str | None = None
+    tls: str | None = None
+    port: int | None = None
     socket: str = ""
     uri: str = ""
     daemon: str = ""

@@ -110,6 +110,10 @@ class ExportCreate(Request):
     max_clients: Annotated[
         int | None, Field(ge=1, le=10000, description="Connections at a time; one more waits for its turn.")
     ] = None
+    tcp: Annotated[
+        Name | None, Field(description="`auto`, PORT or HOST:PORT: over TCP, with `tls`, instead of a unix socket.")
+    ] = None
+    tls: Literal["x509", "psk"] | None = None
     ttl: Annotated[Seconds | None, Field(description="Stopped after this time.")] = None
     idle_timeout: Annotated[Seconds | None, Field(description="Stopped when no client was there for so long.")] = None
     labels: Labels | None = None
@@ -208,9 +212,11 @@ class Job(Answer):
 
 
 class Client(Answer):
-    pid: int
+    """A client on another host is an address, without a process."""
+
+    pid: int | None
     name: str
-    uid: int
+    uid: int | None
 
 
 class Export(Answer):
@@ -226,6 +232,8 @@ class Export(Answer):
     writable: bool
     max_clients: int | None
     bitmaps: list[str]
+    tls: Literal["x509", "psk"] | None
+    port: int | None
     state: str
     reason: str | None
     created: datetime

@@ -22,6 +22,7 @@ from hostagent.api import views
 from hostagent.api.changes import Changes
 from hostagent.api.peer import Peer
 from hostagent.drain import Drain
+from hostagent.nbd import serving
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.copying import is_remote
 from hostagent.nbd.export_spec import ExportSpec
@@ -172,11 +173,15 @@ class AgentService:
             offset=spec.get("offset"),
             size=spec.get("size"),
             max_clients=spec.get("max_clients"),
+            tcp=spec.get("tcp"),
+            tls=spec.get("tls"),
             bitmaps=tuple(dict.fromkeys(spec.get("bitmaps") or ())),
             ttl=spec.get("ttl"),
             idle_timeout=spec.get("idle_timeout"),
             labels=spec.get("labels") or {},
         )
+        if asked.tcp is not None and not self._anywhere(peer):
+            raise JobError("denied", "only root may export over TCP", field="tcp", remedy="leave it out")
         export_id = _id(spec)
         with self._admitted(export_id and await self._store.export(export_id)), _about("image"):
             record, created = await self._exports.start(asked, export_id, anywhere=self._anywhere(peer))
@@ -199,7 +204,7 @@ class AgentService:
         return await self._export(await self._exports.stop(id, force=force))
 
     async def _export(self, record: ExportRecord) -> Json:
-        clients = await asyncio.to_thread(self._exports.clients, record)
+        clients = await asyncio.to_thread(serving.clients, record)
         return self._export_view(record, [client._asdict() for client in clients])
 
     def _export_view(self, record: ExportRecord, clients: list[Json]) -> Json:
@@ -320,7 +325,7 @@ class AgentService:
         return await self.drain_state()
 
     async def drain_state(self) -> Json:
-        clients = await asyncio.to_thread(self._exports.all_clients)
+        clients = await asyncio.to_thread(serving.clients_of, self._exports.active())
         exports = [(one, [c._asdict() for c in clients.get(one.id, [])]) for one in self._exports.active()]
         return views.drain(
             self._drain.record,

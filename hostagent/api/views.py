@@ -93,6 +93,8 @@ def export(value: ExportRecord, clients: Sequence[Json] = (), *, answers: bool =
         "writable": value.writable,
         "max_clients": value.max_clients,
         "bitmaps": list(value.bitmaps),
+        "tls": value.tls,
+        "port": value.port,
         "state": value.state if answers else "unresponsive",
         "reason": value.reason,
         "created": time(value.created),

@@ -128,9 +128,13 @@ def _export(export: Json) -> tuple[str, ...]:
 
 
 def _client(client: Json) -> str:
-    return f"{client['name']} (pid {client['pid']})" if client["pid"] else "one that is not seen from here"
+    return f"{client['name']} (pid {client['pid']})" if client["pid"] else _remote(client)
 
 
 def _print_more(terminal: Terminal, count: int, command: str) -> None:
     if count > MOST_ROWS:
         terminal.line(f"… and {count - MOST_ROWS} more: {command}")
+
+
+def _remote(client: Json) -> str:
+    return "one that is not seen from here" if client["name"] == "?" else str(client["name"])

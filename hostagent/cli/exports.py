@@ -49,6 +49,8 @@ def _register_start(verbs: Any, common: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--max-clients", metavar="N", type=arguments.count, help="connections at a time; one more waits for its turn"
     )
+    start.add_argument("--tcp", metavar="[HOST:]PORT|auto", help="over TCP instead of a unix socket; needs --tls")
+    start.add_argument("--tls", choices=("x509", "psk"), help="with certificates of both sides, or with shared keys")
     start.add_argument("--ttl", metavar="S", type=arguments.seconds, help="end it after S seconds")
     start.add_argument(
         "--idle-timeout", metavar="S", type=arguments.seconds, help="end it S seconds after its last client"
@@ -83,6 +85,8 @@ def _request(args: argparse.Namespace) -> Json:
         "offset": args.offset,
         "size": args.size,
         "max_clients": args.max_clients,
+        "tcp": args.tcp,
+        "tls": args.tls,
         "ttl": args.ttl,
         "idle_timeout": args.idle_timeout,
         "labels": dict(args.label) or None,
@@ -133,7 +137,7 @@ def _show(args: argparse.Namespace) -> int:
         terminal.data(export)
         return EXIT_OK
     terminal.heading(f"export {export['id']}")
-    clients = [f"{client['name']} (pid {client['pid']}, uid {client['uid']})" for client in export.get("clients") or []]
+    clients = [_client(client) for client in export.get("clients") or []]
     terminal.fields(
         [
             ("image", f"{export['image']} ({export['format']}, {format_size(export['size'])}{_part(export)})"),
@@ -167,6 +171,10 @@ def _stop(args: argparse.Namespace) -> int:
 
 def _mode(export: Json) -> str:
     return ("writable" if export.get("writable") else "read-only") + (", shallow" if export.get("shallow") else "")
+
+
+def _client(client: Json) -> str:
+    return f"{client['name']} (pid {client['pid']}, uid {client['uid']})" if client.get("pid") else str(client["name"])
 
 
 def _part(export: Json) -> str:

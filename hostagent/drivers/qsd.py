@@ -20,13 +20,14 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hostagent.drivers.process import User, Watch, command_line, launch
 from hostagent.drivers.qmp import Monitor, Refused
+from hostagent.drivers.tls import TlsListener
 from hostagent.records import Node
 from jobs.errors import JobError
 from jobs.model import Cursor, FileId, Layer
@@ -102,10 +103,14 @@ class StorageDaemon:
         *,
         on_event: Callable[[str, Mapping[str, Any]], None],
         on_exit: Callable[[], None],
+        tls: TlsListener | None = None,
     ) -> None:
+        """`tls`: it listens there, and not on the unix socket."""
         self.id = daemon_id
         self.places = places
         self._settings = settings
+        self._tls = tls
+        self.port: int | None = None
         self._on_exit = on_exit
         self._on_event = on_event
         self.pid = 0
@@ -154,11 +159,11 @@ class StorageDaemon:
 
     def _no_start(self, *, died: bool) -> JobError:
         limit = f"did not answer within {self._settings.start_timeout:g} s (qsd.start_timeout)"
-        return JobError(
-            "unavailable",
-            f"a new storage daemon {'ended at once' if died else limit}{self._last_words()}",
-            remedy="see the machine's load, and that the hypervisor user may execute qsd.binary; then try again",
-        )
+        remedy = "see the machine's load, and that the hypervisor user may execute qsd.binary; then try again"
+        if self._tls is not None:
+            remedy = f"see that {self._settings.user.name} can read what is in {self._tls.folder}, and that it is valid"
+        message = f"a new storage daemon {'ended at once' if died else limit}{self._last_words()}"
+        return JobError("unavailable", message, remedy=remedy)
 
     def _launch(self, descriptors: Sequence[int], first: socket.socket) -> subprocess.Popen[bytes]:
         """Two monitors: one on `first`, which is connected, and one that listens, for an agent that comes back.
@@ -174,9 +179,8 @@ class StorageDaemon:
             )
         with (
             _listener(self.places.monitor, 2) as monitor,
-            _listener(self.places.socket, self._settings.max_connections) as nbd,
+            self._nbd_listener() as nbd,
         ):
-            self.places.socket.chmod(0o600)
             argv = [
                 self._settings.binary,
                 "--chardev",
@@ -187,8 +191,10 @@ class StorageDaemon:
                 f"socket,id={CHARDEV}{self.id},fd={monitor.fileno()},server=on,wait=off",
                 "--monitor",
                 f"chardev={CHARDEV}{self.id}",
+                *(self._tls.options() if self._tls else ()),
                 "--nbd-server",
-                f"addr.type=fd,addr.str={nbd.fileno()},max-connections={self._settings.max_connections}",
+                f"addr.type=fd,addr.str={nbd.fileno()},max-connections={self._settings.max_connections}"
+                + (self._tls.server_options() if self._tls else ""),
             ]
             try:
                 return launch(
@@ -204,6 +210,18 @@ class StorageDaemon:
                     f"{self._settings.binary!r} cannot be started as {self._settings.user.name!r}: {error}",
                     remedy="run `hostagent doctor`",
                 ) from error
+
+    @contextlib.contextmanager
+    def _nbd_listener(self) -> Iterator[socket.socket]:
+        backlog = self._settings.max_connections
+        if self._tls is not None:
+            with self._tls.bind(backlog) as listener:
+                self.port = int(listener.getsockname()[1])
+                yield listener
+            return
+        with _listener(self.places.socket, backlog) as listener:
+            self.places.socket.chmod(0o600)
+            yield listener
 
     async def adopt(self, pid: int) -> None:
         """Take over a process that an earlier agent started. The caller has proven its identity."""

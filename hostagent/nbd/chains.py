@@ -285,11 +285,13 @@ class Chains:
     def publish_socket(self, chain: PreparedChain) -> None:
         """Let clients in: until its first export a daemon's NBD socket is the agent's alone."""
         assert chain.daemon is not None
+        chain.published = True
+        if chain.apart is not None and chain.apart.listener is not None:
+            return  # whom it lets in is for its credentials to say
         socket = chain.daemon.places.socket
         if self.settings.socket_gid is not None:
             os.chown(socket, -1, self.settings.socket_gid)
         socket.chmod(0o660)
-        chain.published = True
 
     # Restart
 
@@ -423,7 +425,8 @@ class Chains:
         settings = self.settings.qsd
         if chain.apart is not None and chain.apart.max_clients is not None:
             settings = replace(settings, max_connections=chain.apart.max_clients)
-        return StorageDaemon(daemon_id, places, settings, on_event=event, on_exit=chain.exited)
+        listener = chain.apart.listener if chain.apart else None
+        return StorageDaemon(daemon_id, places, settings, on_event=event, on_exit=chain.exited, tls=listener)
 
     def _record(self, chain: PreparedChain, daemon: StorageDaemon) -> DaemonRecord:
         start_time = process.start_time(daemon.pid)

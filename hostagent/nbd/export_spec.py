@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from hostagent.drivers.tls import TlsListener
 from hostagent.nbd.prepared import Apart
 from hostagent.records import ExportRecord, Part
 from jobs.errors import JobError
@@ -27,6 +28,8 @@ class ExportSpec:
     size: int | None = None
     max_clients: int | None = None
     bitmaps: tuple[str, ...] = ()
+    tcp: str | None = None
+    tls: str | None = None
     ttl: float | None = None
     idle_timeout: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -48,6 +51,8 @@ class ExportSpec:
             part=part,
             max_clients=self.max_clients,
             bitmaps=self.bitmaps,
+            tcp=self.tcp,
+            tls=self.tls,
             ttl=self.ttl,
             idle_timeout=self.idle_timeout,
             expires=now + timedelta(seconds=self.ttl) if self.ttl else None,
@@ -90,14 +95,14 @@ class ExportSpec:
         return (self.offset or 0) == part.offset and self.size in (None, part.size)
 
 
-_COMPARED = ("image", "shallow", "writable", "max_clients", "bitmaps", "ttl", "idle_timeout")
+_COMPARED = ("image", "shallow", "writable", "max_clients", "bitmaps", "tcp", "tls", "ttl", "idle_timeout")
 
 
-def apart(record: ExportRecord) -> Apart | None:
+def apart(record: ExportRecord, listener: TlsListener | None) -> Apart | None:
     """Whether the export needs a storage daemon of its own, and what is special about that."""
-    if record.part is None and record.max_clients is None and not record.bitmaps:
+    if record.part is None and record.max_clients is None and not record.bitmaps and listener is None:
         return None
-    return Apart(record.id, record.max_clients, record.part)
+    return Apart(record.id, record.max_clients, record.part, listener)
 
 
 def _invalid(name: str, value: object, message: str, remedy: str) -> JobError:

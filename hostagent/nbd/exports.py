@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,13 +21,14 @@ from hostagent import nbdclient
 from hostagent.drivers.qmp import Refused
 from hostagent.errors import AgentError
 from hostagent.locks import Locks
-from hostagent.nbd import sockdiag
 from hostagent.nbd.bitmaps import refuse_unusable
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.claims import Claims
 from hostagent.nbd.export_spec import ExportSpec, apart
 from hostagent.nbd.offline import Grants
 from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.serving import clients, connections, reached
+from hostagent.nbd.tls import TlsSettings, listener
 from hostagent.records import ExportRecord
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Need
@@ -42,6 +42,7 @@ class Settings:
     limit: int
     nbd_timeout: float
     idle_check: float
+    tls: TlsSettings
 
 
 class ExportStore(Protocol):
@@ -108,20 +109,6 @@ class Exports:
         found = await self._store.exports(state=state, image=image, labels=labels, limit=limit, after=after)
         return [self._active.get(record.id, record) for record in found]
 
-    def clients(self, export: ExportRecord) -> list[sockdiag.Client]:
-        """Who is connected to the export's listener. Blocking: reads the kernel's socket table and /proc."""
-        if not export.active or not export.socket:
-            return []
-        skip = (os.getpid(), *((export.pid,) if export.pid else ()))
-        return sockdiag.clients(export.socket, skip_pids=skip)
-
-    def all_clients(self) -> dict[str, list[sockdiag.Client]]:
-        """Who is connected, by export: exports of one chain share a listener, and so its clients. Blocking."""
-        exports = [export for export in self.active() if export.socket]
-        skip = {os.getpid(), *(export.pid for export in exports if export.pid)}
-        found = sockdiag.clients_of({export.socket for export in exports}, skip_pids=skip)
-        return {export.id: found[export.socket] for export in exports}
-
     # Start
 
     async def start(self, spec: ExportSpec, export_id: str | None, *, anywhere: bool) -> tuple[ExportRecord, bool]:
@@ -136,6 +123,7 @@ class Exports:
                 remedy = "stop some, or raise exports.limit"
                 raise JobError("limit", f"{len(self._active)} exports run already", remedy=remedy)
             began = self._clock.monotonic()
+            listening = await asyncio.to_thread(listener, spec.tcp, spec.tls, self._settings.tls)
             opened = await self._chains.open(spec.image, format=spec.format, anywhere=anywhere)
             try:
                 record = spec.record(export_id, opened.chain.top, self._clock.now())
@@ -144,7 +132,7 @@ class Exports:
                 raise
             files = [layer.file for layer in opened.chain.layers]
             try:
-                async with self._chains.joined(opened, shallow=spec.shallow, apart=apart(record)) as chain:
+                async with self._chains.joined(opened, shallow=spec.shallow, apart=apart(record, listening)) as chain:
                     record = await self._serve(record, chain)
             except BaseException:
                 await self._access.converge(files, trigger="export")  # now that the chain is closed again
@@ -173,18 +161,8 @@ class Exports:
             )
             await chain.ask(adding)
             self._chains.publish_socket(chain)
-            socket = str(daemon.places.socket)
-            size = await asyncio.to_thread(nbdclient.handshake, socket, record.id, self._settings.nbd_timeout)
-            record = replace(
-                record,
-                state="running",
-                size=size,
-                socket=socket,
-                uri=f"nbd+unix:///{record.id}?socket={socket}",
-                daemon=daemon.id,
-                pid=daemon.pid,
-                revision=record.revision + 1,
-            )
+            record = await reached(record, chain, self._settings.tls, self._settings.nbd_timeout)
+            record = replace(record, state="running", revision=record.revision + 1)
             if chain.died:
                 raise daemon.death()
             await self._store.put_export(record, [_event(record, ExportEventKind.STARTED)])
@@ -263,15 +241,15 @@ class Exports:
             ) from error
 
     async def _in_use(self, record: ExportRecord) -> JobError:
-        clients = await asyncio.to_thread(self.clients, record)
-        names = ", ".join(str(client) for client in clients) or "a client that cannot be seen from here"
+        found = await asyncio.to_thread(clients, record)
+        names = ", ".join(str(client) for client in found) or "a client that cannot be seen from here"
         return JobError(
             "busy",
             f"export {record.id} is in use by {names}",
             field="id",
             value=record.id,
             remedy="let them disconnect, or use --force to cut them off",
-            clients=[client._asdict() for client in clients],
+            clients=[client._asdict() for client in found],
         )
 
     async def _end(self, record: ExportRecord, state: str, reason: str, kind: ExportEventKind) -> ExportRecord:
@@ -367,7 +345,7 @@ class Exports:
                 if left is not None and left <= 0:
                     await self.stop(record.id, force=True, reason="its time to live is over")
                     return
-                if idle is not None and await asyncio.to_thread(_connections, record.socket) > 0:
+                if idle is not None and await asyncio.to_thread(connections, record) > 0:
                     idle_since = self._clock.monotonic()
                 elif idle is not None and self._clock.monotonic() - idle_since >= idle:
                     await self.stop(record.id, force=True, reason=f"no client for {idle:g} s")
@@ -378,11 +356,6 @@ class Exports:
                 left = None
             pause = self._settings.idle_check if idle is None else max(self._settings.idle_check, idle / 10)
             await asyncio.sleep(pause if left is None else left if idle is None else min(pause, left))
-
-
-def _connections(socket: str) -> int:
-    """How many clients the listener has, without the search for their names."""
-    return sockdiag.connections(socket, skip_self=True)
 
 
 def _needs(record: ExportRecord, chain: PreparedChain) -> list[Need]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hostagent.drivers.qmp import Refused
 from hostagent.drivers.qsd import Link, StorageDaemon
+from hostagent.drivers.tls import TlsListener
 from hostagent.images.chain import OpenChain
 from hostagent.nbd.uri import server_of
 from hostagent.records import Node, Part
@@ -45,6 +46,7 @@ class Apart:
     export: str
     max_clients: int | None = None
     part: Part | None = None
+    listener: TlsListener | None = None
 
 
 class Lease(Protocol):

@@ -35,14 +35,16 @@ MAX_DATAGRAMS = 10_000  # some 60 bytes a socket: millions of them, an end to a 
 
 
 class Client(NamedTuple):
-    """One connection. `pid` is None where its process cannot be seen from here."""
+    """One connection. `pid` is None where its process cannot be seen from here; then `name` is its address, or `?`."""
 
     pid: int | None
     name: str
     uid: int | None
 
     def __str__(self) -> str:
-        return f"{self.name} (pid {self.pid})" if self.pid else "a process that cannot be seen from here"
+        if self.pid:
+            return f"{self.name} (pid {self.pid})"
+        return self.name if self.name != "?" else "a process that cannot be seen from here"
 
 
 def clients(socket_path: str, *, skip_pids: Collection[int] = (), timeout: float = 5.0) -> list[Client]:

@@ -15,8 +15,8 @@ LATER = ("/v1/backups", "/v1/domains", "/v1/transfers")
 
 JOB = """id operation target path domain disk state cursor upto bandwidth base increment check labels origin revision
 created since started finished error revocation chain rate eta stalled_seconds warnings dest completion"""
-EXPORT = """id image uri socket name format size offset shallow writable max_clients bitmaps state reason created stopped expires ttl idle_timeout
-clients daemon pid labels revision"""
+EXPORT = """id image uri socket name format size offset shallow writable max_clients bitmaps tls port state reason
+created stopped expires ttl idle_timeout clients daemon pid labels revision"""
 OBJECTS = {
     "Job": JOB,
     "Export": EXPORT,
@@ -37,7 +37,7 @@ REQUESTS = {
     "NextBody": "cursor",
     "AbortBody": "force",
     "DrainBody": "pause",
-    "ExportCreate": "id image format shallow writable bitmaps offset size max_clients ttl idle_timeout labels",
+    "ExportCreate": "id image format shallow writable bitmaps offset size max_clients tcp tls ttl idle_timeout labels",
 }
 
 

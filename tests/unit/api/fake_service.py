@@ -64,6 +64,8 @@ def export_json(id: str, spec: Json) -> Json:
         "offset": 0,
         "max_clients": spec.get("max_clients"),
         "bitmaps": spec.get("bitmaps", []),
+        "tls": spec.get("tls"),
+        "port": None,
         "state": "running",
         "reason": None,
         "created": TIME,

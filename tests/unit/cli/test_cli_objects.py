@@ -43,12 +43,12 @@ def host(**more: object) -> dict[str, object]:
 def test_export_start_asks_for_what_was_said_and_prints_the_uri(agent: FakeAgent, run, capsys) -> None:
     agent.on("POST", "/v1/exports", (202, export()))
     words = ["--writable", "--shallow", "--bitmap", "b0", "--bitmap", "b1", "--ttl", "60", "--idle-timeout", "5.5"]
-    words += ["--offset", "1MiB", "--size", "512", "--max-clients", "3"]
+    words += ["--offset", "1MiB", "--size", "512", "--max-clients", "3", "--tcp", "auto", "--tls", "psk"]
     assert run("export", "start", "/images/top.qcow2", *words, "--format", "qcow2", "--label", "a=1", "--id", ID) == 0
     assert capsys.readouterr().out == f"export {ID} running\n  uri  {URI}\n"
     assert agent.calls[0].body == {
         "image": "/images/top.qcow2", "writable": True, "shallow": True, "bitmaps": ["b0", "b1"], "ttl": 60.0,
-        "offset": 1 << 20, "size": 512, "max_clients": 3,
+        "offset": 1 << 20, "size": 512, "max_clients": 3, "tcp": "auto", "tls": "psk",
         "idle_timeout": 5.5, "format": "qcow2", "labels": {"a": "1"}, "id": ID,
     }  # fmt: skip
 

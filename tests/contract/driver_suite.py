@@ -19,7 +19,7 @@ import pytest
 
 from jobs import pull
 from jobs.errors import JobError
-from jobs.model import Cursor, Holder, Job, JobSpec, Operation, State
+from jobs.model import Cursor, FileId, Holder, Job, JobSpec, Operation, State
 from jobs.ports import BlockDriver, Contact, Observation, Phase
 
 MIB = 1 << 20
@@ -31,17 +31,28 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 @dataclass(slots=True)
 class Rig:
-    """`backing` reads the overlay's header from outside; `kill` ends the chain's storage daemon by force."""
+    """`backing` reads the overlay's header from outside; `kill` ends the chain's storage daemon by force.
+
+    Nothing is at `dest`, but what `make` puts there: an empty image of the right size. `names` are the paths of all
+    files in the folder; `same` says whether an image reads as the top did in the beginning, and `serves` which file is
+    on top of the prepared chain.
+    """
 
     driver: BlockDriver
     top: str
+    middle: str
     base: str
+    dest: str
     backing: Callable[[], str | None]
     kill: Callable[[], Awaitable[None]]
+    make: Callable[[str], object]
+    names: Callable[[], set[str]]
+    same: Callable[[str], bool]
+    serves: Callable[[], FileId]
 
-    async def job(self, **spec: Any) -> Job:
+    async def job(self, operation: Operation = Operation.PULL, **spec: Any) -> Job:
         """A job as the engine makes it, about to start."""
-        wanted = JobSpec(Operation.PULL, self.top, **spec)
+        wanted = JobSpec(operation, self.top, **spec)
         plan = await self.driver.plan(wanted)
         job = Job(
             "00000000-0000-4000-8000-000000000001",
@@ -53,12 +64,17 @@ class Rig:
             plan.after,
             cursor=Cursor(0, plan.size),
             bandwidth=wanted.bandwidth,
+            target=plan.target,
         )
         return replace(job, upto=pull.goal(job)) if job.incremental else job
 
+    async def prepared(self, job: Job) -> Job:
+        while changes := await self.driver.prepare(job):
+            job = replace(job, **changes)
+        return job
+
     async def started(self, **spec: Any) -> Job:
-        job = await self.job(**spec)
-        await self.driver.prepare(job)
+        job = await self.prepared(await self.job(**spec))
         await self.driver.start(job)
         return replace(job, state=State.RUNNING, started=NOW)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -26,10 +27,12 @@ from hostagent.nbd.offline import OfflineDriver
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.store import Store
+from jobs.model import FileId
 from jobs.ports import SystemClock
-from tests.contract.driver_suite import MIB, SIZE, DriverSuite, Rig
+from tests.contract.driver_suite import MIB, SIZE, Rig
+from tests.contract.ready_suite import ReadySuite
 from tests.harness import backing_of, overlay, raw_image, same_content
-from tests.qemu.faults import sound
+from tests.qemu.faults import open_below, sound
 
 pytestmark = pytest.mark.qemu
 
@@ -97,30 +100,58 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
     )
 
 
-class TestOfflineDriver(DriverSuite):
+class TestOfflineDriver(ReadySuite):
     @contextlib.asynccontextmanager
     async def rig(self, folder: Path) -> AsyncIterator[Rig]:
         base = raw_image(folder / "base.raw", SIZE)
-        top = overlay(folder / "top.qcow2", overlay(folder / "mid.qcow2", base), "qcow2")
-        state = folder / "state"
+        middle = overlay(folder / "mid.qcow2", base)
+        top = overlay(folder / "top.qcow2", middle, "qcow2")
+        qemu_io(middle, *(f"write -q -P {n} {n}M 1M" for n in range(1, 15)))
+        qemu_io(top, "write -q -P 77 1M 1M", "write -q -P 78 15M 512k")
+        truth = folder.parent / "truth"
+        subprocess.run(["qemu-img", "convert", "-O", "raw", str(top), str(truth)], check=True)
+        state = folder.parent / "state"
         state.mkdir()
         store = Store(state, host="h", publish=lambda record: None)
         await store.open()
         with tempfile.TemporaryDirectory(prefix="t3-") as short:  # socket names have 107 bytes
             chains = make_chains(Path(short), store)
+
+            def serves() -> FileId:
+                (chain,) = chains.all()
+                return chain.file
+
             try:
-                backing, end = lambda: backing_of(top), lambda: kill(chains)
-                yield Rig(make_driver(chains, store), str(top), str(base), backing, end)
+                yield Rig(
+                    make_driver(chains, store),
+                    *(str(path) for path in (top, middle, base, folder / "dest.qcow2")),
+                    backing=lambda: backing_of(top),
+                    kill=lambda: kill(chains),
+                    make=empty_image,
+                    names=lambda: {str(path) for path in folder.iterdir()},
+                    same=lambda path: same_content(Path(path), truth, first="raw" if path == str(base) else None),
+                    serves=serves,
+                )
                 assert chains.all() == []
                 assert await store.daemons() == []
                 assert list(Path(short).glob("*/*")) == []
-                assert sound(top)
-                assert same_content(top, base)
+                assert open_below(os.getpid(), folder) == []
+                if top.exists():
+                    assert sound(top)
+                    assert same_content(top, truth)
             finally:
                 for chain in chains.all():  # what a failed test left
                     if chain.daemon is not None:
                         await chain.daemon.kill()
                 await store.close()
+
+
+def qemu_io(image: Path, *commands: str) -> None:
+    subprocess.run(["qemu-io", *(word for line in commands for word in ("-c", line)), str(image)], check=True)
+
+
+def empty_image(path: str) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True)
 
 
 async def kill(chains: Chains) -> None:

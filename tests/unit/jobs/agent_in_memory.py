@@ -10,7 +10,8 @@ from jobs.engine import Engine
 from jobs.model import Job, State
 from jobs.ports import SystemClock
 from jobs.world import Limits
-from tests.unit.jobs.fake_driver import Counts, FakeAccess, FakeDriver, MemoryStore, spec
+from tests.unit.jobs.fake_driver import FakeDriver, spec
+from tests.unit.jobs.memory import Counts, FakeAccess, MemoryStore
 
 QUICK = Limits(
     width=4,

@@ -1,7 +1,7 @@
 """A host in memory: images, storage daemons and block jobs that outlive the engine, with faults to order.
 
-`FakeDriver` keeps what the real one keeps of a chain, a daemon and a header, and moves a block job on by `pace` bytes each
-time somebody looks. `MemoryStore` and `FakeAccess` write down what they were asked, so that a test can judge it.
+`FakeDriver` keeps what the real one keeps of a chain, a daemon, a header and a folder, and moves a block job on by
+`pace` bytes each time somebody looks.
 """
 
 from __future__ import annotations
@@ -9,75 +9,34 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from events.model import Event, JobEvent
-from jobs import pull
+from jobs import commit, copy, pull
 from jobs.errors import JobError
-from jobs.model import (
-    Chain,
-    Cursor,
-    FileId,
-    Holder,
-    Job,
-    JobSpec,
-    Layer,
-    Operation,
-    Plan,
-    Revocation,
-)
-from jobs.ports import AccessChange, AccessResult, AccessVerdict, Contact, Observation, Phase
+from jobs.model import Chain, Cursor, FileId, Holder, Job, JobSpec, Layer, Operation, Plan, State, Target
+from jobs.ports import Contact, Observation, Phase
+from tests.unit.jobs.fake_images import BlockJob, Daemon, Image, becomes_ready, part_of, rewritten, written
 
 MIB = 1 << 20
 _inodes = itertools.count(1000)
 
 
-@dataclass(slots=True)
-class BlockJob:
-    """What a storage daemon knows of its job."""
-
-    end: int
-    cur: int = 0
-    phase: Phase = Phase.RUNNING
-    error: str | None = None
-    speed: int = 0
-
-
-@dataclass(slots=True)
-class Daemon:
-    """A storage daemon; it goes on when the engine stops."""
-
-    blocks: dict[str, BlockJob] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Image:
-    """The overlay on disk, and the prepared chain that stands on it."""
-
-    chain: Chain
-    backing: str | None
-    users: set[Holder] = field(default_factory=set)
-    prepared: bool = False
-    daemon: Daemon | None = None
-    answers: bool = True
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The chain as the header has it now."""
-        if self.backing is None:
-            return self.chain.layers[:1]
-        index = next(n for n, layer in enumerate(self.chain.layers) if layer.path == self.backing)
-        return (self.chain.top, *self.chain.layers[index:])
-
-
 class FakeDriver:
     """jobs.ports.BlockDriver in memory. `fault(call, job)` is called at the beginning of each call, and with
-    `call + " done"` when its work is done but not answered; it may raise, or do harm with `die` and `silence`."""
+    `call + " done"` when its work is done but not answered; it may raise, or do harm with `die` and `silence`.
+
+    `names` are the files in the folders, beside the images' layers; `synced` have the content that they should, and
+    `sealed` have it on stable storage.
+    """
 
     def __init__(self, *, size: int = 64 * MIB, pace: int = 16 * MIB, slice: int = 8 * MIB) -> None:
         self.size, self.pace, self.slice = size, pace, slice
         self.images: dict[str, Image] = {}
+        self.names: dict[str, FileId] = {}
+        self.synced: set[FileId] = set()
+        self.sealed: set[FileId] = set()
+        self.deleted: set[FileId] = set()
         self.calls: list[tuple[str, str]] = []
         self.warnings: tuple[str, ...] = ()
         self.check_waits: asyncio.Event | None = None
@@ -90,15 +49,27 @@ class FakeDriver:
         """An overlay over `depth - 1` layers."""
         names = [path, *(f"{path}.{n}" for n in range(1, depth))]
         layers = [
-            Layer(name, "qcow2", FileId(1, next(_inodes)), self.size, self.size, below)
+            Layer(name, "qcow2", self.file(name), self.size, self.size, below)
             for name, below in itertools.zip_longest(names, names[1:])
         ]
         self.images[path] = Image(Chain(tuple(layers)), names[1] if depth > 1 else None)
         return self.images[path].chain
 
+    def file(self, path: str) -> FileId:
+        """A new file under this name."""
+        self.names[path] = FileId(1, next(_inodes))
+        return self.names[path]
+
+    def serving(self, path: str) -> Image:
+        """The prepared chain of the image that was made under this name, wherever a pivot took it; else the image."""
+        image = self.images[path]
+        while not image.prepared and image.moved is not None:
+            image = image.moved
+        return image
+
     def die(self, path: str) -> None:
         """The storage daemon is killed: the chain is gone with it, the header stays."""
-        image = self.images[path]
+        image = self.serving(path)
         names = list(image.daemon.blocks) if image.daemon else []
         if image.daemon is not None:
             image.daemon, image.prepared, image.answers = None, False, True
@@ -107,19 +78,19 @@ class FakeDriver:
             self.hint(name)
 
     def silence(self, path: str) -> None:
-        self.images[path].answers = False
+        self.serving(path).answers = False
 
     def heal(self, path: str) -> None:
-        self.images[path].answers = True
+        self.serving(path).answers = True
 
     def block(self, job: Job) -> BlockJob | None:
         daemon = self._image(job).daemon
         return daemon.blocks.get(job.id) if daemon else None
 
     def running(self) -> int:
-        """Block jobs that move data now."""
+        """Block jobs that move data now, or keep two images the same."""
         blocks = [block for image in self.images.values() if image.daemon for block in image.daemon.blocks.values()]
-        return sum(1 for block in blocks if block.phase in (Phase.RUNNING, Phase.PAUSED, Phase.PENDING))
+        return sum(1 for block in blocks if block.phase is not Phase.CONCLUDED)
 
     def external_error(self, job: Job, text: str) -> None:
         block = self.block(job)
@@ -128,12 +99,16 @@ class FakeDriver:
         self.hint(job.id)
 
     def adopt(self, claims: Sequence[Job]) -> None:
-        """An agent starts: only daemons outlived the one before, and are kept where a job claims them."""
+        """An agent starts: only daemons outlived the one before, and are kept where a job or an export claims them."""
         for image in self.images.values():
-            users = {job.holder for job in claims if job.before.top.file == image.chain.top.file}
-            users |= {user for user in image.users if user.kind == "export"}
+            users = {user for user in image.users if user.kind == "export"}
+            if image.daemon is not None and image.prepared:
+                users |= {job.holder for job in claims if self._image(job) is image}
             if image.daemon is None or not users:
                 image.daemon, image.prepared, users = None, False, set()
+            elif not any(user.kind == "job" for user in users):
+                image.daemon.blocks.clear()
+                image.daemon.beside = None
             image.users = users
 
     # Before the job
@@ -144,7 +119,15 @@ class FakeDriver:
         if image is None:
             raise JobError("not_found", f"no image {spec.target!r}", field="target", value=spec.target)
         chain = Chain(image.layers)
-        return Plan(chain, pull.after(chain, pull.resolve_base(chain, spec.base)), chain.top.virtual_size)
+        if spec.operation is Operation.PULL:
+            return Plan(chain, pull.after(chain, pull.resolve_base(chain, spec.base)), chain.top.virtual_size)
+        if spec.operation is Operation.COMMIT:
+            return Plan(chain, commit.after(chain, spec), 0)
+        assert spec.dest is not None
+        if (spec.dest in self.names) != spec.reuse_external:
+            raise JobError("conflict", f"{spec.dest!r} exists, or does not", field="dest", value=spec.dest)
+        target = Target(spec.dest, "qcow2", made=not spec.reuse_external, file=self.names.get(spec.dest))
+        return Plan(chain, copy.after(chain, spec, target), 0, target=target)
 
     async def prepare(self, job: Job) -> dict[str, Any]:
         image = await self._called("prepare", job)
@@ -153,8 +136,19 @@ class FakeDriver:
             raise JobError("busy", f"{others[0]} works on {job.before.top.path!r}")
         image.prepared = True
         image.users.add(job.holder)
+        changes = self._make_target(job)
         self.fault("prepare done", job)
-        return {}
+        return changes
+
+    def _make_target(self, job: Job) -> dict[str, Any]:
+        target = job.target
+        if target is None or not target.made or target.file is not None or job.started is not None:
+            return {}
+        target = replace(target, part=part_of(job), file=self.file(part_of(job)))
+        return {
+            "target": target,
+            "after": job.after if job.after == job.before else copy.after(job.before, job.spec, target),
+        }
 
     async def check(self, job: Job) -> tuple[str, ...]:
         await self._called("check", job)
@@ -174,6 +168,8 @@ class FakeDriver:
         image.daemon = image.daemon or Daemon()
         if job.id not in image.daemon.blocks:
             image.daemon.blocks[job.id] = BlockJob(self.size, speed=job.bandwidth)
+            if job.target is not None:
+                image.daemon.beside = job.target.file
             self.calls.append(("block job", job.id))
         self.fault("start done", job)
 
@@ -224,7 +220,7 @@ class FakeDriver:
         if block.phase is Phase.RUNNING:
             block.cur = block.end if job.incremental else min(block.end, block.cur + self.pace)
             if block.cur == block.end:
-                block.phase = Phase.PENDING
+                block.phase = Phase.READY if becomes_ready(job) else Phase.PENDING
                 self.hint(job.id)
 
     async def finalize(self, job: Job) -> None:
@@ -233,7 +229,8 @@ class FakeDriver:
         block = self.block(job)
         if block is not None and block.phase is Phase.PENDING:
             block.phase = Phase.CONCLUDED
-            image.backing = job.after.layers[1].path if len(job.after.layers) > 1 else None
+            path, below = rewritten(job)
+            image.rewrite(path, below)
         self.fault("finalize done", job)
         self.hint(job.id)
 
@@ -242,12 +239,12 @@ class FakeDriver:
         if image.daemon is None:
             return
         if force:
-            self.die(job.before.top.path)
+            self.die(image.chain.top.path)
             return
         self._answering(image)
         block = self.block(job)
         if block is not None and block.phase is not Phase.CONCLUDED:
-            block.phase = Phase.CONCLUDED
+            block.phase, block.error = Phase.CONCLUDED, "Operation canceled"
             self.hint(job.id)
 
     async def pause(self, job: Job) -> None:
@@ -267,16 +264,52 @@ class FakeDriver:
         self._running_block(await self._called("set_speed", job), job).speed = bandwidth
 
     async def complete(self, job: Job) -> None:
-        raise AssertionError("a pull completes by itself")
+        image = await self._called("complete", job)
+        if not image.prepared:
+            raise JobError("storage_daemon_died", "the storage daemon ended")
+        self._answering(image)
+        block = self.block(job)
+        if block is not None and block.phase is Phase.READY:
+            block.phase = Phase.CONCLUDED
+            self.synced.add(written(job))
+            self.hint(job.id)
+        self.fault("complete done", job)
 
     async def seal(self, job: Job) -> None:
-        raise AssertionError("the header of a pull is its proof")
+        image = await self._called("seal", job)
+        if not image.prepared:
+            raise JobError("storage_daemon_died", "the storage daemon ended")
+        self._answering(image)
+        file = written(job)
+        assert file in self.synced, "sealed before its block job ended well"
+        self.sealed.add(file)
+        if job.target is not None and job.target.made:
+            if self.names.get(job.target.path, file) != file:
+                raise JobError("conflict", f"the target {job.target.path!r}: File exists")
+            self.names[job.target.path] = file
+            self.names.pop(part_of(job), None)
+        self.fault("seal done", job)
 
     async def discard(self, job: Job) -> None:
-        raise AssertionError("a pull has no target")
+        image = await self._called("discard", job)
+        if image.prepared and job.holder in image.users and image.daemon is not None:
+            self._answering(image)
+            image.daemon.blocks.pop(job.id, None)
+            image.daemon.beside = None
+        target = job.target
+        if target is not None and target.made:
+            if target.file is None or self.names.get(part_of(job)) == target.file:
+                self.names.pop(part_of(job), None)
+            if self.names.get(target.path) == target.file:
+                self.names.pop(target.path, None)
+        self.fault("discard done", job)
 
     async def delete_dropped(self, job: Job) -> None:
-        raise AssertionError("a pull deletes nothing")
+        await self._called("delete_dropped", job)
+        for layer in job.dropped:
+            if self.names.get(layer.path) == layer.file:
+                del self.names[layer.path]
+                self.deleted.add(layer.file)
 
     # After the job
 
@@ -287,9 +320,22 @@ class FakeDriver:
 
     async def drop(self, job: Job) -> None:
         image = await self._called("drop", job)
-        if image.prepared and job.holder in image.users and image.daemon is not None:
+        if not image.prepared or job.holder not in image.users:
+            return
+        if image.daemon is not None:
             self._answering(image)
             image.daemon.blocks.pop(job.id, None)
+            image.daemon.beside = None
+        if job.state is State.COMPLETED and job.after.top.file != image.chain.top.file:
+            self._move(image, job.after)
+        self.fault("drop done", job)
+
+    def _move(self, image: Image, after: Chain) -> None:
+        """The chain with all its users stands on another top now."""
+        backing = after.layers[1].path if len(after.layers) > 1 else None
+        image.moved = Image(after, backing, image.users, True, image.daemon, image.answers)
+        self.images[after.top.path] = image.moved
+        image.users, image.prepared, image.daemon, image.answers = set(), False, None, True
 
     async def leave(self, job: Job) -> None:
         image = await self._called("leave", job)
@@ -306,7 +352,10 @@ class FakeDriver:
         return self._image(job)
 
     def _image(self, job: Job) -> Image:
-        return self.images[job.before.top.path]
+        """The job's chain: by its top, or by what a pivot put there."""
+        image = self.images[job.before.top.path]
+        moved = self.images.get(job.after.top.path, image)
+        return moved if moved.prepared and not image.prepared else image
 
     def _running_block(self, image: Image, job: Job) -> BlockJob:
         if image.daemon is None:
@@ -327,81 +376,14 @@ class FakeDriver:
             image.daemon, image.prepared = None, False
 
     def _proven(self, image: Image, job: Job) -> bool:
-        return pull.proven(job, image.backing, image.backing)
-
-
-class MemoryStore:
-    """jobs.ports.JobStore. While `full`, nothing can be written."""
-
-    def __init__(self) -> None:
-        self.jobs: dict[str, Job] = {}
-        self.events: list[JobEvent] = []
-        self.finishes: list[tuple[Job, AccessChange]] = []
-        self.full = False
-
-    def _write(self, job: Job, events: Sequence[Event]) -> None:
-        if self.full:
-            raise JobError("store_full", "no space left")
-        self.jobs[job.id] = job
-        self.events += [event for event in events if isinstance(event, JobEvent)]
-
-    async def save(self, job: Job, events: Sequence[Event] = ()) -> None:
-        await asyncio.sleep(0)
-        self._write(job, events)
-        await asyncio.sleep(0)
-
-    async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:
-        await asyncio.sleep(0)
-        self._write(job, events)
-        self.finishes.append((job, change))
-        await asyncio.sleep(0)
-
-    async def get(self, job_id: str) -> Job | None:
-        return self.jobs.get(job_id)
-
-    async def delete(self, job_id: str) -> None:
-        self.jobs.pop(job_id, None)
-
-    async def unsettled(self) -> list[Job]:
-        owed = [job for job in self.jobs.values() if job.finished is None or job.revocation is Revocation.PENDING]
-        return sorted(owed, key=lambda job: (job.created, job.id))
-
-    def kinds(self, job_id: str) -> list[str]:
-        return [event.kind.value for event in self.events if event.job == job_id]
-
-
-class FakeAccess:
-    """jobs.ports.Access: every file is revoked, unless `verdicts` says otherwise."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[tuple[FileId, ...], str]] = []
-        self.verdicts: dict[FileId, AccessVerdict] = {}
-
-    async def converge(self, files: Sequence[FileId], *, trigger: str) -> dict[FileId, AccessResult]:
-        self.asked.append((tuple(files), trigger))
-        await asyncio.sleep(0)
-        return {file: AccessResult(str(file), self.verdicts.get(file, AccessVerdict.REVOKED)) for file in files}
-
-
-class Counts:
-    """jobs.ports.Observer."""
-
-    def __init__(self) -> None:
-        self.finished: list[tuple[str, str]] = []
-        self.reconciles: list[str] = []
-
-    def job_finished(self, operation: str, outcome: str, seconds: float) -> None:
-        assert seconds >= 0
-        self.finished.append((operation, outcome))
-
-    def event_lag(self, seconds: float) -> None:
-        assert seconds >= 0
-
-    def reconcile(self, result: str) -> None:
-        self.reconciles.append(result)
-
-    def revocation_lag(self, seconds: float) -> None:
-        assert seconds >= 0
+        if job.target is not None:
+            target = job.target
+            return target.made and job.completion is not None and self.names.get(target.path) == target.file
+        if becomes_ready(job):
+            return False
+        path, below = rewritten(job)
+        found = self.images[job.before.top.path].header(path)
+        return pull.proven(job, found, found) if job.spec.operation is Operation.PULL else found == below
 
 
 def spec(path: str, **values: object) -> JobSpec:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.driver_suite import MIB, SIZE, DriverSuite, Rig
+from tests.contract.driver_suite import MIB, SIZE, Rig
+from tests.contract.ready_suite import ReadySuite
 from tests.unit.jobs.fake_driver import FakeDriver
 
 
@@ -17,15 +18,30 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class TestFakeDriver(DriverSuite):
+class TestFakeDriver(ReadySuite):
     @contextlib.asynccontextmanager
     async def rig(self, folder: Path) -> AsyncIterator[Rig]:
         driver = FakeDriver(size=SIZE, pace=MIB, slice=2 * MIB)
         driver.image("/i/top", depth=3)
+        image = driver.images["/i/top"]
 
         async def kill() -> None:
             driver.die("/i/top")
 
-        yield Rig(driver, "/i/top", "/i/top.2", lambda: driver.images["/i/top"].backing, kill)
-        assert not driver.images["/i/top"].users
-        assert driver.images["/i/top"].daemon is None
+        def same(path: str) -> bool:
+            return path == "/i/top" or driver.names[path] in driver.sealed
+
+        yield Rig(
+            driver,
+            "/i/top",
+            "/i/top.1",
+            "/i/top.2",
+            "/i/dest",
+            backing=lambda: image.backing,
+            kill=kill,
+            make=driver.file,
+            names=lambda: set(driver.names),
+            same=same,
+            serves=lambda: driver.serving("/i/top").chain.top.file,
+        )
+        assert not any(image.users or image.daemon for image in driver.images.values())

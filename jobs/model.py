@@ -67,7 +67,8 @@ class FileId(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One image file of a chain. `backing` is the name as the header has it, None at the bottom of the chain."""
+    """One image file of a chain. `backing` is the name as the header has it, None at the bottom of the chain; `device`
+    says that it is a block device."""
 
     path: str
     format: str
@@ -75,6 +76,7 @@ class Layer:
     virtual_size: int
     allocated: int
     backing: str | None = None
+    device: bool = False
 
 
 @dataclass(frozen=True, slots=True)

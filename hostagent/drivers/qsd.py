@@ -702,7 +702,7 @@ def _pin(index: int) -> str:
 
 def _file_options(node: Node, *, writable: bool) -> dict[str, Any]:
     return {
-        "driver": "file",
+        "driver": "host_device" if node.layer.device else "file",
         "node-name": node.file_node,
         "filename": f"/proc/self/fd/{node.descriptor}",
         "read-only": not writable,

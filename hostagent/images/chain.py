@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,13 +141,18 @@ def _open(wanted: Wanted, limits: ChainLimits) -> _Member:
 def _describe(fd: int, path: str, wanted: Wanted) -> _Member:
     header = None if wanted.format == "raw" else _qcow2(fd, path, wanted)
     found = os.fstat(fd)
+    device = stat.S_ISBLK(found.st_mode)
+    length = os.lseek(fd, 0, os.SEEK_END) if device else found.st_size
     layer = Layer(
         path=path,
         format="raw" if header is None else "qcow2",
         file=FileId(found.st_dev, found.st_ino),
-        virtual_size=found.st_size if header is None else header.virtual_size,
-        allocated=found.st_blocks * 512,  # st_blocks counts 512 bytes whatever the file system's block is
+        virtual_size=length if header is None else header.virtual_size,
+        allocated=length
+        if device
+        else found.st_blocks * 512,  # st_blocks counts 512 bytes whatever the file system's block is
         backing=None if header is None else header.backing,
+        device=device,
     )
     return _Member(fd, layer, header)
 

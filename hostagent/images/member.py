@@ -5,8 +5,9 @@ grasped with O_PATH first, which opens nothing and has no side effect on any kin
 name for the descriptor, every folder link resolved), its kind and its link count are judged; and only then is it opened
 for reading, through that same descriptor, so that no swap of the path in between has an effect.
 
-A file may be used when it is a regular one, has one name, and lies directly in the folder of the overlay that names it
-or anywhere below a configured pool. The top, which a person names, may lie anywhere unless the limits say otherwise.
+A file may be used when it is a regular one (a top that is only exported may be a block device), has one name, and lies
+directly in the folder of the overlay that names it or anywhere below a configured pool. The top, which a person names,
+may lie anywhere unless the limits say otherwise.
 """
 
 from __future__ import annotations
@@ -24,17 +25,20 @@ from hostagent.images.header import is_plain, shown
 from jobs.errors import JobError
 from jobs.model import Layer
 
+DEVICES = "/dev"
 _GRASP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
 class ChainLimits:
-    """`pools` are absolute folders. 200 layers is what libvirt allows, and QEMU opens them in 0.2 s."""
+    """`pools` are absolute folders. 200 layers is what libvirt allows, and QEMU opens them in 0.2 s. `devices`: the top
+    may be a block device."""
 
     pools: tuple[str, ...] = ()
     max_depth: int = 200
     top_anywhere: bool = True
+    devices: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ def _judge(handle: int, wanted: Wanted, limits: ChainLimits) -> str:
     if not path.startswith("/") or not is_plain(path):
         raise JobError("image_invalid", f"{wanted} lies at {shown(path)}, which is no usable path", value=path)
     _refuse_place(Path(path), wanted, limits)
-    _refuse_kind(handle, found.st_mode, path)
+    _refuse_kind(handle, found, path, devices=limits.devices and wanted.overlay is None)
     if found.st_nlink > 1:
         raise JobError(
             "outside_pools",
@@ -97,16 +101,25 @@ def _refuse_place(path: Path, wanted: Wanted, limits: ChainLimits) -> None:
     raise JobError("outside_pools", f"{wanted} lies {where}{found}", remedy=remedy, value=str(path))
 
 
-def _refuse_kind(handle: int, mode: int, path: str) -> None:
+def _refuse_kind(handle: int, found: os.stat_result, path: str, *, devices: bool) -> None:
+    mode = found.st_mode
     if stat.S_ISREG(mode):
         return
     if stat.S_ISLNK(mode):
         target = os.readlink("", dir_fd=handle)
         message = f"{path} is a symbolic link, and the last step of an image's path is not followed"
         raise JobError("image_invalid", message, remedy=f"name its target, {shown(target)}, itself", value=path)
-    if stat.S_ISBLK(mode):
+    if stat.S_ISBLK(mode) and not devices:
         remedy = "use an image in a regular file"
-        raise JobError("not_supported", f"{path} is a block device, not supported yet", remedy=remedy, value=path)
+        raise JobError(
+            "not_supported", f"{path} is a block device, which can only be exported", remedy=remedy, value=path
+        )
+    if stat.S_ISBLK(mode):
+        if found.st_dev != Path(DEVICES).stat().st_dev:
+            # The same device by another node would have other locks, and another name in the ledger.
+            message = f"{path} is a block device outside {DEVICES}"
+            raise JobError("image_invalid", message, remedy=f"name its node in {DEVICES}", value=path)
+        return
     kind = next((name for test, name in _KINDS if test(mode)), "a special file")
     remedy = "name an image that is a regular file"
     raise JobError("image_invalid", f"{path} is {kind}, not an image", remedy=remedy, value=path)

@@ -123,11 +123,11 @@ class Chains:
                     holders=[str(other.writer)],
                 )
 
-    async def open(self, path: str, *, format: str | None = None, anywhere: bool = True) -> OpenChain:
+    async def open(
+        self, path: str, *, format: str | None = None, anywhere: bool = True, devices: bool = False
+    ) -> OpenChain:
         """Read the chain's headers, in a thread and within images.inspect_timeout."""
-        limits = self.settings.limits
-        if not anywhere:
-            limits = ChainLimits(limits.pools, limits.max_depth, top_anywhere=False)
+        limits = replace(self.settings.limits, top_anywhere=anywhere, devices=devices)
         if self._hanging >= INSPECTIONS:
             raise JobError(
                 "limit",
@@ -319,7 +319,7 @@ class Chains:
     async def _adopt(self, record: DaemonRecord) -> None:
         opened = None
         with contextlib.suppress(JobError):
-            opened = await self.open(record.chain.top.path, format=record.chain.top.format)
+            opened = await self.open(record.chain.top.path, format=record.chain.top.format, devices=True)
             if opened.chain.top.file != record.file:
                 opened.close()
                 opened = None

@@ -1,0 +1,129 @@
+"""Exports of block devices: loop devices, which need root."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import MIB, AgentProcess, raw_image
+from tests.qemu.faults import HASTE, PATIENCE, ROOT, eventually, permissions
+from tests.qemu.test_exports import refusal, show, stop
+
+nbd: Any = importlib.import_module("nbd")
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.root,
+    pytest.mark.skipif(not ROOT, reason="loop devices need root"),
+]
+
+SIZE = 16 * MIB
+
+
+@contextmanager
+def loop(image: Path) -> Iterator[Path]:
+    made = subprocess.run(["losetup", "--show", "--find", str(image)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr}")
+    device = Path(made.stdout.strip())
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", str(device)], check=True)
+
+
+@pytest.fixture
+def device(folder: Path) -> Iterator[Path]:
+    with loop(raw_image(folder / "disk.raw", SIZE)) as device:
+        yield device
+
+
+def node(device: Path) -> tuple[Any, ...]:
+    """All that an export may not leave changed on the device's node."""
+    found = device.stat()
+    return found.st_mode, found.st_uid, found.st_gid, permissions(device)
+
+
+def test_a_block_device_is_served_and_its_node_is_as_before(agent: AgentProcess, device: Path, tmp_path: Path) -> None:
+    before, content = node(device), device.read_bytes()
+    export = agent.export(device, format="raw")
+    assert (export["size"], export["path"]) == (SIZE, str(device))
+    assert [grant["mode"] for grant in agent.get("/v1/grants")["items"] if grant["path"] == str(device)] == ["r"]
+    copy = tmp_path / "copy.raw"
+    subprocess.run(["nbdcopy", export["uri"], str(copy)], check=True, timeout=PATIENCE)
+    assert copy.read_bytes() == content
+    part = agent.export(device, format="raw", offset=MIB, size=MIB)
+    client = nbd.NBD()
+    client.connect_uri(part["uri"])
+    assert client.pread(MIB, 0) == content[MIB : 2 * MIB]
+    client.shutdown()
+    stop(agent, part)
+    stop(agent, export)
+    assert eventually(lambda: node(device) == before)
+    assert not [grant for grant in agent.get("/v1/grants")["items"] if grant["path"] == str(device)]
+
+
+def test_a_block_device_is_written_and_the_agent_may_be_killed_meanwhile(tmp_path: Path, device: Path) -> None:
+    before = node(device)
+    with AgentProcess(tmp_path, HASTE) as agent:
+        export = agent.export(device, format="raw", writable=True)
+        client = nbd.NBD()
+        client.connect_uri(export["uri"])
+        client.pwrite(b"x" * MIB, 3 * MIB)
+        agent.kill()
+        agent.start()
+        assert show(agent, export)["state"] == "running"
+        assert refusal(agent, "POST", "/v1/exports", {"image": str(device), "format": "raw"}).code == "busy"
+        client.pwrite(b"y" * MIB, 4 * MIB)
+        client.shutdown()
+        stop(agent, export)
+        assert eventually(lambda: node(device) == before)
+    with device.open("rb") as stream:
+        stream.seek(3 * MIB)
+        assert stream.read(2 * MIB) == b"x" * MIB + b"y" * MIB
+
+
+def test_a_qcow2_image_on_a_device_is_served_with_its_format(agent: AgentProcess, folder: Path) -> None:
+    image = folder / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "8M"], check=True)
+    subprocess.run(["qemu-io", "-c", "write -q -P 9 1M 1M", str(image)], check=True)
+    os.truncate(image, 4 * MIB)
+    with loop(image) as device:
+        export = agent.export(device)
+        assert (export["format"], export["size"]) == ("qcow2", 8 * MIB)
+        client = nbd.NBD()
+        client.connect_uri(export["uri"])
+        assert client.pread(MIB, MIB) == b"\x09" * MIB
+        client.shutdown()
+        stop(agent, export)
+
+
+def test_a_device_that_the_kernel_uses_is_not_written(agent: AgentProcess, device: Path, tmp_path: Path) -> None:
+    subprocess.run(["mkfs.ext4", "-q", str(device)], check=True)
+    place = tmp_path / "mounted"
+    place.mkdir()
+    subprocess.run(["mount", str(device), str(place)], check=True)
+    try:
+        error = refusal(agent, "POST", "/v1/exports", {"image": str(device), "format": "raw", "writable": True})
+        assert (error.code, "mounted" in error.body["detail"]) == ("busy", True), error.body
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    stop(agent, agent.export(device, format="raw", writable=True))
+
+
+def test_a_node_elsewhere_and_jobs_are_refused(agent: AgentProcess, device: Path, folder: Path) -> None:
+    other = folder / "node"
+    os.mknod(other, 0o600 | stat.S_IFBLK, device.stat().st_rdev)
+    error = refusal(agent, "POST", "/v1/exports", {"image": str(other), "format": "raw"})
+    assert error.code == "image_invalid"
+    assert "/dev" in error.body["remedy"]
+    copy = {"operation": "copy", "target": str(device), "source_format": "raw", "dest": str(folder / "copy")}
+    assert refusal(agent, "POST", "/v1/jobs", {**copy, "completion": "finish"}).code == "not_supported"

@@ -241,6 +241,34 @@ def test_a_pull_under_a_connected_client_ends_with_the_base_closed(images: Pair)
     assert same_content(images.top, images.truth)
 
 
+def test_qemu_does_not_survive_that_a_job_takes_away_the_layer_of_an_exported_bitmap(folder: Path) -> None:
+    """Why an export with bitmaps has a storage daemon that no job works in."""
+    images = Pair(folder / "pair", SIZE, middle=True)
+    assert images.middle is not None
+    subprocess.run(["qemu-img", "bitmap", "--add", str(images.middle), "log"], check=True)
+
+    async def test() -> None:
+        async with bench(images.top) as it:
+            await it.daemon.add_client_export("disk", it.top, bitmaps=["log"])
+            await it.reopen(writable=True)
+            await it.stream()
+            await it.until(Phase.PENDING)
+            await it.daemon.flush(it.top, it.below)
+            await it.daemon.finalize(JOB)
+            await it.until(Phase.CONCLUDED)
+            await it.daemon.dismiss(JOB)
+            await it.daemon.remove_stream_top()
+            await it.daemon.reopen((it.top, None), writable=False)
+            with pytest.raises(JobError) as caught:
+                await it.daemon.remove(it.nodes[1])
+            assert caught.value.code == "storage_daemon_died"
+            assert "dirty_bitmap" in caught.value.message
+
+    run(test())
+    assert check_clean(images.top)
+    assert same_content(images.top, images.truth)
+
+
 @pytest.mark.parametrize("again", range(3))
 def test_a_client_that_comes_while_a_stream_runs_is_kept_through_its_end(images: Pair, again: int) -> None:
     """The stream has a filter of its own to work on, and the export stays on the top itself."""

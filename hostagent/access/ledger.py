@@ -209,7 +209,9 @@ class Ledger:
         return found
 
     def _was_another(self, entry: AccessFile) -> bool:
-        return entry.file not in self._handles and _is_former(entry.path, entry.file)
+        if entry.file in self._handles or not _is_former(entry.path, entry.file):
+            return False
+        return not _still_has(entry)
 
     def _is_stale(self, row: AccessRow, *, alone: bool) -> bool:
         """Whether the row tells of a deleted file: inode numbers are used again. One that is only away comes back."""
@@ -440,6 +442,25 @@ def _is_former(path: str, file: FileId) -> bool:
     except OSError:
         return True
     return FileId(found.st_dev, found.st_ino) != file
+
+
+def _still_has(entry: AccessFile) -> bool:
+    """Whether the file goes by another name in its folder and has, to the byte, what we gave it: a copy's target gets
+    its name late. An inode number that is used again has not."""
+    if entry.given is None:
+        return False
+    try:
+        handle = _find(entry)
+    except FileNotFoundError:
+        return False
+    try:
+        fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(handle)
+    try:
+        return acl.read(fd) == _decode(entry.given)
+    finally:
+        os.close(fd)
 
 
 def _is_deleted(overlay: str, dev: int) -> bool:

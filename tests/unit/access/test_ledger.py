@@ -354,6 +354,23 @@ class TestAnotherUser:
 
         given_user(scenario)
 
+    def test_a_file_that_got_its_name_late_is_still_known_after_a_restart(self, given_user: Play) -> None:
+        """A copy's target: the agent is killed after it was renamed, while somebody needs it."""
+
+        async def scenario(host: Host) -> None:
+            file = host.file("part")
+            before = look(file)
+            await host.acquire(JOB, (file, "rw"))
+            named = file.rename(host.folder / "named")
+            host.restart()
+            await host.acquire(EXPORT, (named, "r"))
+            await host.ledger.converge_all(trigger="start")
+            await host.release(JOB)
+            await host.release(EXPORT)
+            assert (host.can(named), look(named)) == (False, before)
+
+        given_user(scenario)
+
     def test_a_file_that_was_deleted_is_revoked_and_its_inode_can_come_again(self, given_user: Play) -> None:
         async def scenario(host: Host) -> None:
             file = host.file("base")

@@ -142,11 +142,17 @@ class PreparedChain:
         return file in self.files()
 
     def take_over(self, opened: OpenChain) -> None:
-        """The same files, opened once more by somebody who joins: kept where we have none, else closed."""
+        """The same files, opened once more by somebody who joins: kept where we have none, else closed.
+
+        We lack a copy's target that came to the top when the agent was killed before it knew the chain by that.
+        """
         if opened is self._opened:
             return
         same_format = opened.chain.top.format == self.layers[0].format
-        if self._opened is None and same_format:
+        lacking = any(self.descriptor(layer.file) is None for layer in self.layers)
+        if lacking and same_format:
+            if self._opened is not None:
+                self._opened.close()
             self._opened = opened
         else:
             opened.close()

@@ -216,7 +216,7 @@ def _round(
         _kill(agent, victim, dice)
         job = settled(agent, client)
         if export is not None and reader is not None:
-            _end_export(agent, scene, export, reader, job, victim)
+            _end_export(agent, scene, export, reader, victim)
     if victim == "daemon" and job["state"] == "failed":
         scene.assert_failed(job)
         job = settled(agent, Client(agent, scene.request()))
@@ -246,15 +246,18 @@ def _kill(agent: AgentProcess, victim: str, dice: random.Random) -> None:
     agent.start()
 
 
-def _end_export(agent: AgentProcess, scene: Scene, export: Json, reader: Reader, job: Json, victim: str) -> None:
+def _end_export(agent: AgentProcess, scene: Scene, export: Json, reader: Reader, victim: str) -> None:
     path = f"/v1/exports/{export['id']}"
     if victim == "daemon":
         assert eventually(lambda: agent.get(path)["state"] == "lost"), agent.get(path)
         assert reader.cut_off()
         return
     assert agent.get(path)["state"] == "running"
-    if job["state"] == "completed":
-        assert agent.get(path)["path"] == str(scene.stands_on)
+    assert agent.get(path)["path"] == str(scene.stands_on)
+    format = {"format": "raw"} if scene.stands_on == scene.base else {}
+    another = agent.export(scene.stands_on, **format)  # who joins the chain now finds it whole
+    assert another["pid"] == export["pid"]
+    agent.delete(f"/v1/exports/{another['id']}")
     assert reader.stop() > 0
     assert eventually(lambda: not agent.get(path)["clients"])
     agent.delete(path)

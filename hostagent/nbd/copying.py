@@ -156,6 +156,10 @@ class Copy:
         fd = chain.descriptor(job.target.file)
         assert fd is not None
         await self._aside(_settle, job.target, fd)
+        if job.target.made and job.completion is Completion.FINISH:  # who sees the job completed can open the copy
+            await chain.ask((await chain.serve()).dismiss(job_name(job)))
+            await chain.close_beside()
+            chain.give_up_target()
 
     async def discard(self, job: Job, chain: PreparedChain | None) -> None:
         if chain is not None:

@@ -129,7 +129,11 @@ class Scene:
         return "done" if ROOT else "kept"
 
     def assert_failed(self, job: Json) -> None:
-        died = ("storage_daemon_died", "unavailable")  # while it ran, or while it was being started
+        died = (
+            "storage_daemon_died",
+            "unavailable",
+            "busy",
+        )  # while it ran, was being started, or had just been killed
         assert job["state"] == "failed" and job["error"]["code"] in died, job
         assert job["chain"]["revoked"] == []
         assert backing_name(self.top) == self.middle.name

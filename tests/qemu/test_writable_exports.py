@@ -162,6 +162,37 @@ def test_a_raw_image_is_written_too(agent: AgentProcess, folder: Path) -> None:
     assert image.read_bytes() == new.read_bytes()
 
 
+@pytest.mark.parametrize("part", [False, True], ids=["qcow2", "a part of a raw image"])
+def test_every_command_of_nbd_works_and_kills_nobody(
+    agent: AgentProcess, images: Pair, folder: Path, part: bool
+) -> None:
+    if part:
+        image = raw_image(folder / "disk.raw", SIZE)
+        truth = image.read_bytes()[MIB : 9 * MIB]
+        export = agent.export(image, format="raw", writable=True, offset=MIB, size=8 * MIB)
+    else:
+        image, truth = images.top, images.truth.read_bytes()
+        export = agent.export(image, writable=True)
+    client = nbd.NBD()
+    client.connect_uri(export["uri"])
+    client.cache(2 * MIB, MIB)
+    client.zero(MIB, 2 * MIB)
+    client.trim(MIB, 4 * MIB)
+    client.pwrite(b"f" * BLOCK, 6 * MIB, nbd.CMD_FLAG_FUA)
+    client.cache(len(truth) - MIB, 0)
+    client.flush()
+    found = bytes(client.pread(len(truth) // 2, 0) + client.pread(len(truth) // 2, len(truth) // 2))
+    client.shutdown()
+    stop(agent, export)
+    assert found[: 2 * MIB] == truth[: 2 * MIB]
+    assert found[2 * MIB : 3 * MIB] == bytes(MIB)
+    assert found[6 * MIB : 6 * MIB + BLOCK] == b"f" * BLOCK
+    if part:
+        assert image.read_bytes()[MIB : 9 * MIB] == found
+    else:
+        assert holds(image, found, folder)
+
+
 def test_what_was_flushed_survives_a_killed_storage_daemon(agent: AgentProcess, images: Pair, folder: Path) -> None:
     export = agent.export(images.top, writable=True)
     client = nbd.NBD()

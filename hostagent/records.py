@@ -73,7 +73,7 @@ class Part(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class ExportRecord:
     """An NBD export. States: starting, running, stopped, lost. `size` is what clients see; `tcp` and `tls` are
-    as asked, and `port` the one that clients connect to."""
+    as asked, `host` and `port` what the storage daemon listens on."""
 
     id: str
     image: str
@@ -90,6 +90,7 @@ class ExportRecord:
     bitmaps: tuple[str, ...] = ()
     tcp: str | None = None
     tls: str | None = None
+    host: str = ""
     port: int | None = None
     socket: str = ""
     uri: str = ""

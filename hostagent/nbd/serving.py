@@ -24,7 +24,7 @@ async def reached(
     if listener is not None and daemon.port is not None:
         address = (listener.host, daemon.port)
         await asyncio.to_thread(tls.prove, address, timeout)
-        return replace(record, port=daemon.port, uri=tls.uri(address, record.id, settings))
+        return replace(record, host=listener.host, port=daemon.port, uri=tls.uri(address, record.id, settings))
     socket = str(daemon.places.socket)
     size = await asyncio.to_thread(nbdclient.handshake, socket, record.id, timeout)
     return replace(record, size=size, socket=socket, uri=f"nbd+unix:///{record.id}?socket={socket}")
@@ -40,12 +40,16 @@ def clients_of(records: Sequence[ExportRecord]) -> dict[str, list[sockdiag.Clien
     sockets = {record.socket for record in records if record.active and record.socket}
     skip = {os.getpid(), *(record.pid for record in records if record.pid)}
     found = sockdiag.clients_of(sockets, skip_pids=skip) if sockets else {}
-    remote = {record.id: tcp.clients(record.port) for record in records if record.active and record.port is not None}
+    remote = {
+        record.id: tcp.clients(record.host, record.port)
+        for record in records
+        if record.active and record.port is not None
+    }
     return {record.id: [*found.get(record.socket, ()), *remote.get(record.id, ())] for record in records}
 
 
 def connections(record: ExportRecord) -> int:
     """How many they are, without the search for their names. Blocking."""
     if record.port is not None:
-        return len(tcp.clients(record.port))
+        return len(tcp.clients(record.host, record.port))
     return sockdiag.connections(record.socket, skip_self=True)

@@ -74,11 +74,14 @@ def test_clients_of_a_port_are_its_accepted_connections(address: str) -> None:
             pytest.skip("no IPv6 here")
         listener.listen(1)
         port = listener.getsockname()[1]
-        assert tcp.clients(port) == []
+        assert tcp.clients(address, port) == []
         client.connect((address, port))
         with listener.accept()[0]:
             shown = f"[{address}]" if ":" in address else address
-            assert [one.name for one in tcp.clients(port)] == [f"{shown}:{client.getsockname()[1]}"]
+            expected = [f"{shown}:{client.getsockname()[1]}"]
+            for host in (address, "::" if ":" in address else "0.0.0.0"):
+                assert [one.name for one in tcp.clients(host, port)] == expected
+            assert tcp.clients("192.0.2.1", port) == []
 
 
 def test_a_server_that_talks_without_tls_is_no_proof(tmp_path: Path) -> None:

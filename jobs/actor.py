@@ -253,7 +253,7 @@ class Actor:
         if to_cancel:
             await self._w.driver.cancel(self.job)
         elif self.job.completion is not None:
-            await self._w.driver.complete(self.job)
+            await self._ask_for_the_end()
         while not self.job.state.terminal:
             seen = await self._sealed(self._end or await self._w.driver.observe(self.job))
             self._end = None
@@ -274,7 +274,14 @@ class Actor:
                 if self.job.state is State.ABORTING and not to_cancel:
                     return  # and in again, to ask for that
             elif seen.phase is Phase.READY and not to_cancel:
-                await self._w.driver.complete(self.job)  # asked in a moment in which it did not listen
+                await self._ask_for_the_end()  # again: it may not have listened
+
+    async def _ask_for_the_end(self) -> None:
+        try:
+            await self._w.driver.complete(self.job)
+        except JobError as error:
+            if error.code != "storage_daemon_died":  # that is an end, too, and judged as any other
+                raise
 
     async def _sealed(self, seen: Observation) -> Observation:
         """Make sure of a result that nothing but the hypervisor's word says, once it has said it."""

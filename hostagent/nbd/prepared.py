@@ -386,6 +386,8 @@ class PreparedChain:
         await self.close_beside()
         leases = [self._leases.pop(file) for file in list(self._leases) if file not in stays]
         await asyncio.to_thread(_let_go, leases, self._opened, stays)
+        if self._opened is not None and not self._opened.chain.layers:
+            self._opened = None  # all that we had of the chain went; see take_over
 
     async def _relink(self, after: Chain) -> None:
         """Put the nodes into their new order, read-only. What is left over stands beside the chain then."""

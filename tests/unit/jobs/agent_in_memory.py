@@ -11,6 +11,7 @@ from jobs.model import Job, State
 from jobs.ports import SystemClock
 from jobs.world import Limits
 from tests.unit.jobs.fake_driver import FakeDriver, spec
+from tests.unit.jobs.fake_images import becomes_ready, written
 from tests.unit.jobs.memory import Counts, FakeAccess, MemoryStore
 
 QUICK = Limits(
@@ -37,6 +38,9 @@ class Agent:
         self.counts = Counts()
         self.seen: dict[str, list[Job]] = {}
         self.hints = True
+        self.broken: list[str] = []
+        """Promises about results and targets that an outcome broke when it was recorded."""
+        self.store.recorded = self._judge
         self.engine = self._engine()
 
     def _engine(self) -> Engine:
@@ -62,6 +66,20 @@ class Agent:
         files = {layer.file for job in self.store.jobs.values() for layer in job.before.layers}
         await self.access.converge(sorted(files), trigger="start")
         await self.engine.recover()
+
+    def _judge(self, job: Job) -> None:
+        """What must hold in the moment in which an outcome becomes true for everybody."""
+        completed, target = job.state is State.COMPLETED, job.target
+        if completed and becomes_ready(job) and written(job) not in self.driver.sealed:
+            self.broken.append(f"{job.id} is completed, and its result was not sealed")
+        if target is None or target.file is None:
+            return
+        beside = {image.daemon.beside for image in self.driver.images.values() if image.daemon}
+        names = [name for name, file in self.driver.names.items() if file == target.file]
+        if completed and names != [target.path]:
+            self.broken.append(f"the target of {job.id} has the names {names}")
+        elif not completed and (target.file in beside or (target.made and names)):
+            self.broken.append(f"the target of {job.id}, which is {job.state}, is not discarded: {names}")
 
     async def pull(self, path: str = "/top", **values: Any) -> Job:
         job, _ = await self.engine.create(spec(path, **values))
@@ -95,6 +113,7 @@ def run(scenario: Callable[[Agent], Coroutine[Any, Any, None]], limits: Limits =
             await asyncio.wait_for(scenario(agent), 4 * PATIENCE)
         finally:
             await asyncio.wait_for(agent.engine.stop(), PATIENCE)
+        assert agent.broken == []
         return agent
 
     return asyncio.run(play())

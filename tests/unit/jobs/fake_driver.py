@@ -41,6 +41,8 @@ class FakeDriver:
         self.warnings: tuple[str, ...] = ()
         self.check_waits: asyncio.Event | None = None
         self.fault: Callable[[str, Job], None] = lambda call, job: None
+        self.gates: dict[str, asyncio.Event] = {}
+        """A call that is named here waits for its event before it does anything."""
         self.hint: Callable[[str], None] = lambda job_id: None
 
     # What a test does to the host
@@ -348,6 +350,8 @@ class FakeDriver:
     async def _called(self, call: str, job: Job) -> Image:
         self.calls.append((call, job.id))
         await asyncio.sleep(0)
+        if call in self.gates:
+            await self.gates[call].wait()
         self.fault(call, job)
         return self._image(job)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from events.model import Event, JobEvent
 from jobs.errors import JobError
@@ -19,6 +19,8 @@ class MemoryStore:
         self.events: list[JobEvent] = []
         self.finishes: list[tuple[Job, AccessChange]] = []
         self.full = False
+        self.recorded: Callable[[Job], None] = lambda job: None
+        """Told of each outcome in the moment in which it is recorded."""
 
     def _write(self, job: Job, events: Sequence[Event]) -> None:
         if self.full:
@@ -35,6 +37,7 @@ class MemoryStore:
         await asyncio.sleep(0)
         self._write(job, events)
         self.finishes.append((job, change))
+        self.recorded(job)
         await asyncio.sleep(0)
 
     async def get(self, job_id: str) -> Job | None:

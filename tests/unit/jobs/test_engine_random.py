@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -14,20 +15,26 @@ from hypothesis import strategies as st
 
 from jobs.errors import JobError
 from jobs.machine import TRANSITIONS
-from jobs.model import Holder, Job, Revocation, State
+from jobs.model import Completion, Holder, Job, Operation, Revocation, State
 from tests.unit.jobs.agent_in_memory import QUICK, Agent, run
 from tests.unit.jobs.fake_driver import MIB
 
 WIDTH = 2
 IMAGES = ("/a", "/b", "/c")
 ALLOWED = {"conflict", "busy", "limit", "timeout", "unresponsive", "store_full"}  # the engine's own refusals
+CHANGED = {"invalid"}  # a plan for a chain that another job changed meanwhile
 PASSED_ON = {"storage_daemon_died", "job_failed", "io_error"}  # what the driver said to a request
 FAULTS = ("unresponsive", "die", "io_error")
-ON_IMAGE = ("pull", "step", "abort", "force", "pause", "resume", "speed", "next", "silence", "heal", "die", "retry")
+KINDS = ("pull", "step", "copy", "copy pivot", "copy finish", "over pivot", "commit", "commit pivot", "commit finish")
+KINDS += ("below",)
+ENDS = {"pivot": Completion.PIVOT, "finish": Completion.FINISH}
+ASKS = ("abort", "force", "pause", "resume", "speed", "next", "pivot", "finish", "retry")
+ON_IMAGE = (*KINDS, *ASKS, "silence", "heal", "die")
 ON_AGENT = ("crash", "fill", "empty", "hints lost", "hints found", "hint all", "sleep")
 
 CALLS = ("prepare", "start", "start done", "advance", "advance done", "rest", "finalize", "finalize done", "cancel")
-ENDING_CALLS = ("conclude", "drop", "leave", "observe", "pause", "resume")
+CALLS += ("complete", "complete done", "seal", "seal done", "discard", "discard done")
+ENDING_CALLS = ("conclude", "drop", "drop done", "leave", "observe", "pause", "resume")
 
 on_image = st.tuples(st.sampled_from(ON_IMAGE), st.sampled_from(IMAGES), st.integers(0, 3))
 on_agent = st.tuples(st.sampled_from(ON_AGENT), st.just(""), st.integers(0, 3))
@@ -47,6 +54,7 @@ class Story:
         self.agent = agent
         self.chains = {path: agent.driver.image(path, depth=3) for path in IMAGES}
         self.jobs: dict[str, Job] = {}
+        self.numbers = itertools.count()
         self.faults: dict[tuple[str, str], str] = {}
         self.lives: list[dict[str, list[Job]]] = []
         agent.driver.fault = self.strike
@@ -70,7 +78,8 @@ class Story:
                 try:
                     await self.act(what, path)
                 except JobError as error:
-                    assert error.code in ALLOWED | PASSED_ON, (what, error.code, error.message)
+                    allowed = ALLOWED | PASSED_ON | (CHANGED if what in KINDS else set())
+                    assert error.code in allowed, (what, error.code, error.message)
             await asyncio.sleep(pause / 1000)
 
     async def act(self, what: str, path: str) -> None:
@@ -79,11 +88,9 @@ class Story:
         if " in " in what:
             kind, _, call = what.partition(" in ")
             self.faults[call, path] = kind
-        elif what in ("pull", "step"):
-            increment = 24 * MIB if what == "step" else None
-            base = f"{path}.2" if len(path) % 2 and agent.driver.images[path].backing == f"{path}.1" else None
+        elif what in KINDS:
             async with asyncio.timeout(0.05):
-                self.jobs[path] = await agent.pull(path, increment=increment, base=base)
+                self.jobs[path] = await agent.pull(path, **self.asked(what, path))
         elif what == "retry" and job:
             async with asyncio.timeout(0.05):
                 same, created = await engine.create(job.spec, job.id)
@@ -105,6 +112,25 @@ class Story:
             async with asyncio.timeout(0.05):
                 await self.ask(what, job)
 
+    def asked(self, kind: str, path: str) -> dict[str, Any]:
+        """What a job of this kind is asked to do."""
+        operation, _, end = kind.partition(" ")
+        spec: dict[str, Any] = {"completion": ENDS.get(end)}
+        if operation in ("copy", "over"):
+            spec |= {"operation": Operation.COPY, "dest": f"{path}.copy{next(self.numbers)}"}
+            if operation == "over":
+                self.agent.driver.file(spec["dest"])
+                spec["reuse_external"] = True
+        elif operation in ("commit", "below"):
+            spec["operation"] = Operation.COMMIT
+            if operation == "below":
+                spec["top"] = f"{path}.1"
+        else:
+            spec["increment"] = 24 * MIB if kind == "step" else None
+            if len(path) % 2 and self.agent.driver.images[path].backing == f"{path}.1":
+                spec["base"] = f"{path}.2"
+        return spec
+
     async def ask(self, what: str, job: Job) -> None:
         engine = self.agent.engine
         if what == "next":
@@ -115,6 +141,8 @@ class Story:
             await engine.abort(job.id, force=what == "force")
         elif what == "speed":
             await engine.set_speed(job.id, 5)
+        elif what in ENDS:
+            await engine.complete(job.id, ENDS[what])
         else:
             await getattr(engine, what)(job.id)
 
@@ -133,6 +161,8 @@ class Story:
                             await agent.engine.resume(job.id)
                         elif job.state is State.WAITING:
                             await agent.engine.next(job.id, job.cursor.cur)
+                        elif job.state is State.READY:
+                            await agent.engine.complete(job.id, Completion.PIVOT)
                 await asyncio.sleep(0.001)
         self.lives.append(agent.seen)
 
@@ -146,11 +176,12 @@ class Story:
                 judge_life(values)
         assert len(self.agent.counts.finished) <= len(store.jobs)
         assert all(not image.users and image.daemon is None for image in driver.images.values())
+        assert [name for name in driver.names if ".part-" in name] == []
         await self.judge_slots()
 
     def judge_outcome(self, job: Job) -> None:
         kinds = self.agent.store.kinds(job.id)
-        ends = [kind for kind in kinds if kind != "started"]
+        ends = [kind for kind in kinds if kind not in ("started", "ready")]
         assert job.state.terminal
         assert ends == [{"completed": "completed", "failed": "failed", "aborted": "cancelled"}[job.state]]
         assert kinds.count("started") <= 1
@@ -217,9 +248,11 @@ def tell(steps: list[Step]) -> None:
     run(scenario, replace(QUICK, width=WIDTH, abort_timeout=0.005), size=48 * MIB, slice=8 * MIB)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @example([("pull", "/a", 1), ("unresponsive in start done", "/a", 0), ("abort", "/a", 2), ("heal", "/a", 0)])
 @example([("step", "/a", 3), ("crash", "", 0), ("die", "/a", 0), ("next", "/a", 1), ("crash", "", 0)])
+@example([("copy pivot", "/a", 3), ("unresponsive in seal", "/a", 0), ("crash", "", 0), ("die", "/a", 0)])
+@example([("commit", "/a", 3), ("silence", "/a", 1), ("pivot", "/a", 0), ("heal", "/a", 2), ("finish", "/a", 0)])
 @given(sequences)
 def test_every_job_keeps_its_promises(steps: list[Step]) -> None:
     tell(steps)
@@ -227,6 +260,6 @@ def test_every_job_keeps_its_promises(steps: list[Step]) -> None:
 
 @pytest.mark.parametrize("what", FAULTS)
 @pytest.mark.parametrize("call", CALLS + ENDING_CALLS)
-@pytest.mark.parametrize("kind", ["pull", "step"])
+@pytest.mark.parametrize("kind", ["pull", "step", "copy pivot", "copy finish", "commit pivot", "below"])
 def test_a_fault_in_any_call_is_survived(what: str, call: str, kind: str) -> None:
     tell([(f"{what} in {call}", "/a", 0), (kind, "/a", 3), ("pause", "/a", 1), ("crash", "", 1), ("resume", "/a", 2)])

@@ -11,15 +11,17 @@ import os
 import struct
 from dataclasses import dataclass
 
-from hostagent.images.header import BitmapDirectory, is_plain, shown
+from hostagent.images.header import BitmapDirectory, is_plain, read_header, shown
 from jobs.errors import JobError
 
 DIRECTORY_MAX = 1 << 20  # bytes; QEMU writes some 40 a bitmap
 BITMAPS_MAX = 65535  # QCOW2_MAX_BITMAPS
 NAME_MAX = 1023  # BME_MAX_NAME_SIZE
+GRANULARITY_BITS = range(9, 32)  # BME_MIN_GRANULARITY_BITS to BME_MAX_GRANULARITY_BITS
 
 _ENTRY = struct.Struct(">QIIBBHI")  # table offset, table size, flags, type, granularity bits, name size, extra size
 _IN_USE, _AUTO = 1, 2
+_DIRTY_TRACKING = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,28 @@ class Bitmap:
     granularity: int
     in_use: bool
     enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapList:
+    """All bitmaps of an image. `lost`: a program that knows none changed the image, and QEMU has dropped them."""
+
+    items: tuple[Bitmap, ...] = ()
+    lost: bool = False
+
+    def find(self, name: str) -> Bitmap | None:
+        return next((bitmap for bitmap in self.items if bitmap.name == name), None)
+
+
+def list_bitmaps(fd: int, *, most: int) -> BitmapList:
+    """The bitmaps that the image has now; a JobError `limit` when it has more than `most`. Blocks."""
+    header = read_header(fd)
+    if header is None:
+        raise JobError("not_supported", "this is not a qcow2 image, and only those have bitmaps")
+    if header.bitmaps is not None and header.bitmaps.entries > most:
+        remedy = "remove those that nobody needs, or raise images.bitmaps"
+        raise JobError("limit", f"the image has {header.bitmaps.entries} bitmaps, {most} are allowed", remedy=remedy)
+    return BitmapList(read_bitmaps(fd, header.bitmaps), header.bitmaps_lost)
 
 
 def read_bitmaps(fd: int, directory: BitmapDirectory | None) -> tuple[Bitmap, ...]:
@@ -49,16 +73,20 @@ def read_bitmaps(fd: int, directory: BitmapDirectory | None) -> tuple[Bitmap, ..
     for _ in range(count):
         bitmap, at = _entry(data, at)
         found.append(bitmap)
+    if len({bitmap.name for bitmap in found}) < count:
+        raise _invalid("two of its bitmaps have the same name")
     return tuple(found)
 
 
 def _entry(data: bytes, at: int) -> tuple[Bitmap, int]:
     if at + _ENTRY.size > len(data):
         raise _invalid("the directory of its bitmaps is cut off")
-    _, _, flags, _, bits, name_size, extra = _ENTRY.unpack_from(data, at)
+    _, _, flags, kind, bits, name_size, extra = _ENTRY.unpack_from(data, at)
     start = at + _ENTRY.size + extra
     end = start + name_size
-    if end > len(data) or name_size > NAME_MAX or not 9 <= bits <= 31:
+    if flags & ~(_IN_USE | _AUTO) or kind != _DIRTY_TRACKING or bits not in GRANULARITY_BITS:
+        raise _invalid(f"a bitmap has flags {flags:#x}, type {kind} and granularity 2**{bits}")
+    if end > len(data) or not 1 <= name_size <= NAME_MAX:
         raise _invalid("the directory of its bitmaps is damaged")
     try:
         name = data[start:end].decode()

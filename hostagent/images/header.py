@@ -64,6 +64,7 @@ class Qcow2Header:
     data_file: str | None
     extended_l2: bool
     bitmaps: BitmapDirectory | None
+    bitmaps_lost: bool  # there were some, and a program that knows no bitmaps has changed the image since
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ def _read(fd: int) -> Qcow2Header | None:
         data_file=_text(fd, extensions.get(_DATA_FILE), "external data file name"),
         extended_l2=bool(fixed.incompatible & _EXTENDED_L2),
         bitmaps=_bitmaps(fd, fixed, extensions.get(_BITMAPS)),
+        bitmaps_lost=_BITMAPS in extensions and not fixed.autoclear & _BITMAPS_VALID,
     )
 
 

@@ -68,7 +68,9 @@ def test_nobody_stands_on_a_base_that_no_header_names(disks: Disks) -> None:
     assert disks.found() == []
 
 
-@pytest.mark.parametrize("name", ["base.raw", "./base.raw", "../here/base.raw", "{here}/base.raw", "{there}/../here/base.raw"])
+@pytest.mark.parametrize(
+    "name", ["base.raw", "./base.raw", "../here/base.raw", "{here}/base.raw", "{there}/../here/base.raw"]
+)
 def test_a_sibling_is_found_however_it_names_the_base(disks: Disks, name: str) -> None:
     top = disks.image(disks.here / "top.qcow2", name.format(here=disks.here, there=disks.there))
     assert disks.found() == [Dependent(str(top), identity(disks.base))]

@@ -160,6 +160,14 @@ class Images:
         high=10_000_000,
     )
     scan_timeout: float = setting(30.0, "Seconds for such a search.", low=0.1, high=3600)
+    bitmaps: int = setting(1000, "Bitmaps of one image, at most.", low=1, high=10000)
+    bitmap_timeout: float = setting(
+        30.0,
+        "Seconds that a request waits for a change of bitmaps. The change itself goes on, for ending it would spoil "
+        "the image's bitmaps; images.tool_cpu bounds it.",
+        low=0.1,
+        high=3600,
+    )
     qemu_img: str = setting("qemu-img", "The program, a path or a name to look up in PATH.")
 
 

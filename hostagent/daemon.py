@@ -58,15 +58,18 @@ from hostagent.errors import AgentError
 from hostagent.images.dependents import Dependent, ScanLimits, find_dependents
 from hostagent.images.member import ChainLimits
 from hostagent.images.qemu_img import QemuImg, RunAs, ToolLimits
+from hostagent.images.tool import Tool
 from hostagent.metrics import JobGauge, Metrics, Snapshot
 from hostagent.nbd import chains as nbd_chains
 from hostagent.nbd import exports as nbd_exports
+from hostagent.nbd import offline_bitmaps
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.claims import Claims
 from hostagent.nbd.committing import Commit
 from hostagent.nbd.copying import Copy
 from hostagent.nbd.exports import Exports
 from hostagent.nbd.offline import OfflineDriver
+from hostagent.nbd.offline_bitmaps import Bitmaps
 from hostagent.nbd.operations import job_id
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
@@ -183,6 +186,7 @@ class Agent:
         self._chains = self._make_chains()
         self._exports = self._make_exports()
         self._driver = self._make_driver()
+        self._bitmaps = self._make_bitmaps()
         self._engine = self._make_engine()
         self._drain = Drain(self._store, self._engine, self._clock, self._later)
         self._service: AgentService
@@ -246,8 +250,7 @@ class Agent:
 
     def _make_driver(self) -> OfflineDriver:
         images, jobs = self._config.images, self._config.jobs
-        user = None if self._user.is_us else RunAs(self._user.uid, self._user.gid, self._user.groups)
-        tools = ToolLimits(timeout=images.check_timeout, cpu=images.tool_cpu, memory=images.tool_memory)
+        user, tools = self._tools()
         timeout = self._config.exports.nbd_timeout
         slices = SliceLimits(
             slice=jobs.slice,
@@ -264,6 +267,19 @@ class Agent:
             commit=Commit(self._dependents, timeout),
             check_auto=images.check_auto_size,
         )
+
+    def _make_bitmaps(self) -> Bitmaps:
+        images = self._config.images
+        user, limits = self._tools()
+        tool = Tool(user=user, limits=limits, binary=images.qemu_img)
+        settings = offline_bitmaps.Settings(images.bitmaps, images.bitmap_timeout)
+        return Bitmaps(self._chains, self._ledger, tool, settings)
+
+    def _tools(self) -> tuple[RunAs | None, ToolLimits]:
+        """Who qemu-img runs as, and its bounds."""
+        images = self._config.images
+        user = None if self._user.is_us else RunAs(self._user.uid, self._user.gid, self._user.groups)
+        return user, ToolLimits(timeout=images.check_timeout, cpu=images.tool_cpu, memory=images.tool_memory)
 
     def _dependents(
         self, files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]
@@ -316,6 +332,7 @@ class Agent:
             if job.state not in (State.QUEUED, State.WAITING):
                 self._driver.claim(job)
         await self._chains.sweep()
+        await self._bitmaps.recover(self._store)
         await self._ledger.converge_all(trigger="start")
         self._metrics.reconcile("start")
         await self._drain.load()
@@ -354,6 +371,7 @@ class Agent:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._engine.stop()
+        await self._bitmaps.close(self._config.agent.stop_timeout)
         await self._exports.close()
         await self._chains.let_go()
         self._ledger.close()
@@ -400,6 +418,7 @@ class Agent:
         self._service = AgentService(
             engine=self._engine,
             exports=self._exports,
+            bitmaps=self._bitmaps,
             chains=self._chains,
             ledger=self._ledger,
             store=self._store,

@@ -125,6 +125,10 @@ class Ledger:
             await self.converge(files, trigger="grant")
             raise
 
+    async def release(self, holder: Holder, *, trigger: str) -> None:
+        """The holder needs nothing any more."""
+        await self.converge(await self._store.release(holder), trigger=trigger)
+
     async def _acquire(self, file: FileId) -> None:
         async with self._files.alone(file):
             await self._settle(file, "grant", strict=True)

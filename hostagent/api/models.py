@@ -21,6 +21,7 @@ INT_MAX = 2**63 - 1  # what QEMU (int64) and SQLite can hold
 
 Text = Annotated[str, Field(min_length=1, max_length=PATH_MAX, pattern=r"^[^\x00]+$")]
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
+BitmapName = Annotated[str, Field(min_length=1, max_length=1023, pattern=r"^[^\x00-\x1f\x7f]+$")]
 LabelKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^=\x00-\x1f\x7f]+$")]
 LabelValue = Annotated[str, Field(max_length=256)]
 Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
@@ -117,6 +118,20 @@ class ExportCreate(Request):
     ttl: Annotated[Seconds | None, Field(description="Stopped after this time.")] = None
     idle_timeout: Annotated[Seconds | None, Field(description="Stopped when no client was there for so long.")] = None
     labels: Labels | None = None
+
+
+class BitmapCreate(Request):
+    name: BitmapName
+    granularity: Annotated[
+        int | None, Field(gt=0, le=1 << 31, description="Bytes of one bit, a power of two from 512. Default: QEMU's.")
+    ] = None
+    disabled: Annotated[bool | None, Field(description="Does not record what the next guest writes.")] = None
+
+
+class BitmapMerge(Request):
+    name: Annotated[BitmapName, Field(description="The bitmap that the bits come into.")]
+    source_name: Annotated[BitmapName, Field(description="The bitmap that they come from, which stays as it is.")]
+    source: Annotated[Text | None, Field(description="The image that has it. Default: the same.")] = None
 
 
 class Answer(BaseModel):
@@ -327,6 +342,23 @@ class Drain(Answer):
     exports: list[DrainExport]
     revocations: int
     beginning: int
+
+
+class Bitmap(Answer):
+    name: str
+    granularity: int
+    recording: bool
+    state: Literal["consistent", "inconsistent", "in use"]
+
+
+class BitmapList(Answer):
+    """`holders` have the image open for writing, null when nobody has; `lost`: a program that knows no bitmaps changed
+    the image, and its bitmaps are gone."""
+
+    path: str
+    items: list[Bitmap]
+    lost: bool
+    holders: list[str] | None
 
 
 class Image(Answer):

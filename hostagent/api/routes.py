@@ -116,6 +116,7 @@ ThePage = Annotated[Page, Depends(page_of)]
 TheLabels = Annotated[dict[str, str], Depends(labels_of)]
 Revision = Annotated[int | None, Depends(known_revision)]
 WaitSeconds = Annotated[float | None, Query(ge=0, allow_inf_nan=False, description="Long poll, in seconds.")]
+ImagePath = Annotated[str, Query(min_length=1, max_length=models.PATH_MAX)]
 Filter = Annotated[str | None, Query(max_length=models.PATH_MAX)]
 
 STRICT = [Depends(only_known_query)]
@@ -282,10 +283,37 @@ async def stop_export(front: TheFront, id: str, force: bool = False) -> Response
 async def inspect_image(
     front: TheFront,
     peer: ThePeer,
-    path: Annotated[str, Query(min_length=1, max_length=models.PATH_MAX)],
+    path: ImagePath,
     format: Literal["raw", "qcow2"] | None = None,
 ) -> Response:
     return answer(await front.service.inspect_image(path, format, peer=peer))
+
+
+@images.get("/bitmaps", response_model=models.BitmapList)
+async def list_bitmaps(front: TheFront, peer: ThePeer, path: ImagePath) -> Response:
+    return answer(await front.service.list_bitmaps(path, peer=peer))
+
+
+@images.post("/bitmaps", response_model=models.BitmapList)
+async def add_bitmap(front: TheFront, peer: ThePeer, path: ImagePath, body: models.BitmapCreate) -> Response:
+    """A new, empty bitmap. The answer, here and below, is what the image has on stable storage then."""
+    return answer(await front.service.add_bitmap(path, body.spec(), peer=peer))
+
+
+@images.delete("/bitmaps", response_model=models.BitmapList)
+async def remove_bitmap(
+    front: TheFront,
+    peer: ThePeer,
+    path: ImagePath,
+    name: Annotated[str, Query(min_length=1, max_length=1023, description="Also of one that is inconsistent.")],
+) -> Response:
+    return answer(await front.service.remove_bitmap(path, name, peer=peer))
+
+
+@images.post("/bitmaps/merge", response_model=models.BitmapList)
+async def merge_bitmap(front: TheFront, peer: ThePeer, path: ImagePath, body: models.BitmapMerge) -> Response:
+    """The bits of one bitmap come into another as well."""
+    return answer(await front.service.merge_bitmap(path, body.spec(), peer=peer))
 
 
 @grants.get("", response_model=models.GrantPage)

@@ -22,11 +22,13 @@ from hostagent.api import views
 from hostagent.api.changes import Changes
 from hostagent.api.peer import Peer
 from hostagent.drain import Drain
+from hostagent.images.bitmap_changes import Add, Change, Merge, Remove
 from hostagent.nbd import serving
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.copying import is_remote
 from hostagent.nbd.export_spec import ExportSpec
 from hostagent.nbd.exports import Exports
+from hostagent.nbd.offline_bitmaps import Bitmaps, Found
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.records import AccessFile, ExportRecord
 from hostagent.store import Store
@@ -65,6 +67,7 @@ class AgentService:
         *,
         engine: Engine,
         exports: Exports,
+        bitmaps: Bitmaps,
         chains: Chains,
         ledger: Ledger,
         store: Store,
@@ -75,6 +78,7 @@ class AgentService:
     ) -> None:
         self._engine = engine
         self._exports = exports
+        self._bitmaps = bitmaps
         self._chains = chains
         self._ledger = ledger
         self._store = store
@@ -219,6 +223,29 @@ class AgentService:
         with opened:
             return views.image(opened.chain, opened.headers)
 
+    async def list_bitmaps(self, path: str, *, peer: Peer) -> Json:
+        with _about("path"):
+            return _bitmaps(await self._bitmaps.list(_offline(path, "path"), anywhere=self._anywhere(peer)))
+
+    async def add_bitmap(self, path: str, spec: Json, *, peer: Peer) -> Json:
+        change = Add(spec["name"], spec.get("granularity"), recording=not spec.get("disabled"))
+        return await self._change_bitmaps(path, change, peer=peer)
+
+    async def remove_bitmap(self, path: str, name: str, *, peer: Peer) -> Json:
+        return await self._change_bitmaps(path, Remove(name), peer=peer)
+
+    async def merge_bitmap(self, path: str, spec: Json, *, peer: Peer) -> Json:
+        source = _offline(spec["source"], "source") if spec.get("source") else None
+        return await self._change_bitmaps(path, Merge(spec["name"], spec["source_name"]), source=source, peer=peer)
+
+    async def _change_bitmaps(self, path: str, change: Change, *, source: str | None = None, peer: Peer) -> Json:
+        self._has_room()
+        with self._drain.work(), _about("path"):
+            found = await self._bitmaps.change(
+                _offline(path, "path"), change, source=source, anywhere=self._anywhere(peer)
+            )
+        return _bitmaps(found)
+
     async def list_grants(self, *, path: str | None, holder: str | None, limit: int, after: str | None) -> Json:
         items = [
             item
@@ -267,6 +294,8 @@ class AgentService:
             return any(job.id == holder.id for job in self._engine.active())
         if holder.kind == "export":
             return any(export.id == holder.id for export in self._exports.active())
+        if holder.kind == "tool":
+            return self._bitmaps.runs(holder)
         return holder.kind == "domain"
 
     async def _grants(self) -> list[Json]:
@@ -407,6 +436,10 @@ def _about(field: str) -> Iterator[None]:
         if error.field in (None, "path"):
             error.field = field
         raise
+
+
+def _bitmaps(found: Found) -> Json:
+    return views.bitmaps(found.path, found.bitmaps.items, lost=found.bitmaps.lost, holders=found.holders)
 
 
 def _job_spec(spec: Json, anywhere: bool) -> JobSpec:

@@ -172,6 +172,30 @@ def leftover(file: AccessFile) -> Json:
     }
 
 
+def bitmaps(path: str, found: Sequence[Any], *, lost: bool, holders: Sequence[str] | None) -> Json:
+    """`holders`, when not None, write to the image: what it says of its bitmaps does not count then."""
+    return {
+        "path": path,
+        "items": [
+            {
+                "name": bitmap.name,
+                "granularity": bitmap.granularity,
+                "recording": bitmap.enabled,
+                "state": _bitmap_state(bitmap, in_use=holders is not None),
+            }
+            for bitmap in found
+        ],
+        "lost": lost,
+        "holders": None if holders is None else list(holders),
+    }
+
+
+def _bitmap_state(bitmap: Any, *, in_use: bool) -> str:
+    if in_use:
+        return "in use"
+    return "inconsistent" if bitmap.in_use else "consistent"
+
+
 def image(chain: Chain, headers: Sequence[Any]) -> Json:
     layers = [
         {

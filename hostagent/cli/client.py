@@ -79,8 +79,8 @@ class Client:
         parameters = {**(query or {}), **({"wait": f"{wait:g}"} if wait else {})}
         return self._call("GET", path, query=parameters, headers=headers, timeout=ANSWER_TIMEOUT + wait)
 
-    def post(self, path: str, body: Json | None = None) -> Json:
-        return self._object("POST", path, body)
+    def post(self, path: str, body: Json | None = None, query: Mapping[str, Any] | None = None) -> Json:
+        return self._object("POST", path, body, query)
 
     def patch(self, path: str, body: Json) -> Json:
         return self._object("PATCH", path, body)
@@ -125,8 +125,8 @@ class Client:
             finally:
                 connection.close()
 
-    def _object(self, method: str, path: str, body: Json | None) -> Json:
-        return _expect_object(self._call(method, path, body=body).data)
+    def _object(self, method: str, path: str, body: Json | None, query: Mapping[str, Any] | None = None) -> Json:
+        return _expect_object(self._call(method, path, body=body, query=query or {}).data)
 
     def _call(
         self,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from hostagent import __version__
 from hostagent.cli import (
     arguments,
+    bitmaps,
     demo,
     doctor,
     drain,
@@ -31,7 +32,7 @@ from hostagent.cli.terminal import complain
 from hostagent.errors import CODES, EXIT_ERROR, EXIT_INTERRUPTED, AgentError
 from jobs.errors import JobError
 
-NOUNS = (jobs, images, exports, grants, events_cmd, status, doctor, drain, serve, demo)
+NOUNS = (jobs, images, bitmaps, exports, grants, events_cmd, status, doctor, drain, serve, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hostagent.images.chain import OpenChain
-from hostagent.images.tool import Finished, RunAs, Tool, ToolLimits, grasped
+from hostagent.images.tool import Finished, RunAs, Tool, ToolLimits, alone, grasped
 from jobs.errors import JobError
 from jobs.model import Layer
 
@@ -47,7 +47,7 @@ class QemuImg:
             return CheckResult(image.path, supported=False)
         with grasped(opened.fds[layer]) as (handle,):
             try:
-                finished = await self._tool.read(["check", "--output=json", _alone(image, handle)], [handle])
+                finished = await self._tool.read(["check", "--output=json", alone(image.format, handle)], [handle])
             except TimeoutError:
                 raise JobError(
                     "timeout",
@@ -80,12 +80,6 @@ class QemuImg:
         message = f"the check of {image.path} was ended by {name}: it needs more than its limits, or it crashed"
         remedy = f"raise images.tool_cpu ({self._limits.cpu} s) or images.tool_memory ({self._limits.memory}), {_SKIP}"
         return JobError("limit", message, remedy=remedy, value=image.path)
-
-
-def _alone(image: Layer, handle: int) -> str:
-    """The image as QEMU's options: the inherited descriptor, the known format, and no backing file."""
-    file = {"driver": "file", "filename": f"/proc/self/fd/{handle}"}
-    return "json:" + json.dumps({"driver": image.format, "read-only": True, "backing": None, "file": file})
 
 
 def _report(stdout: bytes) -> dict[str, Any]:

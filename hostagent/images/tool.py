@@ -10,6 +10,7 @@ then, for it has nothing to lose. One that writes is not: it goes on, until it e
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -133,6 +134,12 @@ def grasped(*fds: int) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             os.close(handle)
+
+
+def alone(format: str, handle: int, *, writable: bool = False) -> str:
+    """An image as QEMU's options: the inherited descriptor, the known format, and no backing file."""
+    file = {"driver": "file", "filename": f"/proc/self/fd/{handle}"}
+    return "json:" + json.dumps({"driver": format, "read-only": not writable, "backing": None, "file": file})
 
 
 def _found(program: str, package: str) -> str:

@@ -28,12 +28,16 @@ OBJECTS = {
     "Failure": "code message remedy",
     "Client": "pid name uid",
     "Target": "path format state",
+    "Bitmap": "name granularity recording state",
+    "BitmapList": "path items lost holders",
 }
 REQUESTS = {
     "JobCreate": "id operation target base increment bandwidth check labels dry_run dest format "
     "source_format shallow reuse_external top delete completion",
     "JobPatch": "bandwidth",
     "CompleteBody": "completion",
+    "BitmapCreate": "name granularity disabled",
+    "BitmapMerge": "name source_name source",
     "NextBody": "cursor",
     "AbortBody": "force",
     "DrainBody": "pause",

@@ -221,6 +221,22 @@ class FakeService:
     async def inspect_image(self, path: str, format: str | None, *, peer: Peer) -> Json:
         return {"chain": [{"path": path, "format": format or "qcow2"}, {"path": "/not\udcffutf8", "format": "raw"}]}
 
+    async def list_bitmaps(self, path: str, *, peer: Peer) -> Json:
+        b0 = {"name": "b0", "granularity": 65536, "recording": True, "state": "consistent"}
+        return {"path": path, "items": [b0], "lost": False, "holders": None}
+
+    async def add_bitmap(self, path: str, spec: Json, *, peer: Peer) -> Json:
+        self.calls.append(("add_bitmap", (path, spec)))
+        return await self.list_bitmaps(path, peer=peer)
+
+    async def remove_bitmap(self, path: str, name: str, *, peer: Peer) -> Json:
+        self.calls.append(("remove_bitmap", (path, name)))
+        return await self.list_bitmaps(path, peer=peer)
+
+    async def merge_bitmap(self, path: str, spec: Json, *, peer: Peer) -> Json:
+        self.calls.append(("merge_bitmap", (path, spec)))
+        return await self.list_bitmaps(path, peer=peer)
+
     async def list_grants(self, *, path: str | None, holder: str | None, limit: int, after: str | None) -> Json:
         return {"items": [await self.get_grant("g1")], "next": "g1"}
 

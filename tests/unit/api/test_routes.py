@@ -185,6 +185,30 @@ def test_a_path_that_is_no_utf8_comes_back_escaped(agent):
     assert reply.body["chain"][1]["path"] == "/not\udcffutf8"
 
 
+def test_bitmaps_are_listed_and_changed(agent):
+    where = "/v1/images/bitmaps"
+    found = models.BitmapList.model_validate(agent.call("GET", f"{where}?path=/a%20b").body)
+    assert (found.path, found.items[0].name) == ("/a b", "b0")
+    new = {"name": "größe", "granularity": 65536, "disabled": True}
+    assert agent.call("POST", f"{where}?path=/a", new).status == 200
+    assert agent.service.calls[-1] == ("add_bitmap", ("/a", new))
+    assert agent.call("DELETE", f"{where}?path=/a&name=b%261").status == 200
+    assert agent.service.calls[-1] == ("remove_bitmap", ("/a", "b&1"))
+    merge = {"name": "b0", "source_name": "b1", "source": "/b"}
+    assert agent.call("POST", f"{where}/merge?path=/a", merge).status == 200
+    assert agent.service.calls[-1] == ("merge_bitmap", ("/a", merge))
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"name": ""}, {"name": "a\n"}, {"name": "n" * 1024}, {"name": "a", "granularity": 1 << 32}]
+)
+def test_a_bitmap_that_cannot_be_is_refused_before_the_image_is_opened(agent, body):
+    calls = len(agent.service.calls)
+    assert agent.call("POST", "/v1/images/bitmaps?path=/a", body).status == 400
+    assert agent.call("POST", "/v1/images/bitmaps", {"name": "b"}).body["field"] == "path"
+    assert len(agent.service.calls) == calls
+
+
 def test_grants_are_listed_shown_and_kept_while_needed(agent):
     models.Grant.model_validate(agent.call("GET", "/v1/grants").body["items"][0])
     assert agent.call("GET", "/v1/grants/g1").body["id"] == "g1"

@@ -156,3 +156,35 @@ def test_status_as_json_has_the_host_the_active_jobs_and_the_exports(agent: Fake
     data = json.loads(capsys.readouterr().out)
     assert data["host"]["host"] == "node7"
     assert [item["id"] for item in data["exports"]] == [ID]
+
+
+BITMAPS = {
+    "path": "/a.qcow2",
+    "items": [{"name": "b0", "granularity": 65536, "recording": True, "state": "consistent"}],
+    "lost": False,
+    "holders": None,
+}
+
+
+def test_bitmaps_are_listed_and_who_has_them_in_memory_is_said(agent: FakeAgent, run, capsys) -> None:
+    agent.on("GET", "/v1/images/bitmaps", (200, BITMAPS), (200, BITMAPS | {"holders": ["qemu (pid 7)"]}))
+    assert run("bitmap", "list", "/a.qcow2") == 0
+    assert capsys.readouterr().out.split()[4:] == ["b0", "64", "KiB", "yes", "consistent"]
+    assert run("bitmap", "list", "/a.qcow2") == 0
+    assert "qemu (pid 7) writes to the image" in capsys.readouterr().err
+
+
+def test_bitmaps_are_changed_as_was_said(agent: FakeAgent, run, capsys) -> None:
+    agent.on("POST", "/v1/images/bitmaps", (200, BITMAPS))
+    agent.on("POST", "/v1/images/bitmaps/merge", (200, BITMAPS))
+    agent.on("DELETE", "/v1/images/bitmaps", (200, BITMAPS))
+    assert run("bitmap", "add", "/a.qcow2", "b0", "--granularity", "64K", "--disabled") == 0
+    assert run("bitmap", "merge", "/a.qcow2", "b0", "--from", "b1", "--source", "/b.qcow2") == 0
+    assert run("bitmap", "remove", "/a.qcow2", "b 0", "--json") == 0
+    assert [call.query["path"] for call in agent.calls] == [["/a.qcow2"]] * 3
+    assert agent.calls[2].query["name"] == ["b 0"]
+    assert [call.body for call in agent.calls] == [
+        {"name": "b0", "granularity": 65536, "disabled": True},
+        {"name": "b0", "source_name": "b1", "source": "/b.qcow2"},
+        None,
+    ]

@@ -160,6 +160,9 @@ class Images:
         high=10_000_000,
     )
     scan_timeout: float = setting(30.0, "Seconds for such a search.", low=0.1, high=3600)
+    map_output: int = setting(
+        64 * MIB, "Bytes that qemu-img map may say of one image; an extent takes some 110.", low=64 * 1024, size=True
+    )
     bitmaps: int = setting(1000, "Bitmaps of one image, at most.", low=1, high=10000)
     bitmap_timeout: float = setting(
         30.0,

@@ -15,24 +15,35 @@ from hostagent.errors import EXIT_ERROR, EXIT_OK
 from hostagent.sizes import format_size
 
 if TYPE_CHECKING:
+    from hostagent.cli.follow import Display
     from hostagent.config import Config
     from hostagent.images.chain import ChainLimits, OpenChain
+    from hostagent.images.extents import Extent
     from hostagent.images.qemu_img import QemuImg
+    from hostagent.images.tool import RunAs, ToolLimits
 
+MAP_COLUMNS = (
+    Column("start", right=True), Column("length", right=True), Column("depth", right=True), "kind", "file",
+)  # fmt: skip
 COLUMNS = ("", "path", "format", Column("virtual", right=True), Column("allocated", right=True), "state")
 
 
 def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     noun = nouns.add_parser("image", help="look at an image (runs here, without the agent)", parents=[common])
     verbs = noun.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb, run, text in (
-        ("inspect", _inspect, "the backing chain, as its headers say"),
-        ("check", _check, "qemu-img check of each layer, under limits"),
-    ):
-        parser = verbs.add_parser(verb, help=text, description=text, parents=[common])
+
+    def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, parents=[common])
         parser.add_argument("path", metavar="PATH", type=arguments.path)
         parser.add_argument("--format", choices=("raw", "qcow2"), help="needed for raw, which is never probed")
         parser.set_defaults(run=run)
+        return parser
+
+    verb("inspect", _inspect, "the backing chain, as its headers say")
+    verb("check", _check, "qemu-img check of each layer, under limits")
+    extents = verb("map", _map, "which bytes are data, which are zeros, and which file has them")
+    extents.add_argument("--start", metavar="SIZE", type=arguments.size, default=0, help="from this byte on")
+    extents.add_argument("--length", metavar="SIZE", type=arguments.size, help="so many bytes")
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -78,11 +89,15 @@ def _check(args: argparse.Namespace) -> int:
     """Each layer by itself. A damaged one is said, and the others are still checked."""
     import asyncio
 
+    from hostagent.cli.progress import shown
     from hostagent.images.chain import open_chain
 
     terminal, config = Terminal.of(args), _settings()
-    with open_chain(args.path, limits=_limits(config), format=args.format) as opened:
-        results = asyncio.run(_check_each(opened, _tool(config)))
+    with (
+        open_chain(args.path, limits=_limits(config), format=args.format) as opened,
+        shown("auto", terminal) as display,
+    ):
+        results = asyncio.run(_check_each(opened, _tool(config), display))
     if terminal.json:
         terminal.data({"path": args.path, "layers": results})
     else:
@@ -92,11 +107,17 @@ def _check(args: argparse.Namespace) -> int:
     return EXIT_ERROR if any(result["result"] == "fail" for result in results) else EXIT_OK
 
 
-async def _check_each(opened: OpenChain, tool: QemuImg) -> list[dict[str, Any]]:
+async def _check_each(opened: OpenChain, tool: QemuImg, display: Display) -> list[dict[str, Any]]:
+    """qemu-img tells nothing of a check before its end, so the bar moves layer by layer, by what each has allocated."""
     from jobs.errors import JobError
 
     results: list[dict[str, Any]] = []
-    for index, layer in enumerate(opened.chain.layers):
+    layers = opened.chain.layers
+    total = sum(layer.allocated for layer in layers)
+    for index, layer in enumerate(layers):
+        cursor = {"cur": sum(done.allocated for done in layers[:index]), "end": total}
+        state = f"layer {index + 1} of {len(layers)}"
+        display.update({"operation": "check", "target": layer.path, "cursor": cursor, "state": state})
         entry: dict[str, Any] = {"path": layer.path, "result": "ok", "code": None, "detail": None, "remedy": None}
         try:
             found = await tool.check(opened, layer=index)
@@ -109,6 +130,34 @@ async def _check_each(opened: OpenChain, tool: QemuImg) -> list[dict[str, Any]]:
             entry |= {"result": "fail", "code": error.code, "detail": error.message + remedy, "remedy": error.remedy}
         results.append(entry)
     return results
+
+
+def _map(args: argparse.Namespace) -> int:
+    import asyncio
+    import dataclasses
+
+    from hostagent.images.chain import open_chain
+    from hostagent.images.extents import Map
+
+    terminal, config = Terminal.of(args), _settings()
+    user, limits = _tools(config)
+    tool = Map(user=user, limits=limits, binary=config.images.qemu_img, output=config.images.map_output)
+    with open_chain(args.path, limits=_limits(config), format=args.format) as opened:
+        found = asyncio.run(tool.extents(opened, start=args.start, length=args.length))
+        size = opened.chain.top.virtual_size
+    if terminal.json:
+        extents = [dataclasses.asdict(extent) for extent in found]
+        terminal.data({"path": args.path, "virtual_size": size, "extents": extents})
+        return EXIT_OK
+    rows = [(str(one.start), str(one.length), str(one.depth), _kind(one), one.path or "") for one in found]
+    terminal.table(MAP_COLUMNS, rows)
+    return EXIT_OK
+
+
+def _kind(extent: Extent) -> str:
+    if extent.data:
+        return "data, zero" if extent.zero else "data"
+    return "zero" if extent.zero else "unknown"
 
 
 def _settings() -> Config:
@@ -124,10 +173,17 @@ def _limits(config: Config) -> ChainLimits:
 
 
 def _tool(config: Config) -> QemuImg:
+    from hostagent.images.qemu_img import QemuImg
+
+    user, limits = _tools(config)
+    return QemuImg(user=user, limits=limits, binary=config.images.qemu_img)
+
+
+def _tools(config: Config) -> tuple[RunAs | None, ToolLimits]:
     """qemu-img as the storage daemons' user, as the agent would run it; as ourselves where that is not possible."""
     import pwd
 
-    from hostagent.images.qemu_img import QemuImg, RunAs, ToolLimits
+    from hostagent.images.tool import RunAs, ToolLimits
 
     limits = ToolLimits(
         timeout=config.images.check_timeout, cpu=config.images.tool_cpu, memory=config.images.tool_memory
@@ -145,4 +201,4 @@ def _tool(config: Config) -> QemuImg:
                 f"the user {config.qsd.user!r}, as which qemu-img runs, does not exist",
                 remedy="install the hypervisor's packages, or set qsd.user",
             ) from None
-    return QemuImg(user=user, limits=limits, binary=config.images.qemu_img)
+    return user, limits

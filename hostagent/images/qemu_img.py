@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hostagent.images.chain import OpenChain
-from hostagent.images.tool import Finished, RunAs, Tool, ToolLimits, alone, grasped
+from hostagent.images.tool import Finished, RunAs, Tool, ToolLimits, alone, grasped, reason
 from jobs.errors import JobError
 from jobs.model import Layer
 
@@ -93,19 +93,7 @@ def _report(stdout: bytes) -> dict[str, Any]:
 def _failed(image: Layer, said: str) -> JobError:
     """The check did not come to an end; find out why from what it said."""
     last = said.splitlines()[-1][:500] if said else "qemu-img gave no reason"
-    for words, code, remedy in _REASONS:
-        if words in said:
-            return JobError(code, f"{image.path} cannot be checked: {last}", remedy=remedy, value=image.path)
-    message = f"{image.path} cannot be checked: {last}"
-    return JobError("image_invalid", message, remedy="restore it from a copy", value=image.path)
-
-
-_REASONS = (
-    ("setpriv: ", "unavailable", "run the agent as root, or with its own user for the storage daemons"),
-    ("prlimit: ", "unavailable", "lower images.tool_cpu and images.tool_memory to what the agent itself may use"),
-    ('Failed to get "', "busy", "end the program that has it open for writing"),
-    ('Failed to get shared "', "busy", "end the program that has it open for writing"),
-    ("Permission denied", "denied", "let the storage daemon's user read the file"),
-    ("Input/output error", "io_error", "see the kernel's log for the storage below it"),
-    ("Cannot allocate memory", "limit", f"raise images.tool_memory, {_SKIP}"),
-)
+    code, remedy = reason(said) or ("image_invalid", "restore it from a copy")
+    if code == "limit":
+        remedy = f"{remedy}, {_SKIP}"
+    return JobError(code, f"{image.path} cannot be checked: {last}", remedy=remedy, value=image.path)

@@ -142,6 +142,23 @@ def alone(format: str, handle: int, *, writable: bool = False) -> str:
     return "json:" + json.dumps({"driver": format, "read-only": not writable, "backing": None, "file": file})
 
 
+def reason(said: str) -> tuple[str, str] | None:
+    """The code and the remedy for what a tool said on stderr when it failed; None for what is not known."""
+    return next(((code, remedy) for words, code, remedy in _REASONS if words in said), None)
+
+
+_REASONS = (
+    ("setpriv: ", "unavailable", "run the agent as root, or with its own user for the storage daemons"),
+    ("prlimit: ", "unavailable", "lower images.tool_cpu and images.tool_memory to what the agent itself may use"),
+    ('Failed to get "', "busy", "end the program that has it open"),
+    ('Failed to get shared "', "busy", "end the program that has it open for writing"),
+    ("Permission denied", "denied", "let the storage daemon's user open the file"),
+    ("Input/output error", "io_error", "see the kernel's log for the storage below it"),
+    ("No space left", "no_space", "make space beside the image"),
+    ("Cannot allocate memory", "limit", "raise images.tool_memory"),
+)
+
+
 def _found(program: str, package: str) -> str:
     path = shutil.which(program)
     if path is None:

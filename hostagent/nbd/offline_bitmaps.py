@@ -24,7 +24,7 @@ from typing import Protocol
 from hostagent.images.bitmap_changes import Add, Change
 from hostagent.images.bitmaps import BitmapList, list_bitmaps
 from hostagent.images.chain import OpenChain
-from hostagent.images.tool import Finished, Tool, alone, grasped
+from hostagent.images.tool import Finished, Tool, alone, grasped, reason
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.prepared import Lease
 from hostagent.records import AccessRow
@@ -268,15 +268,5 @@ def _failed(top: Layer, finished: Finished, before: BitmapList, after: BitmapLis
         why = f"qemu-img was ended by {signal.Signals(-finished.status).name}"
         remedy = "raise images.tool_cpu or images.tool_memory, and remove what is inconsistent"
         return JobError("limit", f"the bitmaps of {top.path}: {why}{left}", value=top.path, remedy=remedy)
-    code, remedy = next(((c, r) for words, c, r in _REASONS if words in finished.said), ("io_error", "see the message"))
+    code, remedy = reason(finished.said) or ("io_error", "see whether `hostagent image check` finds something")
     return JobError(code, f"the bitmaps of {top.path} were not changed: {last}{left}", value=top.path, remedy=remedy)
-
-
-_REASONS = (
-    ("setpriv: ", "unavailable", "run the agent as root, or with its own user for the storage daemons"),
-    ("prlimit: ", "unavailable", "lower images.tool_cpu and images.tool_memory to what the agent itself may use"),
-    ('Failed to get "', "busy", "end the program that has it open"),
-    ('Failed to get shared "', "busy", "end the program that has it open"),
-    ("Permission denied", "denied", "let the storage daemon's user write the file"),
-    ("No space left", "no_space", "make space beside the image"),
-)

@@ -169,6 +169,7 @@ class Actor:
             await self._keeper.move(Signal.ENDED)
             self._end = seen
         elif seen.phase is Phase.PENDING:
+            await self._audit()
             await self._w.driver.finalize(self.job)
         elif seen.phase is Phase.READY and self.job.state is State.RUNNING:
             await self._keeper.move(Signal.IN_SYNC, kind=JobEventKind.READY)
@@ -188,8 +189,15 @@ class Actor:
 
     async def _complete(self, completion: Completion) -> None:
         """Decided and stored before it is asked for: what ends well after this may not be called aborted."""
+        await self._audit()
         after = self.job.before if completion is Completion.FINISH else self.job.after
         await self._keeper.move(Signal.ENDED, completion=completion, after=after)
+
+    async def _audit(self) -> None:
+        """Before the end is asked for, while it can still be refused: QEMU takes what a file has lost for zeros."""
+        warnings = [one for one in await self._w.driver.audit(self.job) if one not in self.job.warnings]
+        if warnings:
+            await self._keeper.change(warnings=(*self.job.warnings, *warnings))
 
     async def _step(self) -> None:
         """An increment, slice by slice; each slice's cursor is stored when its data is durable."""

@@ -68,7 +68,10 @@ class FileId(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One image file of a chain. `backing` is the name as the header has it, None at the bottom of the chain; `device`
-    says that it is a block device."""
+    says that it is a block device.
+
+    `length` is the file's when it was looked at, 0 where that is not known. It says nothing of which layer this is.
+    """
 
     path: str
     format: str
@@ -77,6 +80,7 @@ class Layer:
     allocated: int
     backing: str | None = None
     device: bool = False
+    length: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,10 @@ class BlockDriver(Protocol):
     async def observe(self, job: Job) -> Observation:
         """Look at the job and the image; never raises for what it sees."""
 
+    async def audit(self, job: Job) -> tuple[str, ...]:
+        """Whether the files that the job works on are what they were when it was planned: warnings where its result is
+        right all the same, a JobError image_changed where it is not."""
+
     async def finalize(self, job: Job) -> None:
         """Make all data durable, then let a pending job end. Idempotent."""
 

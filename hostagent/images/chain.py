@@ -105,6 +105,8 @@ def verify(opened: OpenChain, earlier: Chain) -> None:
             before, after = getattr(old, name), getattr(new, name)
             if before != after:
                 raise changed(old.path, f"{words} was {_plain(before)} and is {_plain(after)}")
+        if new.length < old.length:
+            raise changed(old.path, f"it has {new.length} bytes and had {old.length}: what lay beyond is lost")
     if len(now) != len(was):
         raise changed(earlier.top.path, f"the chain had {len(was)} layers and has {len(now)}")
 
@@ -153,6 +155,7 @@ def _describe(fd: int, path: str, wanted: Wanted) -> _Member:
         else found.st_blocks * 512,  # st_blocks counts 512 bytes whatever the file system's block is
         backing=None if header is None else header.backing,
         device=device,
+        length=found.st_size,
     )
     return _Member(fd, layer, header)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 from hostagent.drivers.qsd import BlockJob
 from hostagent.images.chain import verify
+from hostagent.images.drift import find_drift
 from hostagent.images.qemu_img import QemuImg
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import Commit
@@ -183,6 +185,23 @@ class OfflineDriver:
         except (TimeoutError, OSError) as error:
             log.warning("the image cannot be read back", extra={"fields": {"job": job.id, "error": str(error)}})
             return False if job.intent == "abort" else None
+
+    async def audit(self, job: Job) -> tuple[str, ...]:
+        chain = self._chain(job)
+        written = {job.before.top.file, *self._operations[job.spec.operation].writes(job), *chain.writable}
+        timeout = self._chains.settings.inspect_timeout
+        look = functools.partial(find_drift, job.before.layers, chain.descriptor, written=written)
+        try:
+            found = await asyncio.wait_for(asyncio.to_thread(look), timeout)
+        except TimeoutError:
+            what = f"the files of {chain.path!r} do not answer within {timeout:g} s (images.inspect_timeout)"
+            raise JobError("unresponsive", what, remedy="see whether their storage hangs") from None
+        except OSError as error:
+            raise JobError("io_error", f"a file of {chain.path!r} cannot be looked at: {error.strerror}") from error
+        if lost := [drift for drift in found if drift.lost]:
+            remedy = f"restore {lost[0].path} from a copy, and what was written meanwhile: zeros may be in it"
+            raise JobError("image_changed", str(lost[0]), remedy=remedy, value=lost[0].path)
+        return tuple(str(drift) for drift in found)
 
     async def finalize(self, job: Job) -> None:
         chain = self._chain(job)

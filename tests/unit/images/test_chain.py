@@ -374,6 +374,23 @@ def test_a_second_look_at_an_unchanged_chain_is_content(images: Images) -> None:
         verify(again, found.chain)
 
 
+def test_a_second_look_misses_the_end_of_a_qcow2_image(images: Images) -> None:
+    """Its header, and so its virtual size, stays what it was."""
+    base = images.qcow2("base.qcow2")
+    top = images.qcow2("top.qcow2", "base.qcow2")
+    with opened(top) as found:
+        earlier = found.chain
+    with base.open("ab") as file:
+        file.write(b"x")
+    with opened(top) as now:
+        verify(now, earlier)  # an image grows when it is written
+        grown = now.chain
+    os.truncate(base, base.stat().st_size - 1)
+    with opened(top) as now, pytest.raises(JobError, match=r"what lay beyond is lost") as caught:
+        verify(now, grown)
+    assert caught.value.code == "image_changed"
+
+
 def test_a_second_look_names_what_changed(images: Images) -> None:
     base = images.raw("base.raw")
     top = images.qcow2("top.qcow2", "base.raw", "raw")

@@ -43,6 +43,7 @@ class FakeDriver:
         self.fault: Callable[[str, Job], None] = lambda call, job: None
         self.gates: dict[str, asyncio.Event] = {}
         """A call that is named here waits for its event before it does anything."""
+        self.drift: Callable[[Job], tuple[str, ...]] = lambda job: ()
         self.hint: Callable[[str], None] = lambda job_id: None
 
     # What a test does to the host
@@ -224,6 +225,9 @@ class FakeDriver:
             if block.cur == block.end:
                 block.phase = Phase.READY if becomes_ready(job) else Phase.PENDING
                 self.hint(job.id)
+
+    async def audit(self, job: Job) -> tuple[str, ...]:
+        return self.drift(job)
 
     async def finalize(self, job: Job) -> None:
         image = await self._called("finalize", job)

@@ -44,6 +44,32 @@ def test_a_pull_runs_to_its_proof_and_gives_up_what_the_chain_lost() -> None:
     run(scenario)
 
 
+def test_a_pull_whose_base_was_cut_ends_failed_before_its_header_is_rewritten() -> None:
+    async def scenario(agent: Agent) -> None:
+        def drift(job: Job) -> tuple[str, ...]:
+            raise JobError("image_changed", "/top.1 was cut")
+
+        agent.driver.image("/top")
+        agent.driver.drift = drift
+        ended = await agent.until_cleared(await agent.pull())
+        assert (ended.state, ended.error and ended.error.code) == (State.FAILED, "image_changed")
+        assert agent.driver.images["/top"].backing == "/top.1"
+        assert ended.revoked == ()
+
+    run(scenario)
+
+
+def test_what_changed_without_harm_is_a_warning_once() -> None:
+    async def scenario(agent: Agent) -> None:
+        agent.driver.image("/top")
+        agent.driver.warnings = ("/top has leaks",)
+        agent.driver.drift = lambda job: ("/top.1 grew",)
+        ended = await agent.until_cleared(await agent.pull())
+        assert (ended.state, ended.warnings) == (State.COMPLETED, ("/top has leaks", "/top.1 grew"))
+
+    run(scenario)
+
+
 def test_a_pull_to_a_base_forgets_only_what_lies_between() -> None:
     async def scenario(agent: Agent) -> None:
         chain = agent.driver.image("/top", depth=3)

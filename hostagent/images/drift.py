@@ -1,0 +1,55 @@
+"""Files of a chain that are not what they were when it was opened: cut, grown, deleted, replaced.
+
+QEMU notices none of it. What lies beyond a file's end reads as zeros, so a job that reads a base which was cut copies
+zeros over the loss, and ends well. Only the length tells: it is compared by descriptor with what it was at the start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from jobs.model import FileId, Layer
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """`lost`: bytes are missing that the chain had. Otherwise what is open is still right, and what the path leads to
+    may not be."""
+
+    path: str
+    what: str
+    lost: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.what}"
+
+
+def find_drift(
+    layers: Sequence[Layer], descriptor: Callable[[FileId], int | None], *, written: Collection[FileId]
+) -> list[Drift]:
+    """How the layers differ from what is known of them. `written` are those that grow by right. Blocks."""
+    found = []
+    for layer in layers:
+        fd = descriptor(layer.file)
+        named = _named(layer.path)
+        here = named is not None and FileId(named.st_dev, named.st_ino) == layer.file
+        length = os.fstat(fd).st_size if fd is not None else named.st_size if named is not None and here else None
+        if length is not None and length < layer.length:
+            cut = f"was cut from {layer.length} to {length} bytes: what lay beyond is lost, and reads as zeros"
+            found.append(Drift(layer.path, cut, lost=True))
+        elif length is not None and layer.length and length > layer.length and layer.file not in written:
+            found.append(Drift(layer.path, f"grew from {layer.length} to {length} bytes, and is not written by us"))
+        if named is None:
+            found.append(Drift(layer.path, "was deleted or renamed while it was in use"))
+        elif not here:
+            found.append(Drift(layer.path, "was replaced by another file while it was in use"))
+    return found
+
+
+def _named(path: str) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -1,0 +1,145 @@
+"""Files that are cut, grown, deleted or replaced under a running job: QEMU notices nothing, and the agent must."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, check_clean, overlay, raw_image, same_content
+
+pytestmark = pytest.mark.qemu
+
+SIZE = 8 * MIB
+SLOW = 256 * 1024
+
+
+@pytest.fixture
+def base(folder: Path) -> Path:
+    return raw_image(folder / "base.raw", SIZE)
+
+
+@pytest.fixture
+def top(folder: Path, base: Path) -> Path:
+    return overlay(folder / "top.qcow2", base)
+
+
+def begun(agent: AgentProcess, target: Path, operation: str = "pull", **spec: Any) -> Json:
+    """A job that has copied something, and is far from its end."""
+    body = {"operation": operation, "target": str(target), "bandwidth": SLOW, **spec}
+    job: Json = agent.post("/v1/jobs", body)
+    return agent.until(job["id"], lambda one: one["state"] == "running" and 0 < one["cursor"]["cur"] < SIZE // 2)
+
+
+def hurried(agent: AgentProcess, job: Json) -> Json:
+    agent.patch(f"/v1/jobs/{job['id']}", {"bandwidth": 0})
+    return agent.until_ended(job["id"])
+
+
+def failed_for_the_cut(job: Json, path: Path) -> None:
+    assert (job["state"], job["error"]["code"]) == ("failed", "image_changed"), job
+    assert f"{path} was cut" in job["error"]["message"]
+    assert job["error"]["remedy"]
+    assert job["chain"]["revoked"] == []
+
+
+def test_a_pull_of_a_base_that_was_cut_is_not_completed_and_keeps_its_base(
+    agent: AgentProcess, top: Path, base: Path, folder: Path
+) -> None:
+    truth = shutil.copy(base, folder / "truth.raw")
+    job = begun(agent, top)
+    os.truncate(base, SIZE // 2)
+    failed_for_the_cut(hurried(agent, job), base)
+    assert backing_of(top) == "base.raw"
+    assert check_clean(top)
+    assert not same_content(truth, top, first="raw")  # QEMU copied zeros: that is what must not be called completed
+    errors = agent.get("/v1/host")["last_errors"]
+    assert any(f"{base} was cut" in one["message"] for one in errors)
+
+
+def test_a_pull_of_a_qcow2_base_that_was_cut_is_not_completed(agent: AgentProcess, folder: Path, base: Path) -> None:
+    middle = folder / "middle.qcow2"
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(base), str(middle)], check=True)
+    top = overlay(folder / "top.qcow2", middle, "qcow2")
+    job = begun(agent, top)
+    os.truncate(middle, middle.stat().st_size - 2 * MIB)
+    failed_for_the_cut(hurried(agent, job), middle)
+    assert backing_of(top) == "middle.qcow2"
+
+
+@pytest.mark.parametrize("completion", ["finish", "pivot"])
+def test_a_copy_of_a_base_that_was_cut_fails_and_leaves_no_target(
+    agent: AgentProcess, top: Path, base: Path, folder: Path, completion: str
+) -> None:
+    dest = folder / "copy.qcow2"
+    job: Json = agent.post("/v1/jobs", {"operation": "copy", "target": str(top), "dest": str(dest), "bandwidth": MIB})
+    agent.until(job["id"], lambda one: one["state"] in ("running", "ready"))
+    os.truncate(base, SIZE // 2)
+    agent.patch(f"/v1/jobs/{job['id']}", {"bandwidth": 0})
+    agent.until(job["id"], lambda one: one["state"] == "ready")
+    with pytest.raises(ApiError) as caught:
+        agent.post(f"/v1/jobs/{job['id']}/complete", {"completion": completion})
+    assert caught.value.code == "image_changed"
+    assert agent.job(job["id"])["state"] == "ready"
+    agent.post(f"/v1/jobs/{job['id']}/abort")
+    assert agent.until_ended(job["id"])["state"] == "aborted"
+    assert not dest.exists()
+
+
+def test_a_copy_that_was_to_end_by_itself_fails(agent: AgentProcess, top: Path, base: Path, folder: Path) -> None:
+    dest = folder / "copy.qcow2"
+    spec = {"dest": str(dest), "completion": "pivot", "bandwidth": MIB}
+    job: Json = agent.post("/v1/jobs", {"operation": "copy", "target": str(top), **spec})
+    agent.until(job["id"], lambda one: one["state"] == "running")
+    os.truncate(base, SIZE // 2)
+    failed_for_the_cut(hurried(agent, job), base)
+    assert not dest.exists()
+
+
+def test_a_cut_between_two_increments_fails_the_job_before_it_goes_on(
+    agent: AgentProcess, top: Path, base: Path
+) -> None:
+    job = agent.pull(top, increment=MIB)
+    agent.until(job["id"], lambda one: one["state"] == "waiting")
+    os.truncate(base, SIZE // 2)
+    agent.post(f"/v1/jobs/{job['id']}/next")
+    job = agent.until_ended(job["id"])
+    assert (job["state"], job["error"]["code"]) == ("failed", "image_changed")
+    assert job["cursor"]["cur"] == MIB
+
+
+def test_a_cut_while_the_agent_is_away_is_noticed(agent: AgentProcess, top: Path, base: Path) -> None:
+    job = begun(agent, top)
+    agent.kill()
+    os.truncate(base, SIZE // 2)
+    agent.start()
+    agent.until(job["id"], lambda one: one["state"] != "starting")
+    failed_for_the_cut(hurried(agent, job), base)
+
+
+@pytest.mark.parametrize("change", ["grown", "deleted", "replaced"])
+def test_what_does_not_harm_the_result_is_a_warning(
+    agent: AgentProcess, top: Path, base: Path, folder: Path, change: str
+) -> None:
+    truth = Path(shutil.copy(base, folder / "truth.raw"))
+    job = begun(agent, top)
+    if change == "grown":
+        with base.open("ab") as file:
+            file.write(b"x" * 4096)
+    else:
+        base.rename(folder / "aside.raw")
+        if change == "replaced":
+            base.write_bytes(b"stranger")
+    job = hurried(agent, job)
+    assert job["state"] == "completed", job
+    words = {"grown": "grew from", "deleted": "was deleted", "replaced": "was replaced"}
+    assert any(f"{base} {words[change]}" in warning for warning in job["warnings"]), job
+    assert same_content(truth, top, first="raw")
+
+
+def test_a_job_whose_files_stay_what_they_are_has_no_warning(agent: AgentProcess, top: Path) -> None:
+    assert hurried(agent, begun(agent, top))["warnings"] == []

@@ -1,0 +1,81 @@
+"""What is noticed of files that change under a chain."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hostagent.images.drift import find_drift
+from jobs.model import FileId, Layer
+
+
+class Opened:
+    """A file of 1000 bytes, open since."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_bytes(b"x" * 1000)
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(self.fd)
+        self.layer = Layer(str(path), "raw", FileId(found.st_dev, found.st_ino), 1000, 4096, length=1000)
+
+    def drift(self, *, written: bool = False, descriptor: bool = True) -> list[tuple[str, bool]]:
+        found = find_drift(
+            [self.layer],
+            lambda file: self.fd if descriptor and file == self.layer.file else None,
+            written={self.layer.file} if written else (),
+        )
+        assert all(one.path == str(self.path) and str(one).startswith(one.path) for one in found)
+        return [(" ".join(one.what.split()[:2]), one.lost) for one in found]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Opened]:
+    found = Opened(tmp_path / "base.raw")
+    yield found
+    os.close(found.fd)
+
+
+def test_a_file_that_stays_as_it_is_and_one_of_unknown_length_say_nothing(opened: Opened) -> None:
+    assert opened.drift() == []
+    opened.layer = Layer(str(opened.path), "raw", opened.layer.file, 1000, 4096)
+    os.truncate(opened.path, 5000)
+    assert opened.drift() == []
+
+
+@pytest.mark.parametrize("descriptor", [True, False])
+@pytest.mark.parametrize("written", [True, False])
+def test_a_cut_is_a_loss_also_of_a_file_that_we_write(opened: Opened, written: bool, descriptor: bool) -> None:
+    os.truncate(opened.path, 999)
+    assert opened.drift(written=written, descriptor=descriptor) == [("was cut", True)]
+
+
+def test_growth_is_told_of_a_file_that_nobody_of_ours_writes(opened: Opened) -> None:
+    os.truncate(opened.path, 1001)
+    assert opened.drift() == [("grew from", False)]
+    assert opened.drift(written=True) == []
+
+
+def test_a_file_that_lost_its_name_is_told_and_still_measured_by_its_descriptor(opened: Opened) -> None:
+    opened.path.unlink()
+    assert opened.drift() == [("was deleted", False)]
+    os.truncate(f"/proc/self/fd/{opened.fd}", 10)
+    assert opened.drift() == [("was cut", True), ("was deleted", False)]
+    assert opened.drift(descriptor=False) == [("was deleted", False)]
+
+
+def test_a_file_that_was_replaced_is_told_and_the_stranger_is_not_measured(opened: Opened) -> None:
+    opened.path.rename(opened.path.with_suffix(".aside"))
+    opened.path.write_bytes(b"")
+    assert opened.drift() == [("was replaced", False)]
+    assert opened.drift(descriptor=False) == [("was replaced", False)]
+
+
+def test_a_link_in_the_place_of_a_file_is_another_file(opened: Opened) -> None:
+    aside = opened.path.with_suffix(".aside")
+    opened.path.rename(aside)
+    opened.path.symlink_to(aside)
+    assert opened.drift() == [("was replaced", False)]

@@ -30,7 +30,19 @@ def test_every_command_is_understood(command: str) -> None:
 
 def test_no_command_is_one_that_is_not_supported_yet() -> None:
     later = {args.noun for args in (parser().parse_args(shlex.split(c, comments=True)[1:]) for c in COMMANDS)}
-    assert later <= {"status", "doctor", "image", "bitmap", "export", "job", "events", "grant", "serve", "demo", "drain"}
+    assert later <= {
+        "status",
+        "doctor",
+        "image",
+        "bitmap",
+        "export",
+        "job",
+        "events",
+        "grant",
+        "serve",
+        "demo",
+        "drain",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))

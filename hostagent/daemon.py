@@ -287,7 +287,8 @@ class Agent:
         images = self._config.images
         return find_dependents(
             files,
-            folders=[*folders, *(Path(pool) for pool in images.pools)],
+            folders=folders,
+            pools=[Path(pool) for pool in images.pools],
             limits=ScanLimits(images.scan_entries, images.scan_timeout),
             skip=skip,
         )

@@ -195,7 +195,8 @@ class AgentService:
         self, *, state: str | None, target: str | None, labels: Mapping[str, str], limit: int, after: str | None
     ) -> Json:
         found = await self._exports.page(state=state, image=target, labels=labels, limit=limit + 1, after=after)
-        items = [self._export_view(record, []) for record in found[:limit]]
+        clients = await asyncio.to_thread(serving.clients_of, found[:limit])
+        items = [self._export_view(one, [c._asdict() for c in clients[one.id]]) for one in found[:limit]]
         return {"items": items, "next": items[-1]["id"] if len(found) > limit else None}
 
     async def get_export(self, id: str) -> Json:

@@ -39,27 +39,44 @@ class Dependent:
 
 
 def find_dependents(
-    files: Collection[FileId], *, folders: Sequence[Path], limits: ScanLimits, skip: Collection[FileId] = ()
+    files: Collection[FileId],
+    *,
+    folders: Sequence[Path],
+    pools: Sequence[Path] = (),
+    limits: ScanLimits,
+    skip: Collection[FileId] = (),
 ) -> list[Dependent]:
-    """The images in `folders` (not below them), other than `skip`, that stand on one of `files`.
+    """The images in `folders` (not below them) and anywhere in `pools`, other than `skip`, that stand on `files`.
 
     Raises JobError: `limit` when a folder is too large, `timeout` when the search takes too long, `image_invalid` when
     an image's header cannot be trusted, and so may hide what it stands on.
     """
     deadline = time.monotonic() + limits.timeout
     found = []
-    for folder in dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders):
+    everywhere = [*folders, *(folder for pool in pools for folder in _below(pool, deadline, limits))]
+    for folder in dict.fromkeys(Path(os.path.realpath(folder)) for folder in everywhere):
         for path in _files(folder, limits):
-            if time.monotonic() > deadline:
-                raise JobError(
-                    "timeout",
-                    f"the images in {str(folder)!r} were not looked through in {limits.timeout:g} s",
-                    remedy="raise images.scan_timeout, so that it is known whether an image stands on the file",
-                )
+            _in_time(folder, deadline, limits)
             on = _stands_on(path, skip)
             if on in files and on is not None:
                 found.append(Dependent(str(path), on))
     return found
+
+
+def _in_time(folder: Path, deadline: float, limits: ScanLimits) -> None:
+    if time.monotonic() > deadline:
+        raise JobError(
+            "timeout",
+            f"the images in {str(folder)!r} were not looked through in {limits.timeout:g} s",
+            remedy="raise images.scan_timeout, so that it is known whether an image stands on the file",
+        )
+
+
+def _below(pool: Path, deadline: float, limits: ScanLimits) -> Iterator[Path]:
+    """The pool's folders; a link to a folder is none of them."""
+    for folder, _, _ in os.walk(pool, onerror=_unreadable):
+        _in_time(Path(folder), deadline, limits)
+        yield Path(folder)
 
 
 def _files(folder: Path, limits: ScanLimits) -> Iterator[Path]:
@@ -74,11 +91,14 @@ def _files(folder: Path, limits: ScanLimits) -> Iterator[Path]:
                     )
                 if entry.is_file(follow_symlinks=False):
                     yield Path(entry.path)
-    except FileNotFoundError:
-        return  # a pool that does not exist holds no image
     except OSError as error:
+        _unreadable(error)
+
+
+def _unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a pool that does not exist holds no image
         remedy = "let the agent read the folder"
-        raise JobError("denied", f"{str(folder)!r} cannot be searched: {error.strerror}", remedy=remedy) from error
+        raise JobError("denied", f"{error.filename!r} cannot be searched: {error.strerror}", remedy=remedy) from error
 
 
 def _stands_on(path: Path, skip: Collection[FileId]) -> FileId | None:

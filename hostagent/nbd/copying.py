@@ -14,7 +14,8 @@ import errno
 import logging
 import os
 import shlex
-from collections.abc import Callable, Collection, Mapping
+import struct
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ from jobs.model import Completion, FileId, Job, JobSpec, Layer, Need, Plan, Targ
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+ACL_GROUP_OBJ = 0x04  # linux/posix_acl.h
 
 
 class Copy:
@@ -53,7 +56,8 @@ class Copy:
         if spec.reuse_external:
             target = await self._existing(spec, opened, format_)
         else:
-            target = await self._aside(_new, spec.dest, format_)
+            pools = None if spec.anywhere else self._chains.settings.limits.pools
+            target = await self._aside(_new, spec.dest, format_, pools)
         need = sum(layer.allocated for layer in (source.layers[:1] if spec.shallow else source.layers))
         space = {"need": min(need, source.top.virtual_size), "free": await self._aside(room, Path(spec.dest).parent)}
         warnings = preflight(spec, space["need"], space["free"], "the target")
@@ -217,8 +221,12 @@ def _part(target: Target, job_id: str) -> str:
 # Files; all of these block
 
 
-def _new(dest: str, format_: str) -> Target:
+def _new(dest: str, format_: str, pools: Sequence[str] | None) -> Target:
+    """A target that is not there yet; for who may not name any image it must lie in a pool."""
     path = Path(os.path.realpath(Path(dest).parent), Path(dest).name)
+    if pools is not None and not any(path.is_relative_to(os.path.realpath(pool)) for pool in pools):
+        remedy = f"copy into a pool, or add {path.parent} to images.pools"
+        raise JobError("outside_pools", f"{dest!r} lies in no configured pool", field="dest", value=dest, remedy=remedy)
     if not path.parent.is_dir():
         remedy = "make the folder, or correct the path"
         raise JobError("not_found", f"there is no folder {str(path.parent)!r}", field="dest", value=dest, remedy=remedy)
@@ -233,13 +241,17 @@ def _make(target: Target, source: int, size: int) -> Target:
     an agent that was killed before it could say so."""
     assert target.part is not None
     like = os.fstat(source)
+    folder = Path(target.part).parent
+    if os.path.realpath(folder) != str(folder):
+        remedy = "see who replaced it"
+        raise JobError("image_changed", f"{str(folder)!r} is another folder now", field="dest", remedy=remedy)
     Path(target.part).unlink(missing_ok=True)
     fd = os.open(target.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         made = os.fstat(fd)
         if (made.st_uid, made.st_gid) != (like.st_uid, like.st_gid):
             os.fchown(fd, like.st_uid, like.st_gid)
-        os.fchmod(fd, like.st_mode & 0o777)
+        os.fchmod(fd, _mode(source, like.st_mode))
         if target.format == "raw":
             os.ftruncate(fd, size)
         return replace(target, file=FileId(made.st_dev, made.st_ino))
@@ -248,6 +260,17 @@ def _make(target: Target, source: int, size: int) -> Target:
         raise _os_error(target, error) from error
     finally:
         os.close(fd)
+
+
+def _mode(fd: int, mode: int) -> int:
+    """The file's mode without its ACL, whose mask stands in the group's place (acl(5))."""
+    try:
+        acl = os.getxattr(fd, "system.posix_acl_access")
+    except OSError:
+        return mode & 0o777
+    entries = struct.iter_unpack("<HHI", acl[4:])
+    group = next((permissions for tag, permissions, _ in entries if tag == ACL_GROUP_OBJ), 0)
+    return mode & 0o707 | group << 3
 
 
 def _open(target: Target) -> int:
@@ -346,7 +369,7 @@ def _unlink(path: Path, file: FileId | None) -> None:
 def _os_error(target: Target, error: OSError) -> JobError:
     code = {errno.ENOSPC: "no_space", errno.EDQUOT: "no_space", errno.EACCES: "denied", errno.EPERM: "denied"}
     remedies = {
-        "conflict": "move what lies there away, or abort the job",
+        "conflict": "choose another name, or move what lies there away, and copy again",
         "no_space": "make space, or choose another folder",
         "denied": "let the agent write there",
     }

@@ -208,10 +208,10 @@ def test_others_may_stand_on_the_top_that_is_committed_but_not_when_it_is_delete
 
 
 def test_a_sibling_in_a_pool_counts(tmp_path: Path, chain: Chain, folder: Path) -> None:
-    pool = folder / "pool"
-    pool.mkdir(mode=0o755)
+    pool = folder / "pool" / "deep"
+    pool.mkdir(mode=0o755, parents=True)
     sibling = overlay(pool / "sibling.qcow2", chain.base)
-    with AgentProcess(tmp_path, {"IMAGES_POOLS": str(pool)}) as agent:
+    with AgentProcess(tmp_path, {"IMAGES_POOLS": str(pool.parent)}) as agent:
         error = refused(agent, chain.top, completion="pivot")
         assert (error.code, str(sibling) in error.body["detail"]) == ("busy", True)
 

@@ -142,6 +142,16 @@ def test_the_name_appears_only_when_the_copy_is_whole(agent: AgentProcess, image
     assert same_content(dest, images.truth)
 
 
+def test_a_copy_of_an_exported_image_is_as_closed_as_the_image(agent: AgentProcess, images: Pair) -> None:
+    """The mask of the ACL that an export needs stands where the group's permissions are; they are not the group's."""
+    images.top.chmod(0o600)
+    export = agent.export(images.top)
+    dest = images.folder / "copy.qcow2"
+    assert copy(agent, images.top, dest, completion="finish")["state"] == "completed"
+    assert eventually(lambda: permissions(dest) == (0o100600, None))
+    agent.delete(f"/v1/exports/{export['id']}")
+
+
 # Ready
 
 

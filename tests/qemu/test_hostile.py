@@ -1025,6 +1025,14 @@ def test_a_member_of_the_group_names_only_images_in_a_pool(open_house: tuple[Age
                 as_member(agent, "GET", f"/v1/images/inspect?path={path}"),
             ):
                 assert (status, problem["code"]) == (422, "outside_pools"), problem
+        source = str(pool / "top.qcow2")
+        for dest in (folder / "made.qcow2", pool / "way-out" / "made.qcow2", pool / ".." / "made.qcow2"):
+            spec = {"operation": "copy", "target": source, "dest": str(dest), "completion": "finish"}
+            status, problem = as_member(agent, "POST", "/v1/jobs", spec)
+            assert (status, problem["code"], problem["field"]) == (422, "outside_pools", "dest"), problem
+        spec = {"operation": "copy", "target": source, "dest": "nbd://localhost/x"}
+        status, problem = as_member(agent, "POST", "/v1/jobs", spec)
+        assert (status, problem["field"]) == (403, "dest"), problem
     # of what lies elsewhere he does not even learn whether it exists
     for name in ("/etc/shadow", "/etc/nothing-like-this", pool / "way-out" / "nothing-like-this"):
         status, problem = as_member(agent, "GET", f"/v1/images/inspect?path={name}")

@@ -207,7 +207,7 @@ def test_only_root_and_the_agents_own_user_drain_the_host() -> None:
     async def scenario() -> None:
         host = Host()
         parts: dict[str, Any] = dict.fromkeys(("engine", "exports", "chains", "ledger", "store", "subject", "facts"))
-        service = AgentService(**parts, changes=Changes(), drain=host.drain)
+        service = AgentService(**parts, bitmaps=None, changes=Changes(), drain=host.drain)
         member = Peer(1, 4242, 4242)
         for ask in (service.drain(False, peer=member), service.lift_drain(peer=member)):
             with pytest.raises(JobError) as refused:

@@ -272,7 +272,7 @@ def test_the_same_id_is_the_same_job_and_with_another_request_a_conflict(cli: Cl
         (["job", "pull", "/x", "--chek", "auto"], USAGE, "usage"),
         (["job", "list", "--state", "bogus"], USAGE, "state"),
         (["job", "copy", "/x"], USAGE, "DEST"),
-        (["export", "start", "/x", "--writable"], ERROR, "not supported"),
+        (["export", "start", "./x.raw", "--format", "raw", "--tcp", "auto"], USAGE, "--tls"),
         (["backup", "start", "web1"], ERROR, "not supported"),
         (["events", "--since", "-3"], USAGE, "since"),
         (["nonsense"], USAGE, "nonsense"),

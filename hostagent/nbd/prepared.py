@@ -194,9 +194,10 @@ class PreparedChain:
                     raised.append(layer.file)
         except JobError:
             for file in taken:
-                self._leases.pop(file).release()
+                if (mine := self._leases.pop(file, None)) is not None:
+                    mine.release()
             for file in raised:
-                if file not in self.writable:
+                if file not in self.writable and file in self._leases:
                     await asyncio.to_thread(self._leases[file].share, ours=self._ours)
             raise
 
@@ -223,22 +224,36 @@ class PreparedChain:
     async def _take(self, layer: Layer, *, exclusive: bool) -> None:
         fd = self.descriptor(layer.file)
         assert fd is not None
-        leasing = self._registry.leasing
+        own, leasing, ours = os.dup(fd), self._registry.leasing, self._ours  # when the daemon dies ours are closed
+
+        def take() -> Lease:
+            try:
+                return leasing(own, exclusive=exclusive, ours=ours)
+            finally:
+                os.close(own)
+
         try:
-            self._leases[layer.file] = await asyncio.to_thread(leasing, fd, exclusive=exclusive, ours=self._ours)
+            lease = await asyncio.to_thread(take)
         except JobError as error:
             raise self._named(error, layer) from error
+        if self.died:  # meanwhile, and all that the chain had was let go
+            lease.release()
+            raise self._death()
+        self._leases[layer.file] = lease
 
     # The daemon
 
     async def serve(self) -> StorageDaemon:
         """The chain's storage daemon, with all layers open read-only; started when there is none."""
         if self.died:
-            raise JobError("storage_daemon_died", f"the storage daemon of {self.path!r} ended")
+            raise self._death()
         if self.daemon is None:
             await self._registry.start(self)
         assert self.daemon is not None
         return self.daemon
+
+    def _death(self) -> JobError:
+        return JobError("storage_daemon_died", f"the storage daemon of {self.path!r} ended")
 
     async def open_for_writing(self, files: Collection[FileId]) -> None:
         """Open these layers for writing, all in one step; their leases are exclusive already."""
@@ -316,8 +331,7 @@ class PreparedChain:
         try:
             await self._take(layer, exclusive=True)
         except BaseException:
-            self._target = None
-            os.close(fd)
+            self.give_up_target()
             raise
 
     async def open_target(self, path: str, *, below: Node | None, new: bool, backing: tuple[str, str] | None) -> Node:

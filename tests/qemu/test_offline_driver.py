@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,16 @@ from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import Commit
 from hostagent.nbd.copying import Copy
 from hostagent.nbd.offline import OfflineDriver
-from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.prepared import Lease, PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.store import Store
-from jobs.model import FileId
+from jobs.errors import JobError
+from jobs.model import FileId, Holder, Operation
 from jobs.ports import SystemClock
-from tests.contract.driver_suite import MIB, SIZE, Rig
+from tests.contract.driver_suite import MIB, SIZE, Rig, on_a_rig
 from tests.contract.ready_suite import ReadySuite
 from tests.harness import backing_of, overlay, raw_image, same_content
-from tests.qemu.faults import open_below, sound
+from tests.qemu.faults import eventually, open_below, sound
 
 pytestmark = pytest.mark.qemu
 
@@ -101,6 +102,30 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
 
 
 class TestOfflineDriver(ReadySuite):
+    @on_a_rig
+    async def test_a_daemon_that_dies_while_the_target_is_leased_leaves_no_lease(self, rig: Rig) -> None:
+        assert isinstance(rig.driver, OfflineDriver)
+        chains, holder = rig.driver._chains, Holder("export", "e")
+        async with chains.joined(await chains.open(rig.top)) as chain:
+            await chain.lease()
+            await chain.serve()
+            chain.users.add(holder)
+        leasing = chains.leasing
+
+        def killing(fd: int, *, exclusive: bool, ours: Sequence[int]) -> Lease:
+            (pid,) = ours
+            os.kill(pid, signal.SIGKILL)
+            assert eventually(lambda: chain.died)
+            return leasing(fd, exclusive=exclusive, ours=ours)
+
+        chains.leasing = killing
+        job = await rig.job(Operation.COPY, dest=rig.dest)
+        with pytest.raises(JobError) as refused:
+            await rig.prepared(job)
+        assert refused.value.code == "storage_daemon_died"
+        chains.leasing = leasing
+        await rig.driver.discard(job)
+
     @contextlib.asynccontextmanager
     async def rig(self, folder: Path) -> AsyncIterator[Rig]:
         base = raw_image(folder / "base.raw", SIZE)

@@ -158,7 +158,8 @@ class Copy:
         if job.target.file is None:
             return
         fd = chain.descriptor(job.target.file)
-        assert fd is not None
+        if fd is None:
+            raise JobError("storage_daemon_died", f"the storage daemon of {job.before.top.path!r} ended")
         await self._aside(_settle, job.target, fd)
         if job.target.made and job.completion is Completion.FINISH:  # who sees the job completed can open the copy
             await chain.ask((await chain.serve()).dismiss(job_name(job)))

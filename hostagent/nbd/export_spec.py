@@ -35,7 +35,10 @@ class ExportSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def record(self, export_id: str, top: Layer, now: datetime) -> ExportRecord:
-        """Raises JobError invalid when the image has no such part."""
+        """Raises JobError invalid when the image has no such part, or a write would hide what lies below it."""
+        if self.writable and self.shallow and top.backing is not None:
+            message = f"{top.path!r} stands on {top.backing!r}: written alone, it would hide data of that"
+            raise _invalid("shallow", self.shallow, message, "export it with its backing chain")
         part = self._part(top)
         return ExportRecord(
             id=export_id,

@@ -179,12 +179,14 @@ class PreparedChain:
 
     async def lease(self, *, exclusive: Collection[FileId] = ()) -> None:
         """Shared leases on all layers, exclusive ones as asked. A JobError busy has changed nothing."""
+        self._refuse_when_dead()
         if self._opened is None:
             raise JobError("unavailable", f"the files of {self.path!r} could not be opened", remedy="see the log")
         taken: list[FileId] = []
         raised: list[FileId] = []
         try:
             for layer in self.layers:
+                self._refuse_when_dead()
                 lease, wanted = self._leases.get(layer.file), layer.file in exclusive
                 if lease is None:
                     await self._take(layer, exclusive=wanted)
@@ -192,7 +194,10 @@ class PreparedChain:
                 elif wanted:
                     await self._exclude(lease, layer)
                     raised.append(layer.file)
-        except JobError:
+            self._refuse_when_dead()
+        except JobError as error:
+            if self.died:  # and everything was let go
+                raise self._death() from error
             for file in taken:
                 if (mine := self._leases.pop(file, None)) is not None:
                     mine.release()
@@ -245,12 +250,15 @@ class PreparedChain:
 
     async def serve(self) -> StorageDaemon:
         """The chain's storage daemon, with all layers open read-only; started when there is none."""
-        if self.died:
-            raise self._death()
+        self._refuse_when_dead()
         if self.daemon is None:
             await self._registry.start(self)
         assert self.daemon is not None
         return self.daemon
+
+    def _refuse_when_dead(self) -> None:
+        if self.died:
+            raise self._death()
 
     def _death(self) -> JobError:
         return JobError("storage_daemon_died", f"the storage daemon of {self.path!r} ended")

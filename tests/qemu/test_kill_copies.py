@@ -40,6 +40,9 @@ BANDWIDTH = 32 * MIB
 """Bytes a second. QEMU's mirror, which is also an active commit, takes no notice of it for its first 16 MiB, so that a
 copy takes 0.5 s, and a commit of the 24 MiB that lie above the base half of that."""
 
+DEATHS = ("storage_daemon_died", "unavailable")
+"""How a job fails whose storage daemon was killed; the second when it was just being started."""
+
 
 @dataclass(frozen=True)
 class Work:

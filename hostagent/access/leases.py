@@ -7,7 +7,9 @@ lease speaks that language, and adds byte 150, which QEMU does not use, for agen
 * shared, for a file that is read and must not change: we use CONSISTENT_READ, share neither WRITE nor RESIZE. While it
   stands `qemu-io write` and `qemu-img commit` into the file fail, and readers and streams from it do not;
 * exclusive, for a file that our own storage daemon will write: byte 150 alone, because QEMU's bytes would stop that
-  daemon too. QEMU guards the file from the moment at which the daemon opens it.
+  daemon too. QEMU guards the file from the moment at which the daemon opens it. A block device is claimed from the
+  kernel as well (open(2), O_EXCL), for as long as the lease stands: these locks belong to one node in /dev, and the
+  claim to the device, its partitions, mounts and other nodes included.
 
 Locks are taken first and the others' tested after, and given back when refused: two who try at once can both be
 refused, never both succeed. A lock belongs to an open file description, so a lease opens its own. It does not outlive
@@ -19,6 +21,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 import threading
 from collections.abc import Collection
@@ -73,7 +76,7 @@ class Lease:
     def exclusive(cls, fd: int, *, tolerate_readers: bool = False, ours: Collection[int] = ()) -> Lease:
         """`tolerate_readers`: our storage daemon has the file open read-only and does not share writing. QEMU itself
         refuses its reopening for writing while anybody else reads so."""
-        own, path = _reopened(fd, os.O_RDWR)
+        own, path = _reopened(fd, os.O_RDWR | _claim(fd))
         try:
             _lock(own, path, fcntl.F_WRLCK, (AGENT_BYTE,))
             _refuse_others(own, path, WRITERS if tolerate_readers else WRITERS + READERS, ours)
@@ -118,7 +121,7 @@ class Lease:
 
     def _raise(self, refused: tuple[int, ...], ours: Collection[int]) -> None:
         """Through a second description, as the first may be read-only: it joins, takes over, becomes the writer."""
-        writable, _ = _reopened(self._fd, os.O_RDWR)
+        writable, _ = _reopened(self._fd, os.O_RDWR | _claim(self._fd))
         try:
             _lock(writable, self.path, fcntl.F_RDLCK, (AGENT_BYTE, *READING))
         except BaseException:
@@ -142,6 +145,24 @@ class Lease:
             _lock(self._fd, self.path, fcntl.F_UNLCK, READING)
             raise
         _lock(self._fd, self.path, fcntl.F_RDLCK, (AGENT_BYTE,))
+        if _claim(self._fd):
+            self._unclaim()
+
+    def _unclaim(self) -> None:
+        """Give a device's claim back: it goes with its description, so another one takes over the locks."""
+        plain, _ = _reopened(self._fd, os.O_RDONLY)
+        try:
+            _lock(plain, self.path, fcntl.F_RDLCK, (AGENT_BYTE, *READING))
+        except BaseException:
+            os.close(plain)
+            raise
+        os.close(self._fd)
+        self._fd = plain
+
+
+def _claim(fd: int) -> int:
+    """The flag that claims a block device; none for a file, where it means nothing."""
+    return os.O_EXCL if stat.S_ISBLK(os.fstat(fd).st_mode) else 0
 
 
 def _reopened(fd: int, access: int) -> tuple[int, str]:
@@ -151,6 +172,14 @@ def _reopened(fd: int, access: int) -> tuple[int, str]:
     try:
         return os.open(link, access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), path
     except OSError as error:
+        if error.errno == errno.EBUSY and access & os.O_EXCL:
+            raise JobError(
+                "busy",
+                f"{path} is claimed: mounted, a part of another device, or written by somebody, whole or in part",
+                remedy="see lsblk; unmount it or end its writer, or export it read-only",
+                field="path",
+                value=path,
+            ) from error
         code = "denied" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else "io_error"
         verb = "read" if access == os.O_RDONLY else "write"
         raise JobError(

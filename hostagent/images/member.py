@@ -115,14 +115,24 @@ def _refuse_kind(handle: int, found: os.stat_result, path: str, *, devices: bool
             "not_supported", f"{path} is a block device, which can only be exported", remedy=remedy, value=path
         )
     if stat.S_ISBLK(mode):
-        if found.st_dev != Path(DEVICES).stat().st_dev:
-            # The same device by another node would have other locks, and another name in the ledger.
-            message = f"{path} is a block device outside {DEVICES}"
-            raise JobError("image_invalid", message, remedy=f"name its node in {DEVICES}", value=path)
+        # The same device by another node would have other locks, and another name in the ledger.
+        if path != (node := _node(found.st_rdev)):
+            message = f"{path} is not the node by which the kernel knows the device"
+            raise JobError("image_invalid", message, remedy=f"name {node or f'its node in {DEVICES}'}", value=path)
         return
     kind = next((name for test, name in _KINDS if test(mode)), "a special file")
     remedy = "name an image that is a regular file"
     raise JobError("image_invalid", f"{path} is {kind}, not an image", remedy=remedy, value=path)
+
+
+def _node(device: int) -> str | None:
+    """The kernel's own node of a block device; None when sysfs does not say."""
+    try:
+        lines = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/uevent").read_text().splitlines()
+    except OSError:
+        return None
+    name = next((line.removeprefix("DEVNAME=") for line in lines if line.startswith("DEVNAME=")), None)
+    return f"{DEVICES}/{name}" if name else None
 
 
 _KINDS = (

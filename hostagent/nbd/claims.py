@@ -10,8 +10,6 @@ can come in between unseen.
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -49,8 +47,6 @@ class Claims:
         await self._refuse_needs(holder, top)
         await chain.lease(exclusive=(top.file,))
         self._refuse(top, await self._processes(top.file))
-        if top.device:
-            await asyncio.to_thread(_refuse_held, top, chain.descriptor(top.file))
         members, folder = [layer.file for layer in chain.layers], Path(top.path).parent
         await refuse_dependents(self._search, [top], folders=[folder], skip=members, field="image")
 
@@ -81,22 +77,6 @@ class Claims:
             remedy="end them first, or export it read-only",
             holders=list(others[:8]),
         )
-
-
-def _refuse_held(top: Layer, fd: int | None) -> None:
-    """The kernel itself may use a device, mounted or as a part of another one: then an exclusive opening fails."""
-    try:
-        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise JobError("io_error", f"{top.path!r} cannot be opened: {error.strerror}", field="image") from error
-        raise JobError(
-            "busy",
-            f"{top.path!r} is in use by the kernel: mounted, or a part of another device",
-            field="image",
-            value=top.path,
-            remedy="see lsblk; unmount it first, or export it read-only",
-        ) from None
 
 
 def _files(job: Job) -> set[FileId]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from hostagent.access.leases import Lease, LeaseMode
+from jobs.errors import JobError
 from tests.harness import MIB, AgentProcess, raw_image
 from tests.qemu.faults import HASTE, PATIENCE, ROOT, eventually, permissions
 from tests.qemu.test_exports import refusal, show, stop
@@ -35,9 +37,16 @@ def loop(image: Path) -> Iterator[Path]:
         pytest.skip(f"no loop device: {made.stderr}")
     device = Path(made.stdout.strip())
     try:
+        forget_grants(device)
         yield device
     finally:
+        forget_grants(device)
         subprocess.run(["losetup", "--detach", str(device)], check=True)
+
+
+def forget_grants(device: Path) -> None:
+    """The host's node outlives a test that failed, whose agent took nothing back."""
+    subprocess.run(["setfacl", "--remove-all", str(device)], check=True)
 
 
 @pytest.fixture
@@ -82,6 +91,8 @@ def test_a_block_device_is_written_and_the_agent_may_be_killed_meanwhile(tmp_pat
         agent.start()
         assert show(agent, export)["state"] == "running"
         assert refusal(agent, "POST", "/v1/exports", {"image": str(device), "format": "raw"}).code == "busy"
+        with pytest.raises(OSError, match="busy"):
+            os.close(os.open(device, os.O_RDWR | os.O_EXCL))  # claimed again by the agent that came back
         client.pwrite(b"y" * MIB, 4 * MIB)
         client.shutdown()
         stop(agent, export)
@@ -116,14 +127,42 @@ def test_a_device_that_the_kernel_uses_is_not_written(agent: AgentProcess, devic
         assert (error.code, "mounted" in error.body["detail"]) == ("busy", True), error.body
     finally:
         subprocess.run(["umount", str(place)], check=True)
-    stop(agent, agent.export(device, format="raw", writable=True))
+    export = agent.export(device, format="raw", writable=True)
+    mounted = subprocess.run(["mount", str(device), str(place)], capture_output=True, text=True)
+    if not mounted.returncode:
+        subprocess.run(["umount", str(place)], check=True)
+    assert mounted.returncode, "mounted while a client may write it"
+    stop(agent, export)
+    subprocess.run(["mount", str(device), str(place)], check=True)
+    subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_node_elsewhere_and_jobs_are_refused(agent: AgentProcess, device: Path, folder: Path) -> None:
-    other = folder / "node"
-    os.mknod(other, 0o600 | stat.S_IFBLK, device.stat().st_rdev)
-    error = refusal(agent, "POST", "/v1/exports", {"image": str(other), "format": "raw"})
-    assert error.code == "image_invalid"
-    assert "/dev" in error.body["remedy"]
+    for other in (folder / "node", Path(f"/dev/hostagent-test-{os.getpid()}")):
+        os.mknod(other, 0o600 | stat.S_IFBLK, device.stat().st_rdev)
+        try:
+            error = refusal(agent, "POST", "/v1/exports", {"image": str(other), "format": "raw"})
+        finally:
+            other.unlink()
+        assert error.code == "image_invalid"
+        assert str(device) in error.body["remedy"]
     copy = {"operation": "copy", "target": str(device), "source_format": "raw", "dest": str(folder / "copy")}
     assert refusal(agent, "POST", "/v1/jobs", {**copy, "completion": "finish"}).code == "not_supported"
+
+
+def test_a_lease_claims_the_device_while_it_is_exclusive(device: Path) -> None:
+    def claimed() -> bool:
+        try:
+            os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+        except OSError:
+            return True
+        return False
+
+    with device.open("rb") as stream, Lease.shared(stream.fileno()) as lease:
+        for mode in (LeaseMode.EXCLUSIVE, LeaseMode.SHARED, LeaseMode.EXCLUSIVE):
+            lease.convert(mode)
+            assert claimed() is (mode is LeaseMode.EXCLUSIVE)
+            with pytest.raises(JobError) as refused:
+                Lease.exclusive(stream.fileno())
+            assert refused.value.code == "busy"
+    assert not claimed()

@@ -146,8 +146,8 @@ def assert_nothing_left(agent: AgentProcess, files: dict[Path, str], before: Per
     assert eventually(lambda: {path: permissions(path) for path in before} == before)
     assert agent.process is not None
     folder = next(iter(files)).parent
-    left = open_below(agent.process.pid, folder)
-    assert left == [], f"the agent has {left} open"
+    pid = agent.process.pid
+    assert eventually(lambda: open_below(pid, folder) == []), f"the agent has {open_below(pid, folder)} open"
     assert list(folder.glob(".hostagent*")) == []
     locked = [path for path, format in files.items() if not writable_for_qemu(path, format)]
     assert locked == []

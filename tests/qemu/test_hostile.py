@@ -682,8 +682,6 @@ POISON: list[tuple[str, Json, str, str | None, str | None]] = [
     ("/v1/jobs", {"operation": "pull", "target": "/x", "labels": {f"{n}": "" for n in range(33)}}, "invalid", "labels",
      None),
     ("/v1/jobs", {"operation": "pull", "target": "/x", "labels": {"a": 1}}, "invalid", "labels.a", None),
-    ("/v1/exports", {"image": "/x", "writable": True}, "not_supported", "writable", None),
-    ("/v1/exports", {"image": "/x", "bitmaps": ["b"]}, "not_supported", "bitmaps", None),
     ("/v1/exports", {"image": "web1/vda"}, "not_supported", "image", "absolute path"),
     ("/v1/exports", {"image": "/x", "format": "vmdk"}, "invalid", "format", None),
     ("/v1/exports", {"image": "/x", "ttl": 0}, "invalid", "ttl", None),

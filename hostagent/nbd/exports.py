@@ -290,6 +290,8 @@ class Exports:
         for record in moved:  # all in memory first: a request that comes in between finds its export
             self._active[record.id] = record
         for record in moved:
+            if chain.died:  # they are lost, and what is stored of that comes before or after this, but not under it
+                return
             await self._store.put_export(record)
             self._changed(record)
 

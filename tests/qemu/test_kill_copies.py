@@ -182,7 +182,7 @@ def agent(tmp_path: Path) -> Iterator[AgentProcess]:
 def test_nothing_is_lost_whenever_something_is_killed(
     agent: AgentProcess, model: Pair, work: Work, victim: str
 ) -> None:
-    _rounds(agent, model, work, victim, range(5))
+    _rounds(agent, model, work, victim, range(3))
 
 
 @pytest.mark.parametrize("work", [WORKS[1], WORKS[3]], ids=str)

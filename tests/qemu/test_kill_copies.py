@@ -132,11 +132,7 @@ class Scene:
         return "done" if ROOT else "kept"
 
     def assert_failed(self, job: Json) -> None:
-        died = (
-            "storage_daemon_died",
-            "unavailable",
-            "busy",
-        )  # while it ran, was being started, or had just been killed
+        died = ("storage_daemon_died", "unavailable")  # while it ran, or while it was being started
         assert job["state"] == "failed" and job["error"]["code"] in died, job
         assert job["chain"]["revoked"] == []
         assert backing_name(self.top) == self.middle.name
@@ -182,7 +178,7 @@ def agent(tmp_path: Path) -> Iterator[AgentProcess]:
 def test_nothing_is_lost_whenever_something_is_killed(
     agent: AgentProcess, model: Pair, work: Work, victim: str
 ) -> None:
-    _rounds(agent, model, work, victim, range(3))
+    _rounds(agent, model, work, victim, range(5))
 
 
 @pytest.mark.parametrize("work", [WORKS[1], WORKS[3]], ids=str)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import signal
 import uuid
 from collections.abc import Iterator
@@ -101,8 +102,10 @@ def _rounds(agent: AgentProcess, models: list[Pair], case: Case, count: int, fir
     for number in range(first, first + count):
         dice = random.Random(f"{SEED} {case} {number}")
         moment = Moment.chosen(dice)
+        folder = agent.folder / f"round{number}"
         with noted(agent, f"{case}, round {number}, killed {moment}"):
-            _round(agent, dice.choice(models).copy(agent.folder / f"round{number}"), case, moment, dice)
+            _round(agent, dice.choice(models).copy(folder), case, moment, dice)
+        shutil.rmtree(folder)  # the rounds of a long matrix would fill a disk
     agent.stop()
     assert left_in_store(agent) == {}
 

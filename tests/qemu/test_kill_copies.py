@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import random
+import shutil
 import signal
 import subprocess
 import uuid
@@ -85,7 +86,7 @@ class Scene:
         on, format = (self.base, "raw") if work.copies else (self.top, "qcow2")  # a base is written by commits
         self.sibling = overlay(folder / "sibling.qcow2", on, format)
         _write(self.sibling)
-        self.sibling_truth = folder.parent / f"{folder.name}.sibling"
+        self.sibling_truth = folder.parent / "sibling.truth"
         _convert(self.sibling, self.sibling_truth)
         self.files = {**self.images.files, self.sibling: "qcow2"}
         self.before = {path: permissions(path) for path in self.files}
@@ -201,8 +202,10 @@ def _rounds(agent: AgentProcess, model: Pair, work: Work, victim: str, numbers: 
         dice = random.Random(f"{SEED} {work} {victim} {number}")
         moment, exported = Moment.chosen(dice), number % 2 == 1
         what = f"{work}, round {number}, {victim} killed {moment}, {'with' if exported else 'without'} an export"
+        folder = agent.folder / f"round{number}"
         with noted(agent, what):
-            _round(agent, Scene(model, agent.folder / f"round{number}", work), victim, moment, dice, exported=exported)
+            _round(agent, Scene(model, folder, work), victim, moment, dice, exported=exported)
+        shutil.rmtree(folder)  # forty rounds would take more than 4 GB
     agent.stop()
     assert left_in_store(agent) == {}
 

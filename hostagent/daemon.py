@@ -329,9 +329,8 @@ class Agent:
         await self._chains.recover()
         await self._exports.recover()
         unsettled = await self._store.unsettled()
-        for job in unsettled:
-            if job.state not in (State.QUEUED, State.WAITING):
-                self._driver.claim(job)
+        claims = [job for job in unsettled if job.state not in (State.QUEUED, State.WAITING)]
+        await asyncio.gather(*map(self._driver.claim, claims))
         await self._chains.sweep()
         await self._bitmaps.recover(self._store)
         await self._ledger.converge_all(trigger="start")

@@ -234,6 +234,7 @@ def job(data: Mapping[str, Any]) -> Job:
             "created": _time(values["created"]),
             "since": _time(values["since"]),
             "started": when(values["started"]),
+            "ready": when(values.get("ready")),
             "finished": when(values["finished"]),
             "error": Failure(**error) if error else None,
             "revocation": Revocation(values["revocation"]),

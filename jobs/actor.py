@@ -122,8 +122,7 @@ class Actor:
             warnings = await self._interruptible(driver.check(self.job))
             if warnings is None:
                 return
-            if warnings:
-                await self._keeper.change(warnings=(*self.job.warnings, *warnings))
+            await self._keeper.warn(warnings)
         if not self.job.incremental:
             await driver.start(self.job)
         await self._keeper.started()
@@ -172,10 +171,14 @@ class Actor:
             await self._audit()
             await self._w.driver.finalize(self.job)
         elif seen.phase is Phase.READY and self.job.state is State.RUNNING:
-            await self._keeper.move(Signal.IN_SYNC, kind=JobEventKind.READY)
+            first = self.job.ready is None  # not again when only contact was lost meanwhile
+            kind = JobEventKind.READY if first else None
+            await self._keeper.move(Signal.IN_SYNC, kind=kind, ready=self.job.ready or self._w.clock.now())
 
     async def _ready(self) -> None:
         """In sync: it ends when its end is asked for, with the job or later."""
+        if self.job.spec.completion is None:
+            await self._warn_early()
         while self.job.state is State.READY:
             await self._look()
             if self.job.state is not State.READY:
@@ -195,9 +198,16 @@ class Actor:
 
     async def _audit(self) -> None:
         """Before the end is asked for, while it can still be refused: QEMU takes what a file has lost for zeros."""
-        warnings = [one for one in await self._w.driver.audit(self.job) if one not in self.job.warnings]
-        if warnings:
-            await self._keeper.change(warnings=(*self.job.warnings, *warnings))
+        await self._keeper.warn(await self._w.driver.audit(self.job))
+
+    async def _warn_early(self) -> None:
+        """What would stand in the way of its end its user can still clear away."""
+        try:
+            await self._audit()
+        except JobError as error:
+            if error.code in ("unresponsive", "storage_daemon_died"):
+                raise
+            await self._keeper.warn([error.message])
 
     async def _step(self) -> None:
         """An increment, slice by slice; each slice's cursor is stored when its data is durable."""
@@ -367,6 +377,9 @@ class Actor:
             case Ask.ABORT | Ask.FORCE:
                 await self._abort(force=message.ask is Ask.FORCE)
             case Ask.NEXT:
+                if message.value is None and job.state is not State.WAITING:
+                    remedy = "wait until it is waiting, or say from which cursor on: that may be repeated"
+                    raise JobError("conflict", f"job {job.id} is {job.state}, not waiting", remedy=remedy)
                 if job.state is State.WAITING and message.value in (None, job.cursor.cur):
                     await self._keeper.move(Signal.NEXT, upto=pull.goal(job))
             case Ask.PAUSE:
@@ -420,6 +433,8 @@ class Actor:
 
     async def _pause_before_retry(self, error: JobError) -> None:
         log.warning("settling failed, trying again", extra={"fields": {"job": self.job.id, "error": error.message}})
+        if self.job.state is State.COMPLETING:  # until somebody clears away what is in its way
+            await self._keeper.warn([f"it cannot end yet: {error.message}"])
         message = await self._inbox.next(self._w.limits.settle_retry)
         if message is not None and message.ask is not Ask.LOOK:
             await self._request(message)

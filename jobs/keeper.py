@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from jobs.world import World
 
 log = logging.getLogger(__name__)
 
+
+MAX_WARNINGS = 100
 
 REMEMBER = 10.0
 """Seconds between two stores of a cursor that only the hypervisor moves."""
@@ -70,6 +72,12 @@ class Keeper:
     async def change(self, **changes: Any) -> None:
         """Other fields of the job, in the same state."""
         await self._save(replace(self.job, revision=self.job.revision + 1, **changes), None)
+
+    async def warn(self, warnings: Sequence[str]) -> None:
+        """What its user must know of the job; each once."""
+        new = tuple(one for one in warnings if one not in self.job.warnings)
+        if new:
+            await self.change(warnings=(*self.job.warnings, *new)[:MAX_WARNINGS])
 
     async def reached(self, cur: int) -> None:
         """An increment is durable up to here."""
@@ -195,12 +203,12 @@ class Keeper:
             for path, result in results
             if result.verdict in (AccessVerdict.KEPT, AccessVerdict.GRANTED)
         )
-        if job.spec.delete:
-            await self._w.driver.delete_dropped(job)
+        warnings = await self._w.driver.delete_dropped(job) if job.spec.delete else ()
         state = Revocation.KEPT if kept else Revocation.DONE
         if self._end_seen is not None:
             self._w.observer.revocation_lag(self._w.clock.monotonic() - self._end_seen)
         await self.change(revocation=state, revoked=revoked, kept=kept)
+        await self.warn(warnings)
         return True
 
 

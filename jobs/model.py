@@ -211,6 +211,7 @@ class Job:
     target: Target | None = None
     completion: Completion | None = None
     started: datetime | None = None
+    ready: datetime | None = None
     finished: datetime | None = None
     error: Failure | None = None
     revocation: Revocation = Revocation.NONE

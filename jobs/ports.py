@@ -114,8 +114,8 @@ class BlockDriver(Protocol):
         """Look at the job and the image; never raises for what it sees."""
 
     async def audit(self, job: Job) -> tuple[str, ...]:
-        """Whether the files that the job works on are what they were when it was planned: warnings where its result is
-        right all the same, a JobError image_changed where it is not."""
+        """Whether the files that the job works on are what they were when it was planned, and its target can have its
+        name: warnings where its result is right all the same, a JobError image_changed or conflict where it is not."""
 
     async def finalize(self, job: Job) -> None:
         """Make all data durable, then let a pending job end. Idempotent."""
@@ -129,8 +129,9 @@ class BlockDriver(Protocol):
     async def discard(self, job: Job) -> None:
         """Close the target of a job that did not complete, and delete it if we made it. Idempotent."""
 
-    async def delete_dropped(self, job: Job) -> None:
-        """Delete the files that a completed job took out of the chain, as `job.spec.delete` says. Idempotent."""
+    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
+        """Delete the files that a completed job took out of the chain, as `job.spec.delete` says, but for those that
+        others need by now: warnings. Idempotent."""
 
     async def cancel(self, job: Job, *, force: bool = False) -> None: ...
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from hostagent.images.chain import ChainLimits, OpenChain, open_chain
 from hostagent.nbd.prepared import Apart, Key, Leasing, PreparedChain
 from hostagent.records import DaemonRecord, Node
 from jobs.errors import JobError
-from jobs.model import Chain, FileId
+from jobs.model import Chain, FileId, Holder
 from jobs.ports import Clock
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,25 @@ class Chains:
                     value=other.path,
                     remedy=f"stop the export first: hostagent export stop {other.writer.id}",
                     holders=[str(other.writer)],
+                )
+
+    def apart_on(self, file: FileId) -> list[Holder]:
+        """The exports of this file, or of an image that stands on it, that have a storage daemon for themselves."""
+        chains = [chain for chain in self._chains.values() if chain.apart is not None and chain.uses(file)]
+        return sorted({user for chain in chains for user in chain.users})
+
+    def refuse_apart(self, files: Collection[FileId], chain: Chain) -> None:
+        """Raise busy when a job cannot have one of these files of the chain alone, for such an export uses it."""
+        for layer in chain.layers:
+            users = self.apart_on(layer.file) if layer.file in files else []
+            if users:
+                raise JobError(
+                    "busy",
+                    f"{layer.path!r} is exported by {', '.join(map(str, users))}, in a storage daemon of its own",
+                    field="target",
+                    value=chain.top.path,
+                    remedy=f"stop it first: hostagent export stop {users[0].id}",
+                    holders=[str(user) for user in users],
                 )
 
     async def open(

@@ -1,7 +1,9 @@
 """Commit: what an overlay holds goes down into a base.
 
 A base is written, so nobody else may stand on it, nor on anything between it and the top: QEMU does not guard such
-siblings, whose content would change under them. All folders of the layers and all pools are searched for them.
+siblings, whose content would change under them. All folders of the layers and all pools are searched for them: when
+the commit is planned, again just before QEMU may write, and once more before its end. Who makes one in between is not
+stopped by anybody; the job then says which image does not hold any more what it held.
 
 Below the top, the proof is the header of the layer above, rewritten only after the base is flushed. An active commit
 rewrites no header; there the hypervisor's word is the proof. Where that is lost the job failed and nothing is: the
@@ -10,14 +12,16 @@ overlay still holds all that it held, and reads the same over a base that has pa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from hostagent.images.chain import OpenChain
 from hostagent.nbd.operations import (
+    Dependent,
     Search,
     backing_name,
+    dependents,
     durable_backing,
     job_name,
     node_of,
@@ -28,7 +32,17 @@ from hostagent.nbd.operations import (
 from hostagent.nbd.prepared import PreparedChain
 from jobs import commit
 from jobs.errors import JobError
-from jobs.model import Chain, FileId, Job, JobSpec, Need, Plan
+from jobs.model import Chain, FileId, Job, JobSpec, Layer, Need, Plan
+
+NAMED = 8
+"""Images that one job warns of."""
+
+
+class Around(TypedDict):
+    """Where to look for siblings, and whom to pass over."""
+
+    folders: list[Path]
+    skip: list[FileId]
 
 
 class Commit:
@@ -59,9 +73,11 @@ class Commit:
     async def _refuse_dependents(self, chain: Chain, spec: JobSpec) -> None:
         """Invariant: who writes a file, or takes one away, does so alone."""
         layers = commit.touched(chain, spec)
-        folders = [Path(layer.path).parent for layer in chain.layers]
-        members = [layer.file for layer in chain.layers]
-        await refuse_dependents(self._search, layers, folders=folders, skip=members, field="target")
+        await refuse_dependents(self._search, layers, **_around(chain), field="target")
+
+    async def standing_on(self, job: Job, layers: Sequence[Layer]) -> list[Dependent]:
+        """The images beside the job's chain that stand on one of these of its layers."""
+        return list(await dependents(self._search, layers, **_around(job.before)))
 
     def needs(self, job: Job) -> list[Need]:
         writes = self.writes(job)
@@ -75,19 +91,17 @@ class Commit:
         parent = commit.parent(job)
         return (base.file,) if parent is None else (parent.file, base.file)
 
-    def alone(self, job: Job) -> Collection[FileId]:
+    def alone(self, spec: JobSpec, chain: Chain) -> Collection[FileId]:
         """Also what lies between top and base: while a commit runs QEMU lets nobody rely on what those show."""
-        top, base = commit.resolve(job.before, job.spec)
-        layers = job.before.layers
-        between = layers[layers.index(top) : layers.index(base)]
-        return {*self.writes(job), *(layer.file for layer in between if layer != job.before.top)}
+        top, base = commit.resolve(chain, spec)
+        first, last = chain.layers.index(top), chain.layers.index(base)
+        return [layer.file for layer in chain.layers[first - 1 if first else 1 : last + 1]]
 
     async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
-        if job.started is None:
-            await self._refuse_dependents(job.before, job.spec)  # again: now nobody can come to stand on it unseen
         return {}
 
     async def start(self, job: Job, chain: PreparedChain) -> None:
+        await self._refuse_dependents(job.before, job.spec)  # again, as late as can be: from here on QEMU writes
         top, base = commit.resolve(job.before, job.spec)
         parent = commit.parent(job)
         daemon = await chain.serve()
@@ -110,8 +124,28 @@ class Commit:
         _, resolved = await durable_backing(parent, chain, self._timeout)
         return resolved == base.path
 
+    async def audit(self, job: Job, chain: PreparedChain) -> tuple[str, ...]:
+        """Who came to stand on a layer that is written, or that QEMU lets nobody rely on meanwhile."""
+        try:
+            found = await self.standing_on(job, commit.touched(job.before, job.spec))
+        except JobError as error:
+            return (f"whether other images came to stand on what is committed cannot be said: {error.message}",)
+        paths = {layer.file: layer.path for layer in job.before.layers}
+        return tuple(
+            f"{image.path} came to stand on {paths[image.on]} while the commit wrote there, and does not show what it "
+            "showed: make it anew"
+            for image in found[:NAMED]
+        )
+
     async def seal(self, job: Job, chain: PreparedChain) -> None:
         await self.flush(job, chain)
 
     async def discard(self, job: Job, chain: PreparedChain | None) -> None:
         """The base has part of the overlay's data, and the overlay all of it."""
+
+
+def _around(chain: Chain) -> Around:
+    return {
+        "folders": [Path(layer.path).parent for layer in chain.layers],
+        "skip": [layer.file for layer in chain.layers],
+    }

@@ -27,7 +27,7 @@ from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.uri import server_of
 from jobs import copy
 from jobs.errors import JobError
-from jobs.model import Completion, FileId, Job, JobSpec, Layer, Need, Plan, Target
+from jobs.model import Chain, Completion, FileId, Job, JobSpec, Layer, Need, Plan, Target
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class Copy:
     def writes(self, job: Job) -> Collection[FileId]:
         return ()
 
-    def alone(self, job: Job) -> Collection[FileId]:
+    def alone(self, spec: JobSpec, chain: Chain) -> Collection[FileId]:
         return ()
 
     async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
@@ -151,6 +151,21 @@ class Copy:
             return False
         return await self._aside(_is_settled, target)
 
+    async def audit(self, job: Job, chain: PreparedChain) -> tuple[str, ...]:
+        """The target lies where it should, and its name is still free: after a pivot it would be too late to say no."""
+        target = job.target
+        if target is not None and target.file is not None:
+            try:
+                await self._hold(job, chain)
+                fd = chain.descriptor(target.file)
+                assert fd is not None
+                await self._aside(_refuse_strange, target, fd)
+            except JobError as error:
+                if error.code != "timeout":
+                    raise
+                raise JobError("unresponsive", error.message, remedy=error.remedy) from error  # and asked again
+        return ()
+
     async def seal(self, job: Job, chain: PreparedChain) -> None:
         assert job.target is not None
         await self._hold(job, chain)
@@ -167,11 +182,14 @@ class Copy:
             chain.give_up_target()
 
     async def discard(self, job: Job, chain: PreparedChain | None) -> None:
+        place = None
         if chain is not None:
+            fd = chain.descriptor(job.target.file) if job.target and job.target.file else None
+            place = await self._aside(_place, fd) if fd is not None else None
             await chain.close_beside()
             chain.give_up_target()
         if job.target is not None and job.target.made:
-            await self._aside(_delete, job.target, job.id)
+            await self._aside(_delete, job.target, job.id, place)
 
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:
         """Blocking work on files, bounded by exports.nbd_timeout."""
@@ -293,13 +311,41 @@ def _open(target: Target) -> int:
     raise JobError("image_changed", f"the target {target.path!r} is gone or replaced", field="dest", remedy=remedy)
 
 
+def _leads_to(path: str, file: FileId | None) -> bool:
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return FileId(found.st_dev, found.st_ino) == file
+
+
 def _named(target: Target) -> bool:
     """Whether the target's name leads to the target."""
-    try:
-        found = os.lstat(target.path)
-    except FileNotFoundError:
-        return False
-    return FileId(found.st_dev, found.st_ino) == target.file
+    return _leads_to(target.path, target.file)
+
+
+def _place(fd: int) -> str:
+    """Where the file that was opened lies by now; the kernel follows it through every renaming."""
+    return str(Path(f"/proc/self/fd/{fd}").readlink())
+
+
+def _refuse_strange(target: Target, fd: int) -> None:
+    """Raise when somebody moved the target, gave it a further name, or took the name that it is to have."""
+    ours = [path for path in (target.part, target.path) if path is not None and _leads_to(path, target.file)]
+    names = os.fstat(fd).st_nlink
+    if not ours:
+        lies = f"; what was copied lies at {_place(fd)!r}" if names else ""
+        raise _strange(target, f"was moved, deleted or replaced, or its folder was{lies}", "leave it where it is")
+    if names > len(ours):
+        why = f"has {names - len(ours)} more hard link(s), so that no path tells whose it is"
+        raise _strange(target, why, f"remove them: find FOLDER -xdev -inum {os.fstat(fd).st_ino}")
+    if target.path not in ours and os.path.lexists(target.path):
+        raise _os_error(target, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
+
+
+def _strange(target: Target, why: str, remedy: str) -> JobError:
+    message = f"the target {target.path!r} {why}"
+    return JobError("image_changed", message, field="dest", value=target.path, remedy=remedy)
 
 
 def _is_settled(target: Target) -> bool:
@@ -307,7 +353,11 @@ def _is_settled(target: Target) -> bool:
     other one: that goes, for a file with two names is nobody's for certain, and is refused everywhere."""
     if not _named(target):
         return False
-    _name_alone(target)
+    folder = _open_folder(target)
+    try:
+        _name_alone(target, folder)
+    finally:
+        os.close(folder)
     return True
 
 
@@ -317,44 +367,51 @@ def _settle(target: Target, fd: int) -> None:
     own = os.dup(fd)
     try:
         os.fsync(own)
+        _refuse_strange(target, own)
         if target.part is not None:
-            _name(target, own)
-            _name_alone(target)
+            folder = _open_folder(target)
+            try:
+                _name(target, own, folder)
+                _name_alone(target, folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise _os_error(target, error) from error
     finally:
         os.close(own)
 
 
-def _name(target: Target, fd: int) -> None:
-    folder = os.open(Path(target.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _open_folder(target: Target) -> int:
+    return os.open(Path(target.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _name(target: Target, fd: int, folder: int) -> None:
+    name = Path(target.path).name
     try:
         # By descriptor, so that it is this file that gets the name; the folder makes it linkat(2), which follows.
-        os.link(f"/proc/self/fd/{fd}", target.path, src_dir_fd=folder, follow_symlinks=True)
+        os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
     except OSError:
         if not _named(target):
             raise
-    finally:
-        os.close(folder)
 
 
-def _name_alone(target: Target) -> None:
+def _name_alone(target: Target, folder: int) -> None:
     """Take the unfinished file's name from the target that has its own; durable."""
     if target.part is not None:
         _unlink(Path(target.part), target.file)
-    folder = os.open(Path(target.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    os.fsync(folder)
 
 
-def _delete(target: Target, job_id: str) -> None:
-    """The file that was not sealed, by both its names: it may have got the second in the moment in which it failed."""
+def _delete(target: Target, job_id: str, place: str | None) -> None:
+    """The file that was not sealed, by both its names: it may have got the second in the moment in which it failed.
+    `place` is where it lies by now: our own name for it is taken from it wherever that is."""
+    part = Path(target.part or _part(target, job_id))
     try:
-        _unlink(Path(target.part or _part(target, job_id)), target.file)
+        _unlink(part, target.file)
         if target.file is not None:
             _unlink(Path(target.path), target.file)
+            if place is not None and Path(place).name == part.name:
+                _unlink(Path(place), target.file)
     except OSError as error:
         raise _os_error(target, error) from error
 

@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,14 +23,14 @@ from hostagent.images.chain import verify
 from hostagent.images.drift import find_drift
 from hostagent.images.qemu_img import QemuImg
 from hostagent.nbd.chains import Chains
-from hostagent.nbd.committing import Commit
+from hostagent.nbd.committing import NAMED, Commit
 from hostagent.nbd.copying import Copy
 from hostagent.nbd.operations import Operation, job_name
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull
 from jobs import model
 from jobs.errors import JobError
-from jobs.model import Completion, FileId, Holder, Job, JobSpec, Need, Plan, State
+from jobs.model import Completion, FileId, Holder, Job, JobSpec, Layer, Need, Plan, State
 from jobs.ports import Contact, Observation, Phase
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class OfflineDriver:
         self._grants = grants
         self._qemu_img = qemu_img
         self._pull = pull
+        self._commit = commit
         self._check_auto = check_auto
         self._operations: dict[model.Operation, Operation] = {
             model.Operation.PULL: pull,
@@ -72,7 +74,20 @@ class OfflineDriver:
         format_ = spec.source_format if spec.operation is model.Operation.COPY else "qcow2"
         with await self._chains.open(spec.target, format=format_, anywhere=spec.anywhere) as opened:
             self._chains.refuse_written(opened.chain)
-            return await self._operations[spec.operation].plan(spec, opened)
+            operation = self._operations[spec.operation]
+            plan = await operation.plan(spec, opened)
+            self._chains.refuse_apart(operation.alone(spec, plan.before), plan.before)
+            return self._with_those_who_stay(spec, plan)
+
+    def _with_those_who_stay(self, spec: JobSpec, plan: Plan) -> Plan:
+        """Exports with a storage daemon of their own do not go over to what a pivot puts on top."""
+        if plan.after == plan.before:
+            return plan
+        warnings = tuple(
+            f"{user} has a storage daemon of its own, and stays on {plan.before.top.path} after a pivot"
+            for user in self._chains.apart_on(plan.before.top.file)
+        )
+        return replace(plan, warnings=(*plan.warnings, *warnings))
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         operation = self._operations[job.spec.operation]
@@ -89,7 +104,7 @@ class OfflineDriver:
             others = [user for user in chain.users if user.kind == "job" and user != job.holder]
             if others:
                 raise JobError("busy", f"{others[0]} works on {chain.path!r}", remedy="wait for it to end")
-            await chain.lease(exclusive=operation.alone(job))
+            await chain.lease(exclusive=operation.alone(job.spec, job.before))
             try:
                 # Stored before the grants: rows for a file that no job names would be nobody's to take back.
                 if not (changes := await operation.make_ready(job, chain)):
@@ -133,14 +148,14 @@ class OfflineDriver:
             found: BlockJob = await chain.ask(daemon.block_job(job_name(job)))
             if found.phase is not Phase.ABSENT:
                 return
-            await chain.lease(exclusive=operation.alone(job))
+            await chain.lease(exclusive=operation.alone(job.spec, job.before))
             await chain.open_for_writing(operation.writes(job))
             await operation.start(job, chain)
 
     async def advance(self, job: Job, stop: asyncio.Event) -> int:
         chain = self._chain(job)
         async with chain.lock:
-            await chain.lease(exclusive=self._pull.alone(job))
+            await chain.lease(exclusive=self._pull.alone(job.spec, job.before))
             await chain.open_for_writing(self._pull.writes(job))
             return await self._pull.advance(job, chain, stop)
 
@@ -201,7 +216,9 @@ class OfflineDriver:
         if lost := [drift for drift in found if drift.lost]:
             remedy = f"restore {lost[0].path} from a copy, and what was written meanwhile: zeros may be in it"
             raise JobError("image_changed", str(lost[0]), remedy=remedy, value=lost[0].path)
-        return tuple(str(drift) for drift in found)
+        async with chain.lock:
+            beside = await self._operations[job.spec.operation].audit(job, chain)
+        return (*map(str, found), *beside)
 
     async def finalize(self, job: Job) -> None:
         chain = self._chain(job)
@@ -234,8 +251,15 @@ class OfflineDriver:
                 await chain.ask(chain.daemon.dismiss(job_name(job)))
             await operation.discard(job, chain)
 
-    async def delete_dropped(self, job: Job) -> None:
-        await asyncio.to_thread(_delete_dropped, job)
+    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
+        try:
+            needed = await self._commit.standing_on(job, job.dropped)
+        except JobError as error:
+            return (f"nothing was deleted: whether other images need it cannot be said: {error.message}",)
+        kept = {image.on for image in needed}
+        await asyncio.to_thread(_delete, [layer for layer in job.dropped if layer.file not in kept])
+        paths = {layer.file: layer.path for layer in job.dropped}
+        return tuple(f"{paths[image.on]} was not deleted: {image.path} stands on it" for image in needed[:NAMED])
 
     async def cancel(self, job: Job, *, force: bool = False) -> None:
         chain = self._find(job)
@@ -293,10 +317,20 @@ class OfflineDriver:
         async with chain.lock:
             await chain.release(job.holder)
 
-    def claim(self, job: Job) -> None:
-        """After a restart: the job that is stored as running uses the chain whose daemon still runs."""
-        if chain := self._find(job):
-            chain.users.add(job.holder)
+    async def claim(self, job: Job) -> None:
+        """After a restart: the job that is stored as running uses the chain whose daemon still runs. What else it had
+        for itself is leased again, as the chain was; where that fails the job's end will say why."""
+        chain = self._find(job)
+        if chain is None:
+            return
+        chain.users.add(job.holder)
+        if job.started is None or job.state.terminal:
+            return
+        try:
+            async with chain.lock:
+                await self._operations[job.spec.operation].make_ready(job, chain)
+        except JobError as error:
+            log.warning("a lease was lost", extra={"fields": {"job": job.id, "error": error.message}})
 
     def _find(self, job: Job) -> PreparedChain | None:
         """The job's chain: by its top, or by what a pivot put there. One that clients write is no job's: its daemon may
@@ -311,9 +345,9 @@ class OfflineDriver:
         return chain
 
 
-def _delete_dropped(job: Job) -> None:
+def _delete(layers: Sequence[Layer]) -> None:
     """Blocking. Only the very files: what has taken their names meanwhile stays."""
-    for layer in job.dropped:
+    for layer in layers:
         with contextlib.suppress(FileNotFoundError):
             found = os.lstat(layer.path)
             if FileId(found.st_dev, found.st_ino) == layer.file:

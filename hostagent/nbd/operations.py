@@ -15,7 +15,7 @@ from hostagent.images.header import read_backing
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.records import Node
 from jobs.errors import JobError
-from jobs.model import FileId, Job, JobSpec, Layer, Need, Plan
+from jobs.model import Chain, FileId, Job, JobSpec, Layer, Need, Plan
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Operation(Protocol):
     def writes(self, job: Job) -> Collection[FileId]:
         """The members of the chain that are opened for writing."""
 
-    def alone(self, job: Job) -> Collection[FileId]:
+    def alone(self, spec: JobSpec, chain: Chain) -> Collection[FileId]:
         """The members of the chain that nobody else may use meanwhile; all that it writes is among them."""
 
     async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
@@ -49,6 +49,9 @@ class Operation(Protocol):
 
     async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
         """What stable storage says. Raises OSError or TimeoutError when it cannot be asked."""
+
+    async def audit(self, job: Job, chain: PreparedChain) -> tuple[str, ...]:
+        """Look, before the end is asked for, at what others may have done meanwhile: warnings, or a JobError."""
 
     async def seal(self, job: Job, chain: PreparedChain) -> None: ...
 
@@ -73,12 +76,19 @@ class Search(Protocol):
     ) -> Sequence[Dependent]: ...
 
 
+async def dependents(
+    search: Search, layers: Sequence[Layer], *, folders: Collection[Path], skip: Collection[FileId]
+) -> Sequence[Dependent]:
+    """The images, other than `skip`, that stand on one of `layers`. A JobError when that cannot be said."""
+    files = [layer.file for layer in layers]
+    return await asyncio.to_thread(search, files, folders=sorted(set(folders)), skip=skip)
+
+
 async def refuse_dependents(
     search: Search, layers: Sequence[Layer], *, folders: Collection[Path], skip: Collection[FileId], field: str
 ) -> None:
     """A `busy` that names the images, other than `skip`, which stand on one of `layers`."""
-    files = [layer.file for layer in layers]
-    found = await asyncio.to_thread(search, files, folders=sorted(set(folders)), skip=skip)
+    found = await dependents(search, layers, folders=folders, skip=skip)
     if not found:
         return
     names = ", ".join(repr(image.path) for image in found[:8])

@@ -53,8 +53,8 @@ class Pull:
     def writes(self, job: Job) -> Collection[FileId]:
         return (job.before.top.file,)
 
-    def alone(self, job: Job) -> Collection[FileId]:
-        return self.writes(job)
+    def alone(self, spec: JobSpec, chain: Chain) -> Collection[FileId]:
+        return (chain.top.file,)
 
     async def make_ready(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
         return {}
@@ -80,6 +80,9 @@ class Pull:
     async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
         name, resolved = await durable_backing(job.before.top, chain, self._limits.nbd_timeout)
         return pull.proven(job, name, resolved)
+
+    async def audit(self, job: Job, chain: PreparedChain) -> tuple[str, ...]:
+        return ()
 
     async def seal(self, job: Job, chain: PreparedChain) -> None:
         """The header is the proof; it is durable when it is read."""

@@ -310,12 +310,13 @@ class FakeDriver:
                 self.names.pop(target.path, None)
         self.fault("discard done", job)
 
-    async def delete_dropped(self, job: Job) -> None:
+    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
         await self._called("delete_dropped", job)
         for layer in job.dropped:
             if self.names.get(layer.path) == layer.file:
                 del self.names[layer.path]
                 self.deleted.add(layer.file)
+        return ()
 
     # After the job
 

@@ -140,11 +140,31 @@ def test_an_export_serves_no_more_clients_than_it_may_and_others_of_the_image_ar
 
 def test_a_job_that_writes_the_image_is_refused_and_names_the_export(agent: AgentProcess, images: Pair) -> None:
     export = agent.export(images.top, max_clients=1)
-    job = agent.until_ended(agent.pull(images.top)["id"])
-    assert (job["state"], job["error"]["code"]) == ("failed", "busy")
-    assert export["id"] in job["error"]["message"]
+    error = refusal(agent, "POST", "/v1/jobs", {"operation": "pull", "target": str(images.top)})
+    assert (error.code, error.body["holders"]) == ("busy", [f"export:{export['id']}"])
+    assert f"export stop {export['id']}" in error.body["remedy"]
+    assert agent.get("/v1/jobs")["items"] == []
     stop(agent, export)
     assert agent.until_ended(agent.pull(images.top)["id"])["state"] == "completed"
+
+
+def test_a_commit_is_refused_for_an_export_of_its_base(agent: AgentProcess, images: Pair) -> None:
+    export = agent.export(images.base, format="raw", max_clients=1)
+    wanted = {"operation": "commit", "target": str(images.top), "completion": "pivot"}
+    error = refusal(agent, "POST", "/v1/jobs", wanted)
+    assert (error.code, error.body["holders"]) == ("busy", [f"export:{export['id']}"])
+    stop(agent, export)
+
+
+def test_a_copy_with_a_pivot_says_that_it_stays_where_it_is(agent: AgentProcess, images: Pair) -> None:
+    export = agent.export(images.top, max_clients=1)
+    wanted = {"operation": "copy", "target": str(images.top), "dest": str(images.folder / "copy.qcow2")}
+    job = agent.until_ended(agent.post("/v1/jobs", {**wanted, "completion": "pivot"})["id"])
+    assert job["state"] == "completed", job
+    assert any(f"export:{export['id']}" in warning for warning in job["warnings"]), job
+    assert show(agent, export)["path"] == str(images.top)
+    assert content(export["uri"]) == images.truth.read_bytes()
+    stop(agent, export)
 
 
 def test_it_outlives_the_agent(tmp_path: Path, images: Pair) -> None:

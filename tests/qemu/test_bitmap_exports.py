@@ -133,9 +133,8 @@ def test_a_bitmap_that_cannot_be_served_is_named_and_nothing_is_started(agent: A
 def test_a_job_that_writes_and_a_bitmap_export_are_in_each_others_way(agent: AgentProcess, images: Pair) -> None:
     bitmap(images.top, "log")
     export = agent.export(images.top, bitmaps=["log"])
-    job = agent.until_ended(agent.pull(images.top)["id"])
-    assert (job["state"], job["error"]["code"]) == ("failed", "busy")
-    assert export["id"] in job["error"]["message"]
+    error = refusal(agent, "POST", "/v1/jobs", {"operation": "pull", "target": str(images.top)})
+    assert (error.code, export["id"] in error.body["detail"]) == ("busy", True), error.body
     stop(agent, export)
     job = agent.pull(images.top, bandwidth=MIB)
     agent.until(job["id"], lambda j: j["cursor"]["cur"] > 0)

@@ -583,6 +583,24 @@ def test_a_repeated_next_makes_one_step() -> None:
     run(scenario)
 
 
+def test_a_next_without_a_cursor_is_refused_while_a_step_runs() -> None:
+    async def scenario(agent: Agent) -> None:
+        agent.driver.image("/top")
+        agent.driver.gates["advance"] = asyncio.Event()
+        job = await agent.until_state(await agent.pull(increment=STEP), State.RUNNING)
+        asked = asyncio.ensure_future(agent.engine.next(job.id, None))
+        await asyncio.sleep(0)
+        agent.driver.gates.pop("advance").set()
+        with refusal("conflict"):
+            await asked
+        waiting = await agent.until_state(job, State.WAITING)
+        assert waiting.cursor.cur == STEP
+        await agent.engine.next(job.id, None)
+        assert (await agent.until_state(job, State.WAITING)).cursor.cur == 2 * STEP
+
+    run(scenario)
+
+
 def test_a_next_from_ahead_of_the_job_is_refused() -> None:
     async def scenario(agent: Agent) -> None:
         agent.driver.image("/top")

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from jobs.model import Completion, Operation, Revocation, State
+from jobs.errors import JobError
+from jobs.model import Completion, Job, Operation, Revocation, State
 from jobs.ports import Phase
 from tests.unit.jobs.agent_in_memory import Agent, run
 from tests.unit.jobs.fake_driver import MIB
@@ -169,6 +170,25 @@ def test_silence_before_the_end_is_unknown_and_the_job_goes_on_after_it(
         await agent.until_state(job, State.READY)
         await agent.engine.complete(job.id, end)
         assert_completed(agent, await agent.until_cleared(job), end)
+        assert agent.store.kinds(job.id) == ["started", "ready", "completed"]  # contact is back, and it is no news
+
+    run(scenario)
+
+
+@each_work
+def test_a_job_that_cannot_end_yet_says_so_when_it_is_ready_and_stays(work: str) -> None:
+    async def scenario(agent: Agent) -> None:
+        def taken(job: Job) -> tuple[str, ...]:
+            raise JobError("conflict", "the name is taken")
+
+        agent.driver.drift = taken
+        job = await agent.until(await begin(agent, work), lambda now: now.warnings == ("the name is taken",))
+        with refusal("conflict"):
+            await agent.engine.complete(job.id, PIVOT)
+        assert (await agent.engine.get(job.id)).state is State.READY
+        agent.driver.drift = lambda job: ()
+        await agent.engine.complete(job.id, PIVOT)
+        assert_completed(agent, await agent.until_cleared(job), PIVOT)
 
     run(scenario)
 

@@ -54,7 +54,8 @@ def explain(job: Job, seen: Observation) -> Failure:
     if seen.phase is Phase.CONCLUDED:
         return Failure(
             "unproven",
-            "the job ended without an error, but the image still names its backing file",
+            f"the job ended without an error, but {job.before.top.path} does not show it: it still names its backing "
+            "file, or is another file by now",
             f"inspect the image with `hostagent image inspect`, then {again(job)}",
         )
     return Failure("unproven", "the storage daemon does not know the job", again(job))

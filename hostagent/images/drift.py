@@ -15,12 +15,13 @@ from jobs.model import FileId, Layer
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """`lost`: bytes are missing that the chain had. Otherwise what is open is still right, and what the path leads to
-    may not be."""
+    """`lost`: bytes are missing that the chain had. Otherwise what is open is still right; `astray` says that the path
+    does not lead there any more."""
 
     path: str
     what: str
     lost: bool = False
+    astray: bool = False
 
     def __str__(self) -> str:
         return f"{self.path} {self.what}"
@@ -42,9 +43,9 @@ def find_drift(
         elif length is not None and layer.length and length > layer.length and layer.file not in written:
             found.append(Drift(layer.path, f"grew from {layer.length} to {length} bytes, and is not written by us"))
         if named is None:
-            found.append(Drift(layer.path, "was deleted or renamed while it was in use"))
+            found.append(Drift(layer.path, "was deleted or renamed while it was in use", astray=True))
         elif not here:
-            found.append(Drift(layer.path, "was replaced by another file while it was in use"))
+            found.append(Drift(layer.path, "was replaced by another file while it was in use", astray=True))
     return found
 
 

@@ -260,7 +260,8 @@ class Chains:
         """The chain has another top now."""
         self._chains.pop(chain.key, None)
         chain.file = file
-        self._chains[chain.key] = chain
+        if not chain.died:  # one that died in this moment is gone from here, and must not come back
+            self._chains[chain.key] = chain
         await self.sink.moved(chain)
         if chain.daemon is not None and not chain.died:
             await self.remember(chain)

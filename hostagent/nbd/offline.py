@@ -216,9 +216,23 @@ class OfflineDriver:
         if lost := [drift for drift in found if drift.lost]:
             remedy = f"restore {lost[0].path} from a copy, and what was written meanwhile: zeros may be in it"
             raise JobError("image_changed", str(lost[0]), remedy=remedy, value=lost[0].path)
+        results = self._results(job)
+        if astray := [drift for drift in found if drift.astray and drift.path in results]:
+            path = astray[0].path
+            remedy = f"put the file back as {path}, and start the {job.spec.operation} again"
+            raise JobError(
+                "image_changed", f"{astray[0]}: the job's result would not be there", remedy=remedy, value=path
+            )
         async with chain.lock:
             beside = await self._operations[job.spec.operation].audit(job, chain)
         return (*map(str, found), *beside)
+
+    def _results(self, job: Job) -> set[str]:
+        """The paths by which the image is found when the job is done: its result is only one where it has its name."""
+        files = set(self._operations[job.spec.operation].writes(job))
+        if job.after != job.before:
+            files |= {layer.file for layer in job.after.layers}
+        return {layer.path for layer in job.before.layers if layer.file in files}
 
     async def finalize(self, job: Job) -> None:
         chain = self._chain(job)

@@ -68,7 +68,7 @@ def classify(job: Job, text: str) -> Failure:
         where = {Operation.PULL: "the overlay", Operation.COPY: "the target", Operation.COMMIT: "the base"}
         remedy = f"make space on the file system of {where[job.spec.operation]}; {again(job)}"
         return Failure("no_space", f"no space left: {text}", remedy)
-    if "input/output error" in lower:
+    if "input/output error" in lower or "transport endpoint" in lower:  # a disk, or the server of a file system
         return Failure("io_error", text, "look at the storage below the chain (dmesg); then " + again(job))
     if "permission denied" in lower:
         return Failure("denied", text, "run `hostagent doctor`")

@@ -212,7 +212,9 @@ class OfflineDriver:
             what = f"the files of {chain.path!r} do not answer within {timeout:g} s (images.inspect_timeout)"
             raise JobError("unresponsive", what, remedy="see whether their storage hangs") from None
         except OSError as error:
-            raise JobError("io_error", f"a file of {chain.path!r} cannot be looked at: {error.strerror}") from error
+            what = f"a file of {chain.path!r} cannot be looked at: {error.strerror}"
+            remedy = f"look at its storage (dmesg), then start the {job.spec.operation} again"
+            raise JobError("io_error", what, remedy=remedy) from error
         if lost := [drift for drift in found if drift.lost]:
             remedy = f"restore {lost[0].path} from a copy, and what was written meanwhile: zeros may be in it"
             raise JobError("image_changed", str(lost[0]), remedy=remedy, value=lost[0].path)

@@ -263,7 +263,7 @@ class Tmpfs:
 
 
 class BadSectors:
-    """A storage daemon in which reading a part of one file fails with EIO, for as long as we say so.
+    """A storage daemon in which reading a part of one file fails with EIO, or hangs, for as long as we say so.
 
     A shim that is loaded before the C library fails the system call itself, so everything above it is real. `binary`
     is what the agent starts; the shim looks at `order` before each read.
@@ -278,13 +278,18 @@ class BadSectors:
         #include <stdlib.h>
         #include <sys/stat.h>
         #include <sys/uio.h>
+        #include <unistd.h>
 
         static int bad(int fd, long long offset, long long length) {
-            unsigned long long inode; long long begin, end; struct stat info;
-            FILE *order = fopen(getenv("BAD_SECTORS"), "r");
-            int told = order && fscanf(order, "%llu %lld %lld", &inode, &begin, &end) == 3;
-            if (order) fclose(order);
-            return told && fstat(fd, &info) == 0 && info.st_ino == inode && offset < end && offset + length > begin;
+            for (;; usleep(10000)) {
+                unsigned long long inode; long long begin, end; int hang; struct stat info;
+                FILE *order = fopen(getenv("BAD_SECTORS"), "r");
+                int told = order && fscanf(order, "%llu %lld %lld %d", &inode, &begin, &end, &hang) == 4;
+                if (order) fclose(order);
+                if (!told || fstat(fd, &info) || info.st_ino != inode || offset >= end || offset + length <= begin)
+                    return 0;
+                if (!hang) return 1;
+            }
         }
         static long long total(const struct iovec *iov, int count) {
             long long sum = 0;
@@ -318,9 +323,11 @@ class BadSectors:
         )
         self.binary.chmod(0o755)
 
-    def break_(self, path: Path, begin: int, end: int) -> None:
-        self.order.write_text(f"{path.stat().st_ino} {begin} {end}\n")
-        self.order.chmod(0o644)
+    def break_(self, path: Path, begin: int, end: int, *, hang: bool = False) -> None:
+        new = self.order.with_suffix(".new")
+        new.write_text(f"{path.stat().st_ino} {begin} {end} {int(hang)}\n")
+        new.chmod(0o644)
+        new.replace(self.order)
 
     def mend(self) -> None:
         self.order.unlink()

@@ -6,14 +6,10 @@ complete is left, and no client is ever cut off.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +29,6 @@ from tests.harness import (
 )
 from tests.qemu.faults import (
     HASTE,
-    PATIENCE,
     ROOT,
     Pair,
     Reader,
@@ -43,6 +38,7 @@ from tests.qemu.faults import (
     permissions,
     storage_daemons,
 )
+from tests.qemu.remote_storage import nbd_server, needs_nbdkit
 
 pytestmark = pytest.mark.qemu
 SLOW = 4 * MIB
@@ -412,30 +408,6 @@ def test_a_copy_goes_on_when_the_agent_was_killed(tmp_path: Path, images: Pair, 
 
 
 # NBD
-
-
-@contextlib.contextmanager
-def nbd_server(folder: Path, size: int, *filters: str) -> Iterator[tuple[str, Path, subprocess.Popen[bytes]]]:
-    """nbdkit with a writable file; its URI, the file, the process."""
-    disk, where = folder / "remote.raw", Path(tempfile.mkdtemp(prefix="nbd-"))
-    with disk.open("wb") as file:
-        file.truncate(size)
-    where.chmod(0o755)
-    command = ["nbdkit", "-f", "-U", str(where / "s"), *[word for word in filters if word.startswith("--filter")]]
-    command += ["file", str(disk), *[word for word in filters if not word.startswith("--filter")]]
-    process = subprocess.Popen(command)
-    try:
-        assert eventually((where / "s").exists)
-        (where / "s").chmod(0o666)
-        yield f"nbd+unix:///?socket={where / 's'}", disk, process
-    finally:
-        process.send_signal(signal.SIGCONT)
-        process.terminate()
-        process.wait(PATIENCE)
-        shutil.rmtree(where)
-
-
-needs_nbdkit = pytest.mark.skipif(not shutil.which("nbdkit"), reason="needs nbdkit")
 
 
 @needs_nbdkit

@@ -146,6 +146,11 @@ def pulled(agent: AgentProcess, target: Path, **spec: Any) -> Json:
         agent.post(f"/v1/jobs/{job['id']}/next", {"cursor": job["cursor"]["cur"]})
 
 
+def started(agent: AgentProcess, operation: str, target: Path, **spec: Any) -> Json:
+    job: Json = agent.post("/v1/jobs", {"operation": operation, "target": str(target), **spec})
+    return job
+
+
 def flat_copy(image: Path) -> Path:
     """What an image reads as, kept elsewhere."""
     truth = image.with_suffix(".truth")
@@ -335,6 +340,8 @@ def test_an_image_that_is_not_to_be_trusted_is_refused(
         refusals = {
             "target": refusal(lambda: shared.pull(image)),
             "target, dry run": refusal(lambda: shared.pull(image, dry_run=True)),
+            "target, copy": refusal(lambda: started(shared, "copy", image, dest=str(folder / "copy.qcow2"))),
+            "target, commit": refusal(lambda: started(shared, "commit", image)),
             "image": refusal(lambda: shared.export(image)),
             "path": refusal(lambda: shared.get(f"/v1/images/inspect?path={str(image).replace(' ', '%20')}")),
         }

@@ -180,6 +180,48 @@ def test_an_agent_that_starts_again_has_the_target_for_itself_as_before(
     assert same_content(dest, images.truth)
 
 
+# Images that lose their names
+
+LOSSES = {
+    "pull-top": ("pull", "top", {}),
+    "commit-base": ("commit", "base", {"completion": "pivot"}),
+    "commit-kept-base": ("commit", "base", {"completion": "finish"}),
+    "commit-below-top": ("commit", "top", {"top": "{middle}"}),
+    "commit-below-base": ("commit", "base", {"top": "{middle}"}),
+}
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["", "restart"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_job_whose_result_lost_its_name_is_not_completed_and_can_be_made_again(
+    tmp_path: Path, three: Pair, loss: str, restart: bool
+) -> None:
+    operation, which, words = LOSSES[loss]
+    spec = {key: word.format(middle=three.middle) for key, word in words.items()}
+    path: Path = getattr(three, which)
+    aside = three.folder / "aside"
+    with AgentProcess(tmp_path, HASTE) as agent:
+        job: Json = agent.post("/v1/jobs", {"operation": operation, "target": str(three.top), "bandwidth": 1, **spec})
+        agent.until(job["id"], lambda job: job["state"] == "running")
+        path.rename(aside)
+        path.write_bytes(STRANGER)
+        if restart:
+            agent.kill()
+            agent.start()
+        job = hurried(agent, job)
+        assert (job["state"], job["error"]["code"], job["chain"]["revoked"]) == ("failed", "image_changed", []), job
+        assert f"{path} was replaced" in job["error"]["message"]
+        assert str(path) in job["error"]["remedy"]
+        assert job["chain"]["after"] == [str(three.top), str(three.middle), str(three.base)]
+        assert path.read_bytes() == STRANGER
+        aside.replace(path)
+        assert same_content(three.top, three.truth, running=True)  # its storage daemon may still be about to end
+        job = agent.post("/v1/jobs", {"operation": operation, "target": str(three.top), **spec})
+        assert agent.until_ended(job["id"])["state"] == "completed"
+    result, format = (three.base, "raw") if which == "base" and "top" not in spec else (three.top, None)
+    assert same_content(result, three.truth, first=format)
+
+
 # Commits
 
 

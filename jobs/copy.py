@@ -15,7 +15,8 @@ def after(chain: Chain, spec: JobSpec, target: Target) -> Chain:
     below = chain.layers[1:] if spec.shallow else ()
     top = chain.top
     backing = top.backing if spec.shallow else None
-    return Chain((Layer(target.path, target.format, target.file or NOT_YET, top.virtual_size, 0, backing), *below))
+    file, size = target.file or NOT_YET, top.virtual_size
+    return Chain((Layer(target.path, target.format, file, size, 0, backing, device=target.device), *below))
 
 
 def ended(job: Job, *, completed: bool) -> TargetState:

@@ -155,7 +155,8 @@ class TargetState(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where a copy goes: a file or an NBD URI. `made` says that it is our file: until it is complete it lies at `part`,
-    and gets its name only then, so that the name itself is the proof."""
+    and gets its name only then, so that the name itself is the proof. `device` says that it is a block device, `fresh`
+    that it was empty, and a new image is made on it."""
 
     path: str
     format: str
@@ -163,6 +164,8 @@ class Target:
     state: TargetState = TargetState.WRITING
     part: str | None = None
     file: FileId | None = None
+    device: bool = False
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,10 @@ lease speaks that language, and adds byte 150, which QEMU does not use, for agen
   kernel as well (open(2), O_EXCL), for as long as the lease stands: these locks belong to one node in /dev, and the
   claim to the device, its partitions, mounts and other nodes included.
 
+A block device has its data in a file or in other devices (access.stacking), which are other inodes with locks of their
+own. So its lease marks those, too: the agent's byte says that a part of them is used, byte 151 that a part is written.
+A file under a loop device is not written by its own name at all: the two have caches that know nothing of each other.
+
 Locks are taken first and the others' tested after, and given back when refused: two who try at once can both be
 refused, never both succeed. A lock belongs to an open file description, so a lease opens its own. It does not outlive
 this process, and is taken again at start.
@@ -28,13 +32,14 @@ from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 
-from hostagent.access import holders
+from hostagent.access import holders, stacking
 from jobs.errors import JobError
 from jobs.model import FileId
 
 USES, UNSHARED = 100, 200
 CONSISTENT_READ, WRITE, RESIZE = 0, 1, 3
 AGENT_BYTE = 150
+PART_WRITTEN = 151
 READING = (USES + CONSISTENT_READ, UNSHARED + WRITE, UNSHARED + RESIZE)
 WRITERS = (USES + WRITE, USES + RESIZE, UNSHARED + CONSISTENT_READ)
 READERS = (UNSHARED + WRITE, UNSHARED + RESIZE)
@@ -59,6 +64,7 @@ class Lease:
         self.path = path
         self.mode = mode
         self._fd = fd
+        self._footing = _Footing(fd)
         self._guard = threading.Lock()
 
     @classmethod
@@ -66,8 +72,8 @@ class Lease:
         own, path = _reopened(fd, os.O_RDONLY)
         try:
             _lock(own, path, fcntl.F_RDLCK, (AGENT_BYTE, *READING))
-            _refuse_others(own, path, WRITERS, ours)
-            return cls(own, LeaseMode.SHARED, path)
+            _refuse_others(own, path, (PART_WRITTEN, *WRITERS), ours)
+            return cls(own, LeaseMode.SHARED, path)._standing(ours)
         except BaseException:
             os.close(own)
             raise
@@ -80,10 +86,19 @@ class Lease:
         try:
             _lock(own, path, fcntl.F_WRLCK, (AGENT_BYTE,))
             _refuse_others(own, path, WRITERS if tolerate_readers else WRITERS + READERS, ours)
-            return cls(own, LeaseMode.EXCLUSIVE, path)
+            _refuse_loops(own, path)
+            return cls(own, LeaseMode.EXCLUSIVE, path)._standing(ours)
         except BaseException:
             os.close(own)
             raise
+
+    def _standing(self, ours: Collection[int]) -> Lease:
+        try:
+            self._footing.take(ours, writes=self.mode is LeaseMode.EXCLUSIVE)
+        except BaseException:
+            self._footing.release()
+            raise
+        return self
 
     def __repr__(self) -> str:
         return f"Lease({self.path}, {self.mode}, {'released' if self._fd < 0 else 'held'})"
@@ -118,6 +133,7 @@ class Lease:
                 _lock(self._fd, self.path, fcntl.F_UNLCK, (AGENT_BYTE, *READING))
                 os.close(self._fd)
                 self._fd = -1
+                self._footing.release()
 
     def _raise(self, refused: tuple[int, ...], ours: Collection[int]) -> None:
         """Through a second description, as the first may be read-only: it joins, takes over, becomes the writer."""
@@ -132,8 +148,12 @@ class Lease:
         try:
             _lock(writable, self.path, fcntl.F_WRLCK, (AGENT_BYTE,))
             _refuse_others(writable, self.path, refused, ours)
+            _refuse_loops(writable, self.path)
+            self._footing.take(ours, writes=True)
         except JobError:
             _lock(writable, self.path, fcntl.F_RDLCK, (AGENT_BYTE,))
+            if _claim(writable):
+                self._unclaim()
             raise
         _lock(writable, self.path, fcntl.F_UNLCK, READING)
 
@@ -145,6 +165,7 @@ class Lease:
             _lock(self._fd, self.path, fcntl.F_UNLCK, READING)
             raise
         _lock(self._fd, self.path, fcntl.F_RDLCK, (AGENT_BYTE,))
+        self._footing.write_no_more()
         if _claim(self._fd):
             self._unclaim()
 
@@ -158,6 +179,51 @@ class Lease:
             raise
         os.close(self._fd)
         self._fd = plain
+
+
+class _Footing:
+    """What a leased device stands on, marked as in use; of a file nothing."""
+
+    def __init__(self, fd: int) -> None:
+        self._below: list[tuple[int, str]] = []
+        for path in stacking.stands_on(fd):
+            try:
+                self._below.append((os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), str(path)))
+            except OSError:  # out of our sight, and so of all who come by that name
+                continue
+
+    def take(self, ours: Collection[int], *, writes: bool = False) -> None:
+        """Mark all of it, or raise `busy` with the marks as they were."""
+        try:
+            for fd, path in self._below:
+                _lock(fd, path, fcntl.F_RDLCK, (AGENT_BYTE, PART_WRITTEN) if writes else (AGENT_BYTE,))
+                _refuse_others(fd, path, WRITERS + READERS if writes else WRITERS, ours)
+        except JobError:
+            self.write_no_more()
+            raise
+
+    def write_no_more(self) -> None:
+        for fd, path in self._below:
+            _lock(fd, path, fcntl.F_UNLCK, (PART_WRITTEN,))
+
+    def release(self) -> None:
+        below, self._below = self._below, []
+        for fd, path in below:
+            _lock(fd, path, fcntl.F_UNLCK, (AGENT_BYTE, PART_WRITTEN))
+            os.close(fd)
+
+
+def _refuse_loops(fd: int, path: str) -> None:
+    loops = [str(device) for device in stacking.loops_on(fd)]
+    if loops:
+        raise JobError(
+            "busy",
+            f"{path} cannot be written by this name: {loops[0]} stands on it",
+            remedy=f"detach it (losetup -d {loops[0]}), or name the device",
+            field="path",
+            value=path,
+            holders=loops,
+        )
 
 
 def _claim(fd: int) -> int:
@@ -225,6 +291,8 @@ def _busy(fd: int, path: str, byte: int, ours: Collection[int]) -> JobError:
     who = [str(process) for process in holders.find_lockers(_identity(fd), byte, skip_pids=(os.getpid(), *ours))]
     if who:
         reason = f"is open in {', '.join(who[:8])}"
+    elif byte == PART_WRITTEN:
+        reason = "is being written by another name: a device stands on it"
     elif byte == AGENT_BYTE:
         reason = "is leased already, by this agent or one that cannot be seen from here"
     else:

@@ -366,7 +366,12 @@ class StorageDaemon:
         self.inodes |= {layer.file.ino}
         known = await asyncio.to_thread(self._descriptors_of, layer.file)
         await self.execute(
-            "blockdev-add", driver="file", node_name=_pin(index), filename=path, read_only=True, locking="off"
+            "blockdev-add",
+            driver=_protocol(layer),
+            node_name=_pin(index),
+            filename=path,
+            read_only=True,
+            locking="off",
         )
         found = await asyncio.to_thread(self._descriptors_of, layer.file) - known
         if not found:
@@ -700,9 +705,13 @@ def _pin(index: int) -> str:
     return f"p{index}"
 
 
+def _protocol(layer: Layer) -> str:
+    return "host_device" if layer.device else "file"
+
+
 def _file_options(node: Node, *, writable: bool) -> dict[str, Any]:
     return {
-        "driver": "host_device" if node.layer.device else "file",
+        "driver": _protocol(node.layer),
         "node-name": node.file_node,
         "filename": f"/proc/self/fd/{node.descriptor}",
         "read-only": not writable,

@@ -150,12 +150,11 @@ def _describe(fd: int, path: str, wanted: Wanted) -> _Member:
         format="raw" if header is None else "qcow2",
         file=FileId(found.st_dev, found.st_ino),
         virtual_size=length if header is None else header.virtual_size,
-        allocated=length
-        if device
-        else found.st_blocks * 512,  # st_blocks counts 512 bytes whatever the file system's block is
+        # st_blocks counts 512 bytes whatever the file system's block is; of a device nobody knows
+        allocated=length if device else found.st_blocks * 512,
         backing=None if header is None else header.backing,
         device=device,
-        length=found.st_size,
+        length=length,
     )
     return _Member(fd, layer, header)
 

@@ -2,6 +2,7 @@
 
 QEMU notices none of it. What lies beyond a file's end reads as zeros, so a job that reads a base which was cut copies
 zeros over the loss, and ends well. Only the length tells: it is compared by descriptor with what it was at the start.
+That of a block device, too, which can be made smaller under a job.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def find_drift(
         fd = descriptor(layer.file)
         named = _named(layer.path)
         here = named is not None and FileId(named.st_dev, named.st_ino) == layer.file
-        length = os.fstat(fd).st_size if fd is not None else named.st_size if named is not None and here else None
+        length = _length(layer, fd, named if here else None)
         if length is not None and length < layer.length:
             cut = f"was cut from {layer.length} to {length} bytes: what lay beyond is lost, and reads as zeros"
             found.append(Drift(layer.path, cut, lost=True))
@@ -47,6 +48,13 @@ def find_drift(
         elif not here:
             found.append(Drift(layer.path, "was replaced by another file while it was in use", astray=True))
     return found
+
+
+def _length(layer: Layer, fd: int | None, named: os.stat_result | None) -> int | None:
+    """None where it cannot be known: of a device only an open one says it."""
+    if fd is None:
+        return None if named is None or layer.device else named.st_size
+    return os.lseek(fd, 0, os.SEEK_END) if layer.device else os.fstat(fd).st_size
 
 
 def _named(path: str) -> os.stat_result | None:

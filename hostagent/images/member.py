@@ -5,9 +5,11 @@ grasped with O_PATH first, which opens nothing and has no side effect on any kin
 name for the descriptor, every folder link resolved), its kind and its link count are judged; and only then is it opened
 for reading, through that same descriptor, so that no swap of the path in between has an effect.
 
-A file may be used when it is a regular one (a top that is only exported may be a block device), has one name, and lies
-directly in the folder of the overlay that names it or anywhere below a configured pool. The top, which a person names,
-may lie anywhere unless the limits say otherwise.
+A file may be used when it is a regular one or a block device, has one name, and lies directly in the folder of the
+overlay that names it or anywhere below a configured pool. The top, which a person names, may lie anywhere unless the
+limits say otherwise. No folder says of a device whose it is, so one that a header names must be in a pool: itself, or
+by the link that leads to it (`/dev/VG/LV`). Such links, which only root makes, are followed; at a path's end no others
+are.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class ChainLimits:
-    """`pools` are absolute folders. 200 layers is what libvirt allows, and QEMU opens them in 0.2 s. `devices`: the top
-    may be a block device."""
+    """`pools` are absolute folders. 200 layers is what libvirt allows, and QEMU opens them in 0.2 s. `devices`:
+    block devices may be among them."""
 
     pools: tuple[str, ...] = ()
     max_depth: int = 200
@@ -60,15 +62,27 @@ def open_member(wanted: Wanted, limits: ChainLimits) -> tuple[int, str]:
         folder, name = os.path.split(wanted.path)
         _refuse_place(Path(os.path.realpath(folder), name), wanted, limits)
     with _os_errors(wanted):
-        handle = os.open(wanted.path, _GRASP)
+        link = _device_link(wanted.path)
+        handle = os.open(os.path.realpath(link) if link else wanted.path, _GRASP)
         try:
-            path = _judge(handle, wanted, limits)
+            path = _judge(handle, wanted, limits, link)
             return os.open(f"/proc/self/fd/{handle}", _READ), path
         finally:
             os.close(handle)
 
 
-def _judge(handle: int, wanted: Wanted, limits: ChainLimits) -> str:
+def _device_link(path: str) -> Path | None:
+    """The path, its folders resolved, when it is a link to a device, in a folder below /dev that is root's alone."""
+    folder, name = os.path.split(path)
+    link = Path(os.path.realpath(folder), name)
+    if not link.is_relative_to(DEVICES) or not link.is_symlink():
+        return None
+    owner = link.parent.stat()
+    ours = owner.st_uid == 0 and not owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return link if ours and link.is_block_device() else None
+
+
+def _judge(handle: int, wanted: Wanted, limits: ChainLimits, link: Path | None) -> str:
     """Say where the file truly lies, or refuse it. Place first: of a file that lies elsewhere nothing else is told."""
     found = os.fstat(handle)
     path = str(Path(f"/proc/self/fd/{handle}").readlink())
@@ -76,8 +90,9 @@ def _judge(handle: int, wanted: Wanted, limits: ChainLimits) -> str:
         raise changed(wanted.path, "it was removed while it was opened")
     if not path.startswith("/") or not is_plain(path):
         raise JobError("image_invalid", f"{wanted} lies at {shown(path)}, which is no usable path", value=path)
-    _refuse_place(Path(path), wanted, limits)
-    _refuse_kind(handle, found, path, devices=limits.devices and wanted.overlay is None)
+    if link is None or not _in_pool(link, limits):
+        _refuse_place(Path(path), wanted, limits)
+    _refuse_kind(handle, found, path, devices=limits.devices)
     if found.st_nlink > 1:
         raise JobError(
             "outside_pools",
@@ -91,14 +106,19 @@ def _judge(handle: int, wanted: Wanted, limits: ChainLimits) -> str:
 def _refuse_place(path: Path, wanted: Wanted, limits: ChainLimits) -> None:
     if wanted.overlay is None and limits.top_anywhere:
         return
-    if wanted.overlay is not None and path.parent == Path(wanted.overlay.path).parent:
+    overlay = wanted.overlay
+    if overlay is not None and not overlay.device and path.parent == Path(overlay.path).parent:
         return
-    if any(path.is_relative_to(Path(pool).resolve()) for pool in limits.pools):
+    if _in_pool(path, limits):
         return
     where = "in no configured pool" if wanted.overlay is None else "neither in that image's folder nor in a pool"
     found = f" (it is {path})" if str(path) != wanted.path else ""
     remedy = f"if it belongs there, add {path.parent} to images.pools, or move it"
     raise JobError("outside_pools", f"{wanted} lies {where}{found}", remedy=remedy, value=str(path))
+
+
+def _in_pool(path: Path, limits: ChainLimits) -> bool:
+    return any(path.is_relative_to(Path(pool).resolve()) for pool in limits.pools)
 
 
 def _refuse_kind(handle: int, found: os.stat_result, path: str, *, devices: bool) -> None:
@@ -112,11 +132,11 @@ def _refuse_kind(handle: int, found: os.stat_result, path: str, *, devices: bool
     if stat.S_ISBLK(mode) and not devices:
         remedy = "use an image in a regular file"
         raise JobError(
-            "not_supported", f"{path} is a block device, which can only be exported", remedy=remedy, value=path
+            "not_supported", f"{path} is a block device, which cannot be used here", remedy=remedy, value=path
         )
     if stat.S_ISBLK(mode):
         # The same device by another node would have other locks, and another name in the ledger.
-        if path != (node := _node(found.st_rdev)):
+        if path != (node := device_node(found.st_rdev)):
             message = f"{path} is not the node by which the kernel knows the device"
             raise JobError("image_invalid", message, remedy=f"name {node or f'its node in {DEVICES}'}", value=path)
         return
@@ -125,7 +145,7 @@ def _refuse_kind(handle: int, found: os.stat_result, path: str, *, devices: bool
     raise JobError("image_invalid", f"{path} is {kind}, not an image", remedy=remedy, value=path)
 
 
-def _node(device: int) -> str | None:
+def device_node(device: int) -> str | None:
     """The kernel's own node of a block device; None when sysfs does not say."""
     try:
         lines = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/uevent").read_text().splitlines()

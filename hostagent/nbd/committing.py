@@ -20,6 +20,7 @@ from hostagent.images.chain import OpenChain
 from hostagent.nbd.operations import (
     Dependent,
     Search,
+    at_most,
     backing_name,
     dependents,
     durable_backing,
@@ -63,10 +64,12 @@ class Commit:
                 value=base.path,
                 remedy="resize the overlay first (qemu-img resize)",
             )
+        _refuse_devices(chain, spec, top, base)
         await self._refuse_dependents(chain, spec)
         need = sum(layer.allocated for layer in moving)
         fd = opened.fds[chain.layers.index(base)]
-        space = {"need": min(need, top.virtual_size), "free": room(fd)}
+        most = at_most(top.virtual_size) if base.device and base.format != "raw" else min(need, top.virtual_size)
+        space = {"need": most, "free": room(fd)}
         warnings = preflight(spec, space["need"], space["free"], "the base")
         return Plan(chain, after, 0, warnings, {"space": space})
 
@@ -107,7 +110,7 @@ class Commit:
         daemon = await chain.serve()
         nodes = [node_of(chain, layer) for layer in (top, base)]
         assert nodes[0] is not None and nodes[1] is not None
-        backing = backing_name(parent.path, base.path) if parent else None
+        backing = backing_name(parent.path, base, job.before) if parent else None
         await chain.ask(
             daemon.commit(job_name(job), chain.nodes[0], nodes[0], nodes[1], backing=backing, speed=job.bandwidth)
         )
@@ -149,3 +152,21 @@ def _around(chain: Chain) -> Around:
         "folders": [Path(layer.path).parent for layer in chain.layers],
         "skip": [layer.file for layer in chain.layers],
     }
+
+
+def _refuse_devices(chain: Chain, spec: JobSpec, top: Layer, base: Layer) -> None:
+    """What a device cannot do: grow, or be deleted."""
+    if base.device and base.format == "raw" and top.virtual_size > base.virtual_size:
+        raise JobError(
+            "invalid",
+            f"{top.path!r} has {top.virtual_size} bytes, and the device {base.path!r} only {base.virtual_size}",
+            field="base",
+            value=base.path,
+            remedy="make the device larger first",
+        )
+    first, last = chain.layers.index(top), chain.layers.index(base)
+    devices = [layer.path for layer in chain.layers[first:last] if layer.device]
+    if spec.delete and devices:
+        remedy = "commit without --delete, and remove the device yourself (lvremove, say)"
+        message = f"{devices[0]!r} is a device, which is not ours to delete"
+        raise JobError("invalid", message, field="delete", value=devices[0], remedy=remedy)

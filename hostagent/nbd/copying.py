@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hostagent.images.chain import OpenChain
+from hostagent.nbd import device_targets as devices
 from hostagent.nbd.chains import Chains
-from hostagent.nbd.operations import Search, backing_name, job_name, preflight, refuse_dependents, room
+from hostagent.nbd.operations import Search, at_most, backing_name, job_name, preflight, refuse_dependents, room
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.uri import server_of
 from jobs import copy
@@ -44,29 +45,54 @@ class Copy:
     async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan:
         assert spec.dest is not None
         source = opened.chain
+        device = not is_remote(spec.dest) and await self._aside(devices.is_one, spec.dest)
         if spec.shallow and len(source.layers) == 1:
             remedy = "copy it without --shallow"
             raise JobError("invalid", f"{source.top.path!r} has no backing file", field="shallow", remedy=remedy)
-        format_ = spec.format or source.top.format
+        format_ = spec.format or ("raw" if device and not spec.shallow else source.top.format)
         if spec.shallow and format_ == "raw":
             remedy = "copy into qcow2, or without --shallow"
             raise JobError("invalid", "a raw image cannot have a backing file", field="format", remedy=remedy)
         if is_remote(spec.dest):
             return Plan(source, source, 0, (), {"space": {}}, _remote(spec))
+        need = min(sum(one.allocated for one in source.layers[: 1 if spec.shallow else None]), source.top.virtual_size)
+        if device:
+            target, free = await self._device(spec, opened, format_)
+            need = source.top.virtual_size if format_ == "raw" else at_most(need)
+            space = {"need": need, "free": free}
+            warnings = preflight(spec, need, free, "the target")
+            return Plan(source, copy.after(source, spec, target), 0, warnings, {"space": space}, target)
         if spec.reuse_external:
             target = await self._existing(spec, opened, format_)
         else:
             pools = None if spec.anywhere else self._chains.settings.limits.pools
             target = await self._aside(_new, spec.dest, format_, pools)
-        need = sum(layer.allocated for layer in (source.layers[:1] if spec.shallow else source.layers))
-        space = {"need": min(need, source.top.virtual_size), "free": await self._aside(room, Path(spec.dest).parent)}
-        warnings = preflight(spec, space["need"], space["free"], "the target")
+        space = {"need": need, "free": await self._aside(room, Path(spec.dest).parent)}
+        warnings = preflight(spec, need, space["free"], "the target")
         return Plan(source, copy.after(source, spec, target), 0, warnings, {"space": space}, target)
+
+    async def _device(self, spec: JobSpec, source: OpenChain, format_: str) -> tuple[Target, int]:
+        """The block device as a target, and its size. It is written over, so it must be empty, or --reuse-external says
+        that what it holds may go: a raw one goes whole, a qcow2 image must be there and fit, as in a file."""
+        assert spec.dest is not None
+        with await self._chains.open(spec.dest, format="raw", anywhere=spec.anywhere, devices=True) as opened:
+            device, fd = opened.chain.top, opened.fds[0]
+            if device.file in {layer.file for layer in source.chain.layers}:
+                raise _unfit(spec.dest, f"is a member of the chain of {source.chain.top.path!r}", "copy somewhere else")
+            if format_ != "raw" and spec.reuse_external:
+                target = replace(await self._existing(spec, source, format_), device=True)
+                return target, device.virtual_size
+            devices.refuse_small(device, source.chain.top.virtual_size, format_)
+            if not spec.reuse_external:
+                await self._aside(devices.refuse_content, device.path, fd)
+            await self._refuse_dependents(device)
+            target = Target(device.path, format_, made=False, file=device.file, device=True)
+            return replace(target, fresh=not spec.reuse_external), device.virtual_size
 
     async def _existing(self, spec: JobSpec, source: OpenChain, format_: str) -> Target:
         """The target that is there, fit to be written over: of the right size, and on the right backing file."""
         assert spec.dest is not None
-        with await self._chains.open(spec.dest, format=format_, anywhere=spec.anywhere) as opened:
+        with await self._chains.open(spec.dest, format=format_, anywhere=spec.anywhere, devices=True) as opened:
             top, below = opened.chain.top, opened.chain.layers[1:2]
             if top.file in {layer.file for layer in source.chain.layers}:
                 raise _unfit(spec.dest, f"is a member of the chain of {source.chain.top.path!r}", "copy somewhere else")
@@ -106,6 +132,8 @@ class Copy:
         await self._hold(replace(job, target=target), chain)
         if not target.made and target.file is not None and job.started is None:
             await self._refuse_dependents(_layer_of(target, _size(job)))  # again: now it is leased
+            if target.fresh and (fd := chain.descriptor(target.file)) is not None:
+                await self._aside(devices.refuse_content, target.path, fd)
         if target == job.target:
             return {}
         after = job.after if job.after == job.before else copy.after(job.before, job.spec, target)
@@ -124,16 +152,18 @@ class Copy:
         below = chain.nodes[1] if job.spec.shallow else None
         backing = None
         if below is not None:
-            backing = (backing_name(job.target.path, below.layer.path), below.layer.format)
-        path = job.target.part or job.target.path
+            backing = (backing_name(job.target.path, below.layer, job.before), below.layer.format)
+        path, new = job.target.part or job.target.path, job.target.made or job.target.fresh
         try:
             if job.target.file is None:
                 node = await chain.open_remote(Layer(path, "raw", copy.NOT_YET, _size(job), 0), self._timeout)
             else:
-                node = await chain.open_target(path, below=below, new=job.target.made, backing=backing)
+                node = await chain.open_target(path, below=below, new=new, backing=backing)
         except JobError as error:
             if "permission denied" not in error.message.lower():
                 raise
+            if job.target.file is None:
+                raise _closed_server(job.target.path) from error
             folder = str(Path(path).parent)
             message = f"the hypervisor user cannot pass through {folder!r} to the target"
             remedy = f"let it: chmod o+x {shlex.quote(folder)} (and the folders above)"
@@ -216,13 +246,29 @@ def _remote(spec: JobSpec) -> Target:
     return Target(spec.dest, "raw", made=False)
 
 
+def _closed_server(uri: str) -> JobError:
+    """The hypervisor user may not connect; whose socket it is says who can let it."""
+    server, _ = server_of(uri)
+    where, remedy = "the server", "see what the server allows"
+    if (path := server.get("path")) is not None:
+        try:
+            found = Path(path).stat()
+            where = f"{path!r} (uid {found.st_uid}, gid {found.st_gid}, mode {found.st_mode & 0o7777:04o})"
+        except OSError:
+            where = repr(path)
+        plain = shlex.quote(path)
+        remedy = f"let it read and write the socket (setfacl -m u:USER:rw {plain}), and pass through the folders above"
+    message = f"the hypervisor user may not connect to {where}"
+    return JobError("access_refused", message, field="dest", value=uri, remedy=remedy)
+
+
 def _size(job: Job) -> int:
     return job.before.top.virtual_size
 
 
 def _layer_of(target: Target, size: int) -> Layer:
     assert target.file is not None
-    return Layer(target.part or target.path, target.format, target.file, size, 0)
+    return Layer(target.part or target.path, target.format, target.file, size, 0, device=target.device)
 
 
 def _layer(job: Job) -> Layer | None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,9 +125,14 @@ def node_of(chain: PreparedChain, layer: Layer | None) -> Node | None:
     raise JobError("image_changed", f"{layer.path!r} is not open in the storage daemon", remedy="start the job again")
 
 
-def backing_name(overlay: str, base: str) -> str:
-    """How an overlay names its base: by name alone in the same folder, so that the folder can be moved."""
-    return Path(base).name if Path(base).parent == Path(overlay).parent else base
+def backing_name(overlay: str, base: Layer, chain: Chain) -> str:
+    """How an overlay names its base: by name alone in the same folder, so that the folder can be moved. A device keeps
+    the name by which `chain` knows it: the kernel's own may be another device's after the next boot."""
+    if base.device:
+        above = chain.layers[chain.layers.index(base) - 1]
+        assert above.backing is not None
+        return str(Path(above.path).parent / above.backing)
+    return Path(base.path).name if Path(base.path).parent == Path(overlay).parent else base.path
 
 
 async def durable_backing(layer: Layer, chain: PreparedChain | None, timeout: float) -> tuple[str | None, str | None]:
@@ -156,9 +162,17 @@ def _durable_backing(layer: Layer, fd: int | None) -> str | None:
 
 
 def room(folder: Path | int) -> int:
-    """Free bytes on the file system of a folder or a file."""
+    """Free bytes on the file system of a folder or a file; all bytes of a block device."""
+    if isinstance(folder, int) and stat.S_ISBLK(os.fstat(folder).st_mode):
+        return os.lseek(folder, 0, os.SEEK_END)
     found = os.fstatvfs(folder) if isinstance(folder, int) else os.statvfs(folder)
     return found.f_bavail * found.f_frsize
+
+
+def at_most(virtual_size: int) -> int:
+    """Bytes of a qcow2 image that is allocated whole, with its tables: what a device must have, for it cannot grow.
+    8 bytes of L2 table and 2 of refcounts for each cluster of 64 KiB, and a MiB for what every image has."""
+    return virtual_size + virtual_size // 4096 + (1 << 20)
 
 
 def preflight(spec: JobSpec, need: int, free: int, where: str) -> tuple[str, ...]:

@@ -158,6 +158,9 @@ class PreparedChain:
             opened.close()
         if not same_format:
             raise self._other_format(opened.chain.top.format)
+        top = opened.chain.top
+        if top.device and top.format == "raw" and top.virtual_size != self.layers[0].virtual_size:
+            raise self._other_size()
 
     def _other_format(self, asked: str) -> JobError:
         return JobError(
@@ -166,6 +169,17 @@ class PreparedChain:
             field="format",
             value=asked,
             remedy="stop its exports first, or say the format that they use",
+            holders=sorted(str(user) for user in self.users),
+        )
+
+    def _other_size(self) -> JobError:
+        """A copy came to stand on a larger device: who is there sees the image, who opens it anew the whole device."""
+        return JobError(
+            "busy",
+            f"the first {self.layers[0].virtual_size} bytes of {self.path!r} are in use as an image",
+            field="path",
+            value=self.path,
+            remedy="stop its exports first, or make the device as large as the image",
             holders=sorted(str(user) for user in self.users),
         )
 
@@ -353,6 +367,8 @@ class PreparedChain:
             node = Node(layer, index, self.handed[layer.file])
         else:
             node = await self.ask(daemon.grasp(path, layer, index))
+        if layer.device and layer.format == "raw":  # it may have more bytes than the image
+            node = replace(node, part=Part(0, layer.virtual_size))
         self.beside = [node]
         await self._registry.remember(self)
         await self.ask(daemon.add_target(node, below, new=new, backing=backing))

@@ -17,7 +17,7 @@ from hostagent import nbdclient
 from hostagent.drivers.qsd import COPY_ON_READ, MOMENT
 from hostagent.errors import AgentError
 from hostagent.images.chain import OpenChain
-from hostagent.nbd.operations import backing_name, durable_backing, job_name, node_of, preflight, room
+from hostagent.nbd.operations import at_most, backing_name, durable_backing, job_name, node_of, preflight, room
 from hostagent.nbd.prepared import CONTROL, READER, PreparedChain
 from jobs import pull
 from jobs.errors import JobError
@@ -63,7 +63,7 @@ class Pull:
         daemon = await chain.serve()
         await self.clear(job, chain)
         base = job.after.layers[1] if len(job.after.layers) > 1 else None
-        backing = None if base is None else backing_name(job.before.top.path, base.path)
+        backing = None if base is None else backing_name(job.before.top.path, base, job.before)
         await chain.ask(
             daemon.stream(
                 job_name(job),
@@ -137,10 +137,12 @@ class Pull:
 
 
 def _space(opened: OpenChain, after: Chain) -> dict[str, int]:
-    """What the pull may write (all that is allocated in the layers it takes in) against what is free."""
+    """What the pull may write (all that is allocated in the layers it takes in) against what is free. Of an overlay on
+    a device nobody knows how full it is: its whole against the whole device."""
     stays = {layer.file for layer in after.layers}
-    need = sum(layer.allocated for layer in opened.chain.layers[1:] if layer.file not in stays)
-    return {"need": min(need, opened.chain.top.virtual_size), "free": room(opened.fds[0])}
+    need, top = sum(layer.allocated for layer in opened.chain.layers[1:] if layer.file not in stays), opened.chain.top
+    most = at_most(top.virtual_size) if top.device else min(need, top.virtual_size)
+    return {"need": most, "free": room(opened.fds[0])}
 
 
 async def _copy_up(work: nbdclient.Slice, stop: asyncio.Event) -> int:

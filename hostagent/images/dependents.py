@@ -96,7 +96,8 @@ def _files(folder: Path, limits: ScanLimits) -> Iterator[Path]:
 
 
 def _unreadable(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # a pool that does not exist holds no image
+    # A pool that does not exist holds no image, and one that is a device no files.
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
         remedy = "let the agent read the folder"
         raise JobError("denied", f"{error.filename!r} cannot be searched: {error.strerror}", remedy=remedy) from error
 

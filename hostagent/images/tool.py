@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,7 +139,8 @@ def grasped(*fds: int) -> Iterator[list[int]]:
 
 def alone(format: str, handle: int, *, writable: bool = False) -> str:
     """An image as QEMU's options: the inherited descriptor, the known format, and no backing file."""
-    file = {"driver": "file", "filename": f"/proc/self/fd/{handle}"}
+    driver = "host_device" if stat.S_ISBLK(os.fstat(handle).st_mode) else "file"
+    file = {"driver": driver, "filename": f"/proc/self/fd/{handle}"}
     return "json:" + json.dumps({"driver": format, "read-only": not writable, "backing": None, "file": file})
 
 

@@ -79,6 +79,7 @@ class Copy:
             device, fd = opened.chain.top, opened.fds[0]
             if device.file in {layer.file for layer in source.chain.layers}:
                 raise _unfit(spec.dest, f"is a member of the chain of {source.chain.top.path!r}", "copy somewhere else")
+            await self._aside(devices.refuse_claimed, device.path, fd)
             if format_ != "raw" and spec.reuse_external:
                 target = replace(await self._existing(spec, source, format_), device=True)
                 return target, device.virtual_size

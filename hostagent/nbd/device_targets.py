@@ -8,6 +8,7 @@ over only where --reuse-external says so.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import stat
@@ -41,6 +42,22 @@ def refuse_small(device: Layer, size: int, format_: str) -> None:
         value=device.path,
         remedy="make the device larger, or choose another",
     )
+
+
+def refuse_claimed(path: str, fd: int) -> None:
+    """Raise `busy` when the kernel or somebody else has the device for himself. Early: the job's lease proves it."""
+    try:
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise JobError("io_error", f"{path!r} cannot be opened: {error.strerror}", field="dest") from error
+        raise JobError(
+            "busy",
+            f"the device {path!r} is claimed: mounted, a part of another device, or written by somebody",
+            field="dest",
+            value=path,
+            remedy=f"see lsblk {shlex.quote(path)}; unmount it, or end its writer",
+        ) from error
 
 
 def refuse_content(path: str, fd: int) -> None:

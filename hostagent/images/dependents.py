@@ -3,11 +3,14 @@
 QEMU guards nobody who is not open: a base can be written, or deleted, while another overlay stands on it. So before we
 do either, the folders in which such overlays can lie are searched (a member of a chain lies in its overlay's own folder
 or in a pool, so its overlays do, too, or in a pool). Each header is read by the bounded reader; nothing else of a file
-is. What cannot be judged is an error, for then nobody can say that the file is free. All of this blocks: use a thread.
+is. For a file in /dev the host's block devices are its neighbours. What cannot be judged is an error, for then nobody
+can say that the file is free; but of a device that cannot be read, or may not be, nobody here has images. All of this
+blocks: use a thread.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -19,6 +22,8 @@ from hostagent.images.header import read_header
 from jobs.errors import JobError
 from jobs.model import FileId
 
+DEV = Path("/dev")
+_GIVES_NOTHING = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.EPERM, errno.EACCES)
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -55,7 +60,7 @@ def find_dependents(
     found = []
     everywhere = [*folders, *(folder for pool in pools for folder in _below(pool, deadline, limits))]
     for folder in dict.fromkeys(Path(os.path.realpath(folder)) for folder in everywhere):
-        for path in _files(folder, limits):
+        for path in _devices() if folder == DEV else _files(folder, limits):
             _in_time(folder, deadline, limits)
             on = _stands_on(path, skip)
             if on in files and on is not None:
@@ -74,6 +79,8 @@ def _in_time(folder: Path, deadline: float, limits: ScanLimits) -> None:
 
 def _below(pool: Path, deadline: float, limits: ScanLimits) -> Iterator[Path]:
     """The pool's folders; a link to a folder is none of them."""
+    if pool.is_block_device():  # as a backing file it is known by itself
+        return
     for folder, _, _ in os.walk(pool, onerror=_unreadable):
         _in_time(Path(folder), deadline, limits)
         yield Path(folder)
@@ -95,9 +102,18 @@ def _files(folder: Path, limits: ScanLimits) -> Iterator[Path]:
         _unreadable(error)
 
 
+def _devices() -> Iterator[Path]:
+    """The host's block devices that have a medium: an image on one may stand on another."""
+    for device in sorted(Path("/sys/class/block").glob("*")):
+        try:
+            if int((device / "size").read_text()):
+                yield DEV / device.name.replace("!", "/")
+        except (OSError, ValueError):
+            continue
+
+
 def _unreadable(error: OSError) -> None:
-    # A pool that does not exist holds no image, and one that is a device no files.
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+    if not isinstance(error, FileNotFoundError):  # a pool that does not exist holds no image
         remedy = "let the agent read the folder"
         raise JobError("denied", f"{error.filename!r} cannot be searched: {error.strerror}", remedy=remedy) from error
 
@@ -109,14 +125,20 @@ def _stands_on(path: Path, skip: Collection[FileId]) -> FileId | None:
     except FileNotFoundError:
         return None
     except OSError as error:
+        if path.is_relative_to(DEV) and error.errno in _GIVES_NOTHING:
+            return None
         remedy = "let the agent read it, or move it out of the folder"
         raise JobError("denied", f"{str(path)!r} cannot be read: {error.strerror}", remedy=remedy) from error
     try:
         own = os.fstat(fd)
-        if not stat.S_ISREG(own.st_mode) or FileId(own.st_dev, own.st_ino) in skip:
+        if not (stat.S_ISREG(own.st_mode) or stat.S_ISBLK(own.st_mode)) or FileId(own.st_dev, own.st_ino) in skip:
             return None
         try:
             header = read_header(fd)
+        except OSError as error:
+            if stat.S_ISBLK(own.st_mode) and error.errno in _GIVES_NOTHING:
+                return None
+            raise JobError("io_error", f"{str(path)!r} cannot be read: {error.strerror}", value=str(path)) from error
         except JobError as error:
             remedy = f"repair {str(path)!r}, or move it out of the folder: it may stand on the file"
             raise JobError(error.code, error.message, remedy=remedy, value=str(path)) from error

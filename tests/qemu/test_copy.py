@@ -436,6 +436,20 @@ def test_what_an_nbd_export_cannot_be_is_refused(
 
 
 @needs_nbdkit
+@pytest.mark.skipif(not ROOT, reason="as a plain user the hypervisor user is the server's own")
+def test_an_nbd_socket_that_the_hypervisor_user_may_not_use_is_named(
+    agent: AgentProcess, images: Pair, folder: Path
+) -> None:
+    with nbd_server(folder, 16 * MIB) as (uri, _, _):
+        socket = Path(uri.partition("socket=")[2])
+        socket.chmod(0o600)
+        error = copy(agent, images.top, uri, completion="finish")["error"]
+    assert (error["code"], str(socket) in error["message"]) == ("access_refused", True), error
+    assert f"u:USER:rw {socket}" in error["remedy"]
+    assert_source_untouched(images)
+
+
+@needs_nbdkit
 def test_a_target_that_dies_fails_the_copy_and_nothing_else(agent: AgentProcess, images: Pair, folder: Path) -> None:
     export = agent.export(images.top)
     with nbd_server(folder, 16 * MIB) as (uri, _, server), Reader(export["uri"], images.truth) as reader:

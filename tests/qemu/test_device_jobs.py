@@ -293,6 +293,33 @@ def test_a_backing_device_must_be_in_a_pool_and_is_committed_into(tmp_path: Path
             link.unlink()
 
 
+def test_what_another_device_stands_on_is_not_written(tmp_path: Path, image: Path, folder: Path) -> None:
+    above = folder / "above"
+    with loop(raw_image(folder / "base", SIZE)) as device:
+        before = device.read_bytes()
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(device), "-F", "raw", str(above)], check=True
+        )
+        with loop(above) as other, AgentProcess(tmp_path, HASTE) as agent:
+            error = refused(agent, image, device, reuse_external=True)
+            assert (error.code, error.body["holders"]) == ("busy", [str(other)]), error.body
+        assert device.read_bytes() == before
+
+
+def test_a_device_that_shrinks_under_a_copy_fails_it(tmp_path: Path, folder: Path) -> None:
+    source = raw_image(folder / "source", SIZE)
+    with loop(source) as device, AgentProcess(tmp_path, HASTE) as agent:
+        body = {"operation": "copy", "target": str(device), "source_format": "raw", "dest": str(folder / "copy.raw")}
+        job = agent.post("/v1/jobs", {**body, "completion": "finish", "bandwidth": 2 * MIB})
+        agent.until(job["id"], lambda job: job["state"] == "running" and job["cursor"]["cur"] > 0)
+        os.truncate(source, SIZE - 2 * MIB)
+        subprocess.run(["losetup", "--set-capacity", str(device)], check=True)
+        agent.patch(f"/v1/jobs/{job['id']}", {"bandwidth": 1024 * MIB})
+        job = agent.until_ended(job["id"])
+        assert job["state"] == "failed", job
+        assert not (folder / "copy.raw").exists()
+
+
 # One image under two names
 
 

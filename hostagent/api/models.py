@@ -64,7 +64,7 @@ class JobCreate(Request):
     )
     source_format: Annotated[Literal["raw", "qcow2"] | None, Field(description="Copy: needed for a raw image.")] = None
     shallow: Annotated[bool | None, Field(description="Copy: the top layer alone; the backing file is shared.")] = None
-    reuse_external: Annotated[bool | None, Field(description="Copy: write over a file that exists.")] = None
+    reuse_external: Annotated[bool | None, Field(description="Copy: write over what exists.")] = None
     top: Annotated[Text | None, Field(description="Commit: the highest layer that goes down. Default: the image.")] = (
         None
     )

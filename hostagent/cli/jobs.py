@@ -81,7 +81,11 @@ def _register_copy(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("raw", "qcow2"), help="the copy's; default that of the image")
     parser.add_argument("--source-format", choices=("raw", "qcow2"), help="needed for raw, which is never probed")
     parser.add_argument("--shallow", action="store_true", help="the top layer alone; the backing file is shared")
-    parser.add_argument("--reuse-external", action="store_true", help="write over DEST, which exists")
+    parser.add_argument(
+        "--reuse-external",
+        action="store_true",
+        help="write over DEST, which exists (a block device: whatever it holds)",
+    )
     end = parser.add_mutually_exclusive_group()
     end.add_argument("--pivot", action="store_true", help="in the end exports and chain go over to the copy")
     end.add_argument("--finish", action="store_true", help="in the end the copy is closed; the image stays")

@@ -320,6 +320,22 @@ def test_a_device_that_shrinks_under_a_copy_fails_it(tmp_path: Path, folder: Pat
         assert not (folder / "copy.raw").exists()
 
 
+def test_an_image_on_a_device_gets_no_power_over_its_neighbours(tmp_path: Path, folder: Path, device: Path) -> None:
+    hostile, before = folder / "hostile", node(device)
+    for name in (str(device), device.name):
+        hostile.unlink(missing_ok=True)
+        create = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "raw", str(hostile), str(SIZE)]
+        subprocess.run(create, check=True)
+        os.truncate(hostile, 2 * MIB)
+        with loop(hostile) as top, AgentProcess(tmp_path, HASTE) as agent:
+            for path, body in (
+                ("/v1/exports", {"image": str(top)}),
+                ("/v1/jobs", {"operation": "pull", "target": str(top)}),
+            ):
+                assert refusal(agent, "POST", path, body).code == "outside_pools"
+            assert node(device) == before
+
+
 # One image under two names
 
 

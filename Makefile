@@ -1,7 +1,7 @@
 # make setup        packages (apt, through sudo when not root) and a private virtual environment in .venv
 # make demo         the main job, shown on a real qemu-storage-daemon; KEEP=1 leaves the agent running
 # make test         everything that belongs to a change: lint, types, unit, contract and real-parts tests
-# make test-full    the same, and what takes longer (the long kill matrix)
+# make test-full    the same, and what takes longer (the long kill matrix, STORIES=600 seconds of generated stories)
 # make bench        figures, against named peers in the same run
 # make bench-scale  the same at scale: 600 storage daemons, 100,000 finished jobs; minutes
 # make lint         ruff and mypy alone
@@ -13,6 +13,7 @@
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON := .venv/bin/python
+STORIES ?= 600
 RUN := .venv/.run
 DEVELOP := .venv/.develop
 
@@ -39,7 +40,7 @@ test: lint
 	@$(PYTHON) -m pytest -q -m "not slow"
 
 test-full: lint
-	@$(PYTHON) -m pytest -q
+	@STORIES=$(STORIES) $(PYTHON) -m pytest -q
 
 bench: $(DEVELOP)
 	@$(PYTHON) -m tests.bench

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 import uuid
@@ -53,23 +54,31 @@ class Stories(RuleBasedStateMachine):
         self.exports: dict[str, Json] = {}
         self.jobs: dict[str, str] = {}
         self.names = 0
+        below = self._base()
+        for _ in range(3):  # a chain that commits may go down
+            below = self._overlay(below)
+        shared = self._base()
         for _ in range(2):
-            self._base()
-        for backing in [*self.tree.images, *self.tree.images]:
-            self._overlay(self.tree.images[backing])
+            self._overlay(shared)
 
     # Images
 
-    def _base(self) -> None:
+    def _base(self) -> Image:
         path = self._name("raw")
         view = [n % 7 + 1 + len(self.tree.images) * 10 for n in range(CLUSTERS)]
         path.write_bytes(checks.bytes_of(view))
         path.chmod(0o600)
-        self.tree.images[path] = Image(path, "raw", None, view)
+        image = self.tree.images[path] = Image(path, "raw", None, view)
+        return image
 
     def _overlay(self, backing: Image) -> Image:
         path = overlay(self._name("qcow2"), backing.path, backing.format)
-        view = None if backing.view is None else list(backing.view)
+        assert backing.view is not None
+        view = list(backing.view)
+        tag, begin = 100 + self.names, self.names * 5 % CLUSTERS
+        command = f"write -q -P {tag} {begin * CLUSTER} {CLUSTER}"
+        subprocess.run(["qemu-io", "-c", command, str(path)], check=True, timeout=PATIENCE)
+        view[begin] = tag
         image = self.tree.images[path] = Image(path, "qcow2", backing.path, view)
         return image
 

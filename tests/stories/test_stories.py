@@ -331,6 +331,36 @@ def tell(seeded: int | None = None, **limits: Any) -> None:
     )
 
 
+def test_a_told_story_has_every_job_do_its_work() -> None:
+    """Generated stories may be refused much; this one must not be."""
+    story: Any = Stories()
+    ends = []
+    try:
+        story.export_started(index=3, writable=True)
+        story.guest_writes(index=0, cluster=3, tag=77)
+        story.the_files_are_what_the_model_says()
+        story.export_stopped(index=0)
+        work = story._work
+
+        def noted(*args: Any) -> Any:
+            job = work(*args)
+            ends.append((args[1]["operation"], job and job["state"]))
+            return job
+
+        story._work = noted
+        story.copied(index=3, shallow=False, completion="finish", between=("kill agent", 0.1))
+        story.the_files_are_what_the_model_says()
+        story.committed(index=2, kind="below", base=0, delete=False, between=("nothing", 0))
+        story.the_files_are_what_the_model_says()
+        story.committed(index=1, kind="pivot", base=0, delete=True, between=("kill agent", 0.1))
+        story.the_files_are_what_the_model_says()
+        story.pulled(index=0, base=0, steps=True, between=("kill agent", 0.1))
+        story.the_files_are_what_the_model_says()
+    finally:
+        story.teardown()
+    assert ends == [("copy", "completed"), ("commit", "completed"), ("commit", "completed"), ("pull", "completed")]
+
+
 def test_a_short_story() -> None:
     tell(derandomize=True, max_examples=2, stateful_step_count=8)
 

@@ -24,8 +24,7 @@ from hostagent.images.chain import ChainLimits, OpenChain, open_chain
 from hostagent.nbd.prepared import Apart, Key, Leasing, PreparedChain
 from hostagent.records import DaemonRecord, Node
 from jobs.errors import JobError
-from jobs.model import Chain, FileId, Holder, Layer
-
+from jobs.model import Chain, FileId, Holder
 from jobs.ports import Clock
 
 log = logging.getLogger(__name__)
@@ -362,9 +361,6 @@ class Chains:
         chain.published = True  # it may have been
         if opened is not None:
             await self._lease_again(chain)
-        for node in chain.beside:
-            if node.layer.device and modes.get(node.layer.file):
-                await self._target_again(chain, node.layer)
         if not daemon.connected:
             self.suspect(chain)
         log.info("storage daemon adopted", extra={"fields": {"daemon": record.id, "pid": record.pid}})
@@ -384,13 +380,6 @@ class Chains:
             await chain.lease(exclusive=_alone(chain))
         except JobError as error:
             log.warning("a lease was lost", extra={"fields": {"path": chain.path, "error": error.message}})
-
-    async def _target_again(self, chain: PreparedChain, layer: Layer) -> None:
-        """A device that a copy goes to is claimed from the kernel, at once: nobody else guards it from a mount."""
-        try:
-            await chain.take_target(layer, await asyncio.to_thread(_open_target, layer))
-        except (JobError, OSError) as error:
-            log.warning("a lease was lost", extra={"fields": {"path": layer.path, "error": str(error)}})
 
     async def sweep(self) -> None:
         """End the adopted daemons that no export and no job claimed; rid the others of what an ended job left."""
@@ -475,15 +464,6 @@ class Chains:
             apart=chain.apart.export if chain.apart else "",
             created=self._clock.now(),
         )
-
-
-def _open_target(layer: Layer) -> int:
-    fd = os.open(layer.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    found = os.fstat(fd)
-    if FileId(found.st_dev, found.st_ino) == layer.file:
-        return fd
-    os.close(fd)
-    raise JobError("image_changed", f"{layer.path!r} is another device now", remedy="see who replaced it")
 
 
 def _alone(chain: PreparedChain) -> set[FileId]:

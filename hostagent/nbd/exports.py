@@ -21,7 +21,7 @@ from hostagent import nbdclient
 from hostagent.drivers.qmp import Refused
 from hostagent.errors import AgentError
 from hostagent.locks import Locks
-from hostagent.nbd.bitmaps import refuse_unusable
+from hostagent.nbd.bitmaps import add_export, find_served
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.claims import Claims
 from hostagent.nbd.export_spec import ExportSpec, apart
@@ -149,17 +149,14 @@ class Exports:
                 await self._claims.claim(record.holder, chain)
             else:
                 await chain.lease()
-            await refuse_unusable(record, chain, self._settings.nbd_timeout)
+            served = await find_served(record, chain, self._settings.nbd_timeout)
             await self._access.acquire(record.holder, _needs(record, chain))
             daemon = await chain.serve()
             chain.users.add(record.holder)
             if record.writable:
                 chain.writer = record.holder
                 await chain.open_for_writing((chain.file,))
-            adding = daemon.add_client_export(
-                record.id, chain.nodes[0], writable=record.writable, bitmaps=record.bitmaps
-            )
-            await chain.ask(adding)
+            await add_export(record, chain, served)
             self._chains.publish_socket(chain)
             record = await reached(record, chain, self._settings.tls, self._settings.nbd_timeout)
             record = replace(record, state="running", revision=record.revision + 1)

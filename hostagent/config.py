@@ -160,6 +160,12 @@ class Images:
         high=10_000_000,
     )
     scan_timeout: float = setting(30.0, "Seconds for such a search.", low=0.1, high=3600)
+    watch_interval: float = setting(
+        30.0,
+        "Seconds between two looks at whether a file that is open was cut, deleted or replaced by somebody else.",
+        low=0.1,
+        high=86400,
+    )
     map_output: int = setting(
         64 * MIB, "Bytes that qemu-img map may say of one image; an extent takes some 110.", low=64 * 1024, size=True
     )

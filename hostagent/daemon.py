@@ -56,6 +56,7 @@ from hostagent.drivers import qsd as qsd_driver
 from hostagent.drivers.process import User
 from hostagent.errors import AgentError
 from hostagent.images.dependents import Dependent, ScanLimits, find_dependents
+from hostagent.images.drift import Drift
 from hostagent.images.member import ChainLimits
 from hostagent.images.qemu_img import QemuImg, RunAs, ToolLimits
 from hostagent.images.tool import Tool
@@ -74,6 +75,7 @@ from hostagent.nbd.operations import job_id
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.nbd.tls import TlsSettings
+from hostagent.nbd.watch import Watch
 from hostagent.records import ExportRecord
 from hostagent.retention import Retention, keep_house
 from hostagent.store import Store
@@ -187,6 +189,7 @@ class Agent:
         self._exports = self._make_exports()
         self._driver = self._make_driver()
         self._bitmaps = self._make_bitmaps()
+        self._watch = Watch(self._chains, interval=config.images.watch_interval, tell=self._drifted)
         self._engine = self._make_engine()
         self._drain = Drain(self._store, self._engine, self._clock, self._later)
         self._service: AgentService
@@ -343,6 +346,7 @@ class Agent:
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._listen()]), name="api")
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
+            asyncio.create_task(self._watch.run(), name="watch"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
         ]
         where = self._config.api.socket
@@ -373,6 +377,7 @@ class Agent:
         await self._engine.stop()
         await self._bitmaps.close(self._config.agent.stop_timeout)
         await self._exports.close()
+        self._watch.close()
         await self._chains.let_go()
         self._ledger.close()
         self._prober.close()
@@ -426,6 +431,7 @@ class Agent:
             facts=facts,
             changes=self._changes,
             drain=self._drain,
+            watch=self._watch,
         )
         names = {item.name for item in fields(HttpSettings)} - {"host", "stop_timeout"}
         settings = HttpSettings(
@@ -531,6 +537,9 @@ class Agent:
             trouble = Trouble(now(), event.subject, event.reason or "unresponsive", "see whether its storage hangs")
         if trouble is not None and hasattr(self, "_service"):
             self._service.troubles.append(trouble)
+
+    def _drifted(self, drift: Drift) -> None:
+        self._service.troubles.append(Trouble(now(), "a file that is in use", str(drift), drift.remedy))
 
     def _later(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

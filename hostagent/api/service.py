@@ -30,6 +30,7 @@ from hostagent.nbd.export_spec import ExportSpec
 from hostagent.nbd.exports import Exports
 from hostagent.nbd.offline_bitmaps import Bitmaps, Found
 from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.watch import Watch
 from hostagent.records import AccessFile, ExportRecord
 from hostagent.store import Store
 from jobs.engine import Engine
@@ -75,6 +76,7 @@ class AgentService:
         facts: HostFacts,
         changes: Changes,
         drain: Drain,
+        watch: Watch,
     ) -> None:
         self._engine = engine
         self._exports = exports
@@ -86,6 +88,7 @@ class AgentService:
         self._facts = facts
         self._changes = changes
         self._drain = drain
+        self._watch = watch
         self.troubles: deque[Trouble] = deque(maxlen=20)
 
     # Jobs
@@ -334,6 +337,9 @@ class AgentService:
                 "pending": len(pending),
                 "oldest_seconds": (now() - oldest).total_seconds() if oldest else None,
             },
+            "changed_files": [
+                {"path": d.path, "what": d.what, "lost": d.lost, "remedy": d.remedy} for d in self._watch.found
+            ],
             "last_errors": [
                 {"time": views.time(t.time), "what": t.what, "message": t.message, "remedy": t.remedy}
                 for t in reversed(self.troubles)

@@ -115,6 +115,9 @@ def _host(host: Json) -> Iterator[Finding]:
         yield warn("storage daemons", text, f"when nothing uses that: kill {orphan['pid']}")
     if not stuck:
         yield ok("storage daemons", f"{len(daemons)} run, all answer")
+    for file in host.get("changed_files") or []:
+        report = fail if file.get("lost") else warn
+        yield report("files", f"{file['path']} {file['what']}", str(file.get("remedy") or ""))
     pending = host.get("revocations") or {}
     if pending.get("pending"):
         text = f"{pending['pending']} not settled, the oldest for {pending.get('oldest_seconds') or 0:.0f} s"

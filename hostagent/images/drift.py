@@ -24,6 +24,12 @@ class Drift:
     lost: bool = False
     astray: bool = False
 
+    @property
+    def remedy(self) -> str:
+        if self.lost:
+            return f"restore {self.path} from a copy, and what was written meanwhile: zeros may be in it"
+        return "see who did it; what is open is still the file that it was"
+
     def __str__(self) -> str:
         return f"{self.path} {self.what}"
 
@@ -51,10 +57,13 @@ def find_drift(
 
 
 def _length(layer: Layer, fd: int | None, named: os.stat_result | None) -> int | None:
-    """None where it cannot be known: of a device only an open one says it."""
-    if fd is None:
-        return None if named is None or layer.device else named.st_size
-    return os.lseek(fd, 0, os.SEEK_END) if layer.device else os.fstat(fd).st_size
+    """None where it cannot be known: of a device only an open one says it. A descriptor may have been closed meanwhile,
+    and its number be another file's."""
+    if fd is not None:
+        found = os.fstat(fd)
+        if FileId(found.st_dev, found.st_ino) == layer.file:
+            return os.lseek(fd, 0, os.SEEK_END) if layer.device else found.st_size
+    return None if named is None or layer.device else named.st_size
 
 
 def _named(path: str) -> os.stat_result | None:

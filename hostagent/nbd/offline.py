@@ -216,8 +216,7 @@ class OfflineDriver:
             remedy = f"look at its storage (dmesg), then start the {job.spec.operation} again"
             raise JobError("io_error", what, remedy=remedy) from error
         if lost := [drift for drift in found if drift.lost]:
-            remedy = f"restore {lost[0].path} from a copy, and what was written meanwhile: zeros may be in it"
-            raise JobError("image_changed", str(lost[0]), remedy=remedy, value=lost[0].path)
+            raise JobError("image_changed", str(lost[0]), remedy=lost[0].remedy, value=lost[0].path)
         results = self._results(job)
         if astray := [drift for drift in found if drift.astray and drift.path in results]:
             path = astray[0].path

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, check_clean, overlay, raw_image, same_content
+from tests.harness import (
+    MIB,
+    AgentProcess,
+    ApiError,
+    Json,
+    backing_of,
+    check_clean,
+    overlay,
+    raw_image,
+    reachable,
+    same_content,
+)
+from tests.qemu.faults import eventually
 
 pytestmark = pytest.mark.qemu
 
@@ -143,3 +158,60 @@ def test_what_does_not_harm_the_result_is_a_warning(
 
 def test_a_job_whose_files_stay_what_they_are_has_no_warning(agent: AgentProcess, top: Path) -> None:
     assert hurried(agent, begun(agent, top))["warnings"] == []
+
+
+# Exports: there is no end at which it would be found out
+
+
+@pytest.fixture
+def watching(tmp_path: Path) -> Iterator[AgentProcess]:
+    with reachable(tmp_path), AgentProcess(tmp_path, {"IMAGES_WATCH_INTERVAL": "0.1"}) as agent:
+        yield agent
+
+
+def changed(agent: AgentProcess) -> list[tuple[str, str, bool]]:
+    found = agent.get("/v1/host")["changed_files"]
+    return [(one["path"], " ".join(one["what"].split()[:2]), one["lost"]) for one in found]
+
+
+def test_a_base_that_is_cut_under_an_export_is_in_status_and_doctor(
+    watching: AgentProcess, top: Path, base: Path
+) -> None:
+    export = watching.export(top)
+    os.truncate(base, SIZE - 1)
+    assert eventually(lambda: changed(watching) == [(str(base), "was cut", True)], timeout=20)
+    (error,) = watching.get("/v1/host")["last_errors"]
+    assert f"{base} was cut" in error["message"]
+    command = [sys.executable, "-m", "hostagent.cli.main", "--socket", str(watching.socket), "doctor", "--json"]
+    checks = json.loads(subprocess.run(command, capture_output=True, timeout=60).stdout)["checks"]
+    assert [one["result"] for one in checks if one["name"] == "files"] == ["fail"]
+    watching.delete(f"/v1/exports/{export['id']}?force=true")
+    assert eventually(lambda: changed(watching) == [], timeout=20)
+
+
+def test_a_base_that_is_replaced_under_an_export_is_told_and_goes_on_to_be_served(
+    watching: AgentProcess, top: Path, base: Path, folder: Path
+) -> None:
+    export = watching.export(top)
+    base.rename(folder / "aside.raw")
+    base.write_bytes(b"stranger")
+    assert eventually(lambda: changed(watching) == [(str(base), "was replaced", False)], timeout=20)
+    out = folder / "out.raw"
+    subprocess.run(["nbdcopy", export["uri"], str(out)], check=True, timeout=60)
+    assert out.read_bytes() == (folder / "aside.raw").read_bytes()
+
+
+@pytest.mark.parametrize("operation", ["pull", "copy", "commit"])
+def test_what_our_own_jobs_change_is_no_alarm(watching: AgentProcess, top: Path, folder: Path, operation: str) -> None:
+    """A file that is cut afterwards says that everything was looked at since."""
+    other = raw_image(folder / "other.raw", MIB)
+    watching.export(overlay(folder / "witness.qcow2", other))
+    watching.export(top)
+    more = {"pull": {}, "copy": {"dest": str(folder / "copy.qcow2")}, "commit": {}}[operation]
+    completion = {} if operation == "pull" else {"completion": "pivot"}
+    job = watching.post("/v1/jobs", {"operation": operation, "target": str(top), **more, **completion})
+    job = watching.until_ended(job["id"])
+    assert (job["state"], job["warnings"]) == ("completed", []), job
+    os.truncate(other, 1)
+    assert eventually(lambda: changed(watching), timeout=20) == [(str(other), "was cut", True)]
+    assert watching.log.read_text().count("a file changed") == 1

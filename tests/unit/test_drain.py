@@ -206,8 +206,9 @@ def test_to_ask_again_adds_the_pause_and_never_takes_it_back() -> None:
 def test_only_root_and_the_agents_own_user_drain_the_host() -> None:
     async def scenario() -> None:
         host = Host()
-        parts: dict[str, Any] = dict.fromkeys(("engine", "exports", "chains", "ledger", "store", "subject", "facts"))
-        service = AgentService(**parts, bitmaps=None, changes=Changes(), drain=host.drain)
+        names = ("engine", "exports", "bitmaps", "chains", "ledger", "store", "subject", "facts", "watch")
+        parts: dict[str, Any] = dict.fromkeys(names)
+        service = AgentService(**parts, changes=Changes(), drain=host.drain)
         member = Peer(1, 4242, 4242)
         for ask in (service.drain(False, peer=member), service.lift_drain(peer=member)):
             with pytest.raises(JobError) as refused:

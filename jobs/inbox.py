@@ -11,7 +11,7 @@ from jobs.errors import JobError
 from jobs.model import Job
 
 SIZE = 64
-"""Requests and hints that may wait for one job; a hint that finds it full is dropped (the poll finds what it told)."""
+"""Requests that may wait for one job, and a hint beside them."""
 
 
 class Ask(StrEnum):
@@ -49,9 +49,13 @@ class Inbox:
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Message] = asyncio.Queue(maxsize=SIZE)
         self._first: Message | None = None
+        self._hinted = False
 
     def hint(self) -> None:
-        if not self._queue.full():
+        """One look answers all hints before it; a hint that finds the queue full is dropped (the poll finds what it
+        told)."""
+        if not self._hinted and not self._queue.full():
+            self._hinted = True
             self._queue.put_nowait(Message(Ask.LOOK))
 
     async def ask(self, ask: Ask, value: Any, timeout: float, name: str) -> Job:
@@ -76,9 +80,17 @@ class Inbox:
         try:
             # Not wait_for: in Python 3.11 it can swallow a cancellation (bpo-37658), and the agent's stop with it.
             async with asyncio.timeout(timeout):
-                return await self._queue.get()
+                message = await self._queue.get()
         except TimeoutError:
             return None
+        if message.ask is not Ask.LOOK:
+            return message
+        if not self._queue.empty():  # who asks goes first: a look may take as long as a daemon that does not answer
+            request = self._queue.get_nowait()
+            self._queue.put_nowait(message)
+            return request
+        self._hinted = False
+        return message
 
     async def next_or(self, other: asyncio.Future[Any]) -> Message | None:
         """The next message, or None when `other` is done first."""

@@ -8,15 +8,19 @@ writes are not told.
 from __future__ import annotations
 
 import json
+import operator
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hostagent.images.chain import OpenChain
+from hostagent.images.header import shown
 from hostagent.images.tool import Finished, RunAs, Tool, ToolLimits, grasped, reason
 from jobs.errors import JobError
-from jobs.model import Chain
+from jobs.model import Chain, Layer
+
+_ALL = "leave --length out for all that follows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,8 @@ class Map:
         self._tool = Tool(user=user, limits=self._limits, binary=binary)
 
     async def extents(self, opened: OpenChain, *, start: int = 0, length: int | None = None) -> list[Extent]:
-        """The extents from `start` on, `length` bytes of them or all."""
+        """The extents from `start` on, `length` bytes of them or all. A range that the disk does not have is `invalid`."""
+        _check_range(opened.chain.top, start, length)
         words = ["map", "--output=json", f"--start-offset={start}"]
         words += [] if length is None else [f"--max-length={length}"]
         path = opened.chain.top.path
@@ -55,7 +60,24 @@ class Map:
         if len(finished.stdout) >= self._limits.output:
             message = f"the map of {path} has more than images.map_output ({self._limits.output} bytes)"
             raise JobError("limit", message, remedy="ask for less: --start, --length", value=path)
-        return [_extent(entry, opened.chain) for entry in json.loads(finished.stdout)]
+        try:
+            return [_extent(entry, opened.chain) for entry in json.loads(finished.stdout)]
+        except (ValueError, LookupError, TypeError) as error:
+            remedy = "is images.qemu_img QEMU's own? `hostagent doctor` says which program it is"
+            message = f"the map of {path} cannot be understood: {type(error).__name__}: {shown(str(error))}"
+            raise JobError("unavailable", message, remedy=remedy, value=path) from error
+
+
+def _check_range(top: Layer, start: int, length: int | None) -> None:
+    size = top.virtual_size
+    if start and start >= size:
+        message = f"byte {start} is beyond the end of {top.path}, which has {size}"
+        raise JobError("invalid", message, field="start", value=start, remedy="start below that")
+    if length == 0:
+        raise JobError("invalid", "a length of 0 is nothing to map", field="length", value=0, remedy=_ALL)
+    if length is not None and start + length > size:
+        message = f"{top.path} has {size - start} bytes from byte {start} on, not {length}"
+        raise JobError("invalid", message, field="length", value=length, remedy=_ALL)
 
 
 def _described(chain: Chain, handles: Sequence[int]) -> str:
@@ -69,9 +91,12 @@ def _described(chain: Chain, handles: Sequence[int]) -> str:
 
 
 def _extent(entry: dict[str, Any], chain: Chain) -> Extent:
-    depth = entry["depth"]
+    """Of types and within bounds: what is no extent is a ValueError, LookupError or TypeError."""
+    start, length, depth = (operator.index(entry[name]) for name in ("start", "length", "depth"))
+    if start < 0 or length < 0 or depth < 0:
+        raise ValueError("a number below 0")
     path = chain.layers[depth].path if entry.get("present", True) else None
-    return Extent(entry["start"], entry["length"], depth, entry["zero"], entry["data"], path)
+    return Extent(start, length, depth, bool(entry["zero"]), bool(entry["data"]), path)
 
 
 def _failed(path: str, finished: Finished) -> JobError:

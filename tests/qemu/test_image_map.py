@@ -37,11 +37,11 @@ def extents(
     binary: str = "qemu-img",
     output: int = MIB,
     timeout: float = 30,
-    **more: int,
+    **more: int | None,
 ) -> list[Extent]:
     tool = Map(user=None, limits=ToolLimits(timeout=timeout), binary=binary, output=output)
     with open_chain(str(image), limits=ChainLimits(), format=format) as opened:
-        return asyncio.run(tool.extents(opened, **more))
+        return asyncio.run(tool.extents(opened, **more))  # type: ignore[arg-type]
 
 
 def refusal(image: Path, **more: object) -> JobError:
@@ -121,6 +121,33 @@ def test_a_tool_that_hangs_crashes_or_fails_is_an_error(top: Path, folder: Path,
     program.write_text(f"#!/bin/sh\n{body}\n")
     program.chmod(0o755)
     assert refusal(top, binary=str(program), timeout=1.0).code == code
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "", "no JSON", "7", "[7]", '["x"]', "[{}]", "\\377",
+        '[{"start": 0, "length": 1, "depth": 9, "zero": false, "data": true}]',
+        '[{"start": 0, "length": 1, "depth": -1, "zero": false, "data": true}]',
+        '[{"start": "0", "length": 1, "depth": 0, "zero": false, "data": true}]',
+    ],
+)  # fmt: skip
+def test_a_tool_that_answers_something_else_is_an_error(top: Path, folder: Path, said: str) -> None:
+    program = folder / "tool.sh"
+    program.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    program.chmod(0o755)
+    error = refusal(top, binary=str(program))
+    assert error.code == "unavailable" and "cannot be understood" in error.message
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "field"),
+    [(MIB, None, "start"), (1 << 62, 1, "start"), (0, 0, "length"), (K64, MIB, "length"), (0, MIB + 1, "length")],
+)
+def test_a_range_that_the_disk_does_not_have_is_refused(top: Path, start: int, length: int | None, field: str) -> None:
+    error = refusal(top, start=start, length=length)
+    assert (error.code, error.field) == ("invalid", field)
+    assert extents(top, start=MIB - K64, length=K64), "up to the end is no error"
 
 
 def cli(*words: object) -> list[str]:

@@ -145,6 +145,8 @@ class EventStream(Response):
         async with contextlib.aclosing(self._streams.chunks(self._since)) as chunks:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                # A write seldom waits, and only the loop learns that the client has left: hear of it before the next.
+                await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -124,6 +124,10 @@ def _in_pool(path: Path, limits: ChainLimits) -> bool:
 def _refuse_kind(handle: int, found: os.stat_result, path: str, *, devices: bool) -> None:
     mode = found.st_mode
     if stat.S_ISREG(mode):
+        if not found.st_blocks and _has_no_storage(handle):
+            remedy = "name an image that lies on storage"
+            message = f"{path} is a view of the kernel or a device, not a stored file"
+            raise JobError("image_invalid", message, remedy=remedy, value=path)
         return
     if stat.S_ISLNK(mode):
         target = os.readlink("", dir_fd=handle)
@@ -143,6 +147,13 @@ def _refuse_kind(handle: int, found: os.stat_result, path: str, *, devices: bool
     kind = next((name for test, name in _KINDS if test(mode)), "a special file")
     remedy = "name an image that is a regular file"
     raise JobError("image_invalid", f"{path} is {kind}, not an image", remedy=remedy, value=path)
+
+
+def _has_no_storage(handle: int) -> bool:
+    """Whether the file system is one like /proc and /sys, which have neither blocks nor inodes to give. Reading their
+    files may fail, wait, or have effects."""
+    system = os.fstatvfs(handle)
+    return not system.f_blocks and not system.f_files
 
 
 def device_node(device: int) -> str | None:

@@ -772,6 +772,9 @@ def test_a_body_that_is_not_json_by_its_type_is_refused(shared: AgentProcess) ->
         ("/v1/images/inspect?path=relative", "invalid", "path"),
         ("/v1/images/inspect?path=/%00", "invalid", "path"),
         ("/v1/images/inspect", "invalid", "path"),
+        ("/v1/images/inspect?path=/proc/self/mem", "image_invalid", "path"),
+        ("/v1/images/inspect?path=/proc/self/maps&format=raw", "image_invalid", "path"),
+        ("/v1/images/inspect?path=/dev/tty", "image_invalid", "path"),
         ("/v1/nothing", "not_found", None),
     ],
 )

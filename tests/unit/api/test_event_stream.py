@@ -191,6 +191,32 @@ def test_a_client_that_does_not_read_is_cut_off(serve):
         assert agent.front.streams.open == 0
 
 
+def test_a_client_that_leaves_during_the_replay_gets_no_more(agent, monkeypatch, caplog):
+    happen(agent, *map(str, range(400)))
+    told = 0
+    with socket.socket(socket.AF_UNIX) as client:
+        events_since, event = agent.service.events_since, agent.front.streams._event
+
+        async def leaving(since, limit):
+            client.close()
+            return await events_since(since, limit)
+
+        def counted(record):
+            nonlocal told
+            told += 1
+            return event(record)
+
+        monkeypatch.setattr(agent.service, "events_since", leaving)
+        monkeypatch.setattr(agent.front.streams, "_event", counted)
+        client.connect(str(agent.path))
+        client.sendall(b"GET /v1/events?since=0 HTTP/1.1\r\nhost: x\r\n\r\n")
+        deadline = time.monotonic() + 30
+        while (agent.front.streams.open or not told) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert 0 < told < 10
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
 def test_a_bad_number_is_refused(agent):
     with streaming(agent, headers={"last-event-id": "x"}) as stream:
         assert stream.status == 400

@@ -205,6 +205,18 @@ def test_special_files_are_refused_without_waiting_for_them(images: Images) -> N
     assert (error.code, "character device" in error.message) == ("image_invalid", True)
 
 
+@pytest.mark.parametrize(
+    "path", ["/proc/self/mem", "/proc/self/maps", "/proc/version", "/sys/kernel/notes", "/sys/power/state"]
+)
+@pytest.mark.parametrize("format", [None, "raw"])
+def test_views_of_the_kernel_are_refused_and_not_read(path: str, format: str | None) -> None:
+    if not Path(path).exists():
+        pytest.skip("this kernel does not have it")
+    error = refusal(path, format=format)
+    assert (error.code, "view of the kernel" in error.message) == ("image_invalid", True)
+    assert error.remedy
+
+
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="making a device node needs root")
 def test_a_block_device_is_not_supported_yet(images: Images) -> None:

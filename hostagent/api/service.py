@@ -116,7 +116,7 @@ class AgentService:
             for layer in plan.before.layers
             if layer.file not in stays
         }
-        return views.plan(plan, kept)
+        return views.plan(plan, kept, asked.completion)
 
     async def list_jobs(
         self,

@@ -62,11 +62,13 @@ def _target(value: Job) -> Json | None:
     return None if target is None else {"path": target.path, "format": target.format, "state": target.state.value}
 
 
-def plan(value: Plan, kept: Mapping[str, list[str]]) -> Json:
-    """What a dry run says; `kept` are the keepers of each file that the chain would lose."""
+def plan(value: Plan, kept: Mapping[str, list[str]], completion: str | None) -> Json:
+    """What a dry run says; `kept` are the keepers of each file that the chain would lose. Where `completion` is left
+    open, `after`, `revoke` and `keep` are what a pivot would bring; a finish leaves the chain as it was."""
     lost = [layer.path for layer in value.before.layers if layer not in value.after.layers]
     return {
         "dry_run": True,
+        "completion": completion,
         "before": value.before.paths(),
         "after": value.after.paths(),
         "revoke": [{"path": path} for path in lost if not kept.get(path)],

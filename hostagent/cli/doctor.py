@@ -14,7 +14,7 @@ from typing import Any
 
 from hostagent.cli.client import Client, CliError, Json
 from hostagent.cli.finding import Finding, Result, fail, ok, warn
-from hostagent.cli.terminal import Terminal
+from hostagent.cli.terminal import Terminal, counted
 from hostagent.errors import EXIT_ERROR, EXIT_OK, AgentError
 
 MOST_GRANTS = 20  # warnings about kept files; hundreds of the same would hide the rest
@@ -46,7 +46,7 @@ def _print(terminal: Terminal, findings: list[Finding]) -> None:
             terminal.line(f"{'':<6}{'':<{width}}  → {line}", "remedy")
     bad = [sum(finding.result is result for finding in findings) for result in (Result.FAIL, Result.WARN)]
     terminal.line("")
-    terminal.heading(f"{len(findings)} checks: {bad[0]} failed, {bad[1]} warnings")
+    terminal.heading(f"{counted(len(findings), 'check')}: {bad[0]} failed, {counted(bad[1], 'warning')}")
 
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hostagent.cli import arguments
 from hostagent.cli.client import Client, CliError, Json, once, patient
-from hostagent.cli.terminal import Column, Terminal, remark
+from hostagent.cli.terminal import Column, Terminal, counted, remark
 from hostagent.errors import EXIT_OK
 from hostagent.sizes import format_size
 
@@ -96,7 +96,7 @@ def _print(terminal: Terminal, state: Json) -> None:
     _print_exports(terminal, state["exports"])
     if state["revocations"]:
         terminal.line("")
-        terminal.line(f"{state['revocations']} files wait for their access to be taken back: `hostagent grant list`")
+        terminal.line(f"access to {counted(state['revocations'], 'file')} is to be taken back: `hostagent grant list`")
 
 
 def _print_jobs(terminal: Terminal, jobs: list[Json]) -> None:

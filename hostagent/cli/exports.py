@@ -9,7 +9,7 @@ from typing import Any
 
 from hostagent.cli import arguments
 from hostagent.cli.client import Client, CliError, Json, once, patient, quoted
-from hostagent.cli.terminal import Column, Terminal, age, remark
+from hostagent.cli.terminal import Column, Terminal, age, counted, remark
 from hostagent.errors import EXIT_OK
 from hostagent.sizes import format_duration, format_size
 
@@ -121,7 +121,7 @@ def _list(args: argparse.Namespace) -> int:
 def row(export: Json) -> tuple[str, ...]:
     return (
         str(export["id"]),
-        str(export["image"]),
+        _stands_on(export),
         str(export["state"]),
         _mode(export),
         str(len(export.get("clients") or [])),
@@ -140,14 +140,15 @@ def _show(args: argparse.Namespace) -> int:
     clients = [_client(client) for client in export.get("clients") or []]
     terminal.fields(
         [
-            ("image", f"{export['image']} ({export['format']}, {format_size(export['size'])}{_part(export)})"),
+            ("image", f"{_stands_on(export)} ({export['format']}, {format_size(export['size'])}{_part(export)})"),
+            ("named", str(export["image"]) if export["image"] != _stands_on(export) else ""),
             ("state", str(export["state"])),
             ("reason", export.get("reason") or ""),
             ("mode", _mode(export)),
             ("uri", str(export["uri"])),
             ("clients", ", ".join(clients) or "none"),
             ("bitmaps", ", ".join(export.get("bitmaps") or [])),
-            ("at most", f"{export['max_clients']} clients" if export.get("max_clients") else ""),
+            ("at most", counted(export["max_clients"], "client") if export.get("max_clients") else ""),
             ("created", f"{export['created']} ({age(export['created'])} ago)"),
             ("stopped", export.get("stopped") or ""),
             ("expires", export.get("expires") or ""),
@@ -167,6 +168,11 @@ def _stop(args: argparse.Namespace) -> int:
     else:
         terminal.line(f"export {export['id']} {export['state']}")
     return EXIT_OK
+
+
+def _stands_on(export: Json) -> str:
+    """The file that it shows: after a pivot not the one as which it was named."""
+    return str(export.get("path") or export["image"])
 
 
 def _mode(export: Json) -> str:

@@ -12,6 +12,9 @@ from hostagent.sizes import format_duration, format_rate, format_size
 COLUMNS = ("id", "operation", "target", "state", Column("progress", right=True), "speed", Column("age", right=True))
 
 
+SHORTEST = 0.1  # seconds; what took less is not told as 0
+
+
 def row(job: Json) -> tuple[str, ...]:
     return (
         str(job["id"]),
@@ -61,8 +64,8 @@ def whole(terminal: Terminal, job: Json) -> None:
     )
 
 
-def plan(terminal: Terminal, found: Json) -> None:
-    """What a job would do; nothing has been changed."""
+def plan(terminal: Terminal, found: Json, *, kept_by: str) -> None:
+    """What a job would do; nothing has been changed. `kept_by`: the option after which the image stays on top."""
     terminal.heading("nothing was changed; this is what the job would do")
     space = found.get("space") or {}
     lost = {
@@ -71,9 +74,12 @@ def plan(terminal: Terminal, found: Json) -> None:
         "revoked": [entry["path"] for entry in found.get("revoke") or []],
         "kept": found.get("keep"),
     }
+    undecided = found.get("completion") is None and (found.get("after") or [])[:1] != (found.get("before") or [])[:1]
+    becomes = "with --pivot" if undecided else "becomes"
     terminal.fields(
         [
-            *chain(lost, revoked="would revoke", kept="would stay open"),
+            *chain(lost, becomes=becomes, revoked="would revoke", kept="would stay open"),
+            (f"with {kept_by}", "the chain stays as it is, and nothing is revoked" if undecided else ""),
             ("space needed", _size(space.get("need"), "at most ")),
             ("space free", _size(space.get("free"))),
             *_warnings(found),
@@ -81,12 +87,14 @@ def plan(terminal: Terminal, found: Json) -> None:
     )
 
 
-def chain(found: Json, *, revoked: str = "revoked", kept: str = "kept") -> list[tuple[str, str]]:
+def chain(
+    found: Json, *, becomes: str = "becomes", revoked: str = "revoked", kept: str = "kept"
+) -> list[tuple[str, str]]:
     """The chain before and after, top first, and what became of the files that left it."""
     before, after = found.get("before") or [], found.get("after") or []
     lines = [("chain", " ← ".join(_short(before)))]
     if after != before:
-        lines.append(("becomes", " ← ".join(_short(after))))
+        lines.append((becomes, " ← ".join(_short(after))))
     lines += [(revoked, path) for path in found.get("revoked") or []]
     lines += [(kept, _kept(entry)) for entry in found.get("kept") or []]
     return [(name if i == 0 or lines[i - 1][0] != name else " ", value) for i, (name, value) in enumerate(lines)]
@@ -150,7 +158,8 @@ def _took(job: Json) -> str:
     first, last = job.get("started") or job.get("created"), job.get("finished")
     if not first or not last:
         return ""
-    return format_duration((datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds())
+    seconds = (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
+    return format_duration(seconds) if seconds >= SHORTEST else f"less than {format_duration(SHORTEST)}"
 
 
 def _ago(time: str | None) -> str:

@@ -188,7 +188,7 @@ def _dry_run(client: Client, terminal: Terminal, args: argparse.Namespace) -> in
     if terminal.json:
         terminal.data(plan)
     else:
-        job_report.plan(terminal, plan)
+        job_report.plan(terminal, plan, kept_by="--keep-overlay" if args.verb == "commit" else "--finish")
     return EXIT_OK
 
 

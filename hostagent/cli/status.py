@@ -11,7 +11,7 @@ from typing import Any
 
 from hostagent.cli import arguments
 from hostagent.cli.client import Client, Json
-from hostagent.cli.terminal import Column, Terminal, age
+from hostagent.cli.terminal import Column, Terminal, age, counted
 from hostagent.errors import EXIT_OK
 from hostagent.sizes import format_duration
 
@@ -62,7 +62,7 @@ def _print_head(terminal: Terminal, host: Json) -> None:
         [
             ("running", f"for {age(host.get('started'))}, pid {host.get('pid', '?')}"),
             ("hypervisor", f"user {user.get('name', '?')}, {access}"),
-            ("qemu", f"{host.get('qemu') or 'unknown'}, {len(daemons)} storage daemons"),
+            ("qemu", f"{host.get('qemu') or 'unknown'}, {counted(len(daemons), 'storage daemon')}"),
             ("libvirt", _libvirt(host.get("libvirt") or {})),
         ]
     )
@@ -112,7 +112,7 @@ def _revocation_alarms(host: Json) -> list[tuple[str, str]]:
     if not pending.get("pending"):
         return []
     oldest = format_duration(pending.get("oldest_seconds") or 0)
-    text = f"{pending['pending']} files wait for their access to be taken back, the oldest for {oldest}"
+    text = f"access to {counted(pending['pending'], 'file')} is to be taken back, the oldest for {oldest}"
     return [(text, "hostagent grant list shows which, and why")]
 
 

@@ -130,6 +130,11 @@ def complain(message: str, remedy: str | None = None) -> None:
         remark(f"  remedy: {remedy}")
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 warning`, `2 warnings`, `0 warnings`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def age(time: str | None) -> str:
     """How long ago an RFC 3339 time was."""
     from hostagent.sizes import format_duration

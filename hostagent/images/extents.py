@@ -43,7 +43,7 @@ class Map:
         self._tool = Tool(user=user, limits=self._limits, binary=binary)
 
     async def extents(self, opened: OpenChain, *, start: int = 0, length: int | None = None) -> list[Extent]:
-        """The extents from `start` on, `length` bytes of them or all. A range that the disk does not have is `invalid`."""
+        """The extents from `start` on, `length` bytes of them or all; `invalid` where the disk does not have that."""
         _check_range(opened.chain.top, start, length)
         words = ["map", "--output=json", f"--start-offset={start}"]
         words += [] if length is None else [f"--max-length={length}"]

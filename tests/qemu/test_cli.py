@@ -140,7 +140,7 @@ def test_increments_by_hand(cli: Cli, agent: AgentProcess, top: Path) -> None:
 def test_a_dry_run_changes_nothing(cli: Cli, agent: AgentProcess, top: Path) -> None:
     before = top.read_bytes()
     plan = cli.json("job", "pull", top, "--dry-run")
-    assert plan["dry_run"] is True
+    assert plan["dry_run"] is True and plan["completion"] is None
     assert plan["before"] == [str(top), str(top.parent / "base.raw")]
     assert plan["after"] == [str(top)]
     assert "nothing was changed" in cli("job", "pull", top, "--dry-run")

@@ -194,6 +194,33 @@ def test_show_says_everything(agent: FakeAgent, run, capsys) -> None:
         assert words in out
 
 
+@pytest.mark.parametrize(
+    ("verb", "after", "staying"),
+    [("copy", ["/images/new.qcow2"], "--finish"), ("commit", ["/images/base.qcow2"], "--keep-overlay")],
+)
+@pytest.mark.parametrize("completion", ["pivot", None])
+def test_a_dry_run_of_what_can_end_in_two_ways_shows_both_or_the_chosen_one(
+    agent: FakeAgent, run, capsys, verb: str, after: list[str], staying: str, completion: str | None
+) -> None:
+    before = ["/images/top.qcow2", "/images/base.qcow2"]
+    plan = {"dry_run": True, "completion": completion, "before": before, "after": after, "revoke": [], "keep": []}
+    agent.on("POST", "/v1/jobs", (200, {**plan, "space": {}, "warnings": []}))
+    words = [*(["/images/new.qcow2"] if verb == "copy" else []), *(["--pivot"] if completion else [])]
+    assert run("job", verb, "/images/top.qcow2", *words, "--dry-run") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    if completion:
+        assert f"becomes {after[0]}" in out and "with " not in out
+    else:
+        assert f"with --pivot {after[0]} with {staying} the chain stays as it is" in out
+
+
+def test_what_took_no_time_is_not_said_to_have_taken_0_seconds(agent: FakeAgent, run, capsys) -> None:
+    times = {"started": "2024-05-01T10:00:00.000Z", "finished": "2024-05-01T10:00:00.020Z"}
+    agent.on("GET", JOB, (200, job("completed", **times)))
+    assert run("job", "watch", ID) == 0
+    assert "completed after less than 0.1 s" in capsys.readouterr().out
+
+
 def test_a_dry_run_says_what_would_happen(agent: FakeAgent, run, capsys) -> None:
     keep = [{"path": "/images/base.qcow2", "reason": "needed by others", "holders": ["image:/images/b.qcow2"]}]
     before = ["/images/top.qcow2", "/images/mid.qcow2", "/images/base.qcow2"]

@@ -87,7 +87,8 @@ def _healthy(agent: FakeAgent) -> None:
 def test_doctor_exits_0_when_all_is_well(agent: FakeAgent, run, capsys) -> None:
     _healthy(agent)
     assert run("doctor") == 0
-    assert "0 failed" in capsys.readouterr().out
+    assert "0 failed" in (out := capsys.readouterr().out)
+    assert "1 warnings" not in out
 
 
 def test_doctor_reports_what_the_agent_knows(agent: FakeAgent, run, capsys) -> None:

@@ -53,6 +53,22 @@ def test_export_start_asks_for_what_was_said_and_prints_the_uri(agent: FakeAgent
     }  # fmt: skip
 
 
+def test_exports_are_shown_as_the_file_that_they_stand_on_now(agent: FakeAgent, run, capsys) -> None:
+    moved = export(path="/images/copy.qcow2", max_clients=1)
+    agent.on("GET", "/v1/exports", (200, {"items": [moved], "next": None}))
+    agent.on("GET", EXPORT, (200, moved))
+    assert run("export", "list") == 0
+    out = capsys.readouterr().out
+    assert "/images/copy.qcow2" in out and "/images/top.qcow2" not in out
+    assert run("export", "show", ID) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "image /images/copy.qcow2 (qcow2, 1 GiB) named /images/top.qcow2" in out
+    assert "at most 1 client " in out
+    agent.on("GET", EXPORT, (200, export(path="/images/top.qcow2")))
+    assert run("export", "show", ID) == 0
+    assert "named" not in capsys.readouterr().out
+
+
 def test_export_start_returns_when_clients_can_connect(agent: FakeAgent, run, capsys) -> None:
     agent.on("POST", "/v1/exports", (202, export("starting")))
     agent.on("GET", EXPORT, (304, None), (200, export("starting")), (200, export("running", revision=2)))
@@ -141,7 +157,7 @@ def test_status_shows_first_what_needs_a_person(agent: FakeAgent, run, capsys) -
     for words in (
         "storage daemon 99 of /images/a.qcow2 is unresponsive", f"hostagent job abort --force {ID}",
         "storage daemon 98 runs, but belongs to no job", "it holds export disk",
-        "2 files wait", "1 min 30 s", "jobs (1 active)",
+        "access to 2 files is to be taken back", "1 min 30 s", "jobs (1 active)",
         "exports (1)", "job 5: no space left", "make room",
     ):  # fmt: skip
         assert words in out

@@ -392,6 +392,32 @@ def show(config: Config) -> str:
     return "\n".join(parts)
 
 
+def plain(config: Config) -> dict[str, object]:
+    """`section.key` → value, as JSON can carry it; `restored` reads it."""
+    return {
+        f"{section}.{key}": _plain(getattr(getattr(config, section), key))
+        for section in SECTIONS
+        for key in _rules(section)
+    }
+
+
+def restored(values: Mapping[str, object], source: str) -> Config:
+    """The settings that an agent says it has. One of another version may know others: those are left out."""
+    known = {f"{section}.{key}" for section in SECTIONS for key in _rules(section)} & values.keys()
+    checked: dict[str, Any] = {}
+    for name in known:
+        section, key = name.split(".", 1)
+        checked[name] = _checked(section, key, values[name], source)
+    origin = {f"{section}.{key}": "default" for section in SECTIONS for key in _rules(section)}
+    return _settled(checked, origin | dict.fromkeys(known, source), {})
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return "" if value == UNSET else str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
 # Where values come from
 
 

@@ -49,7 +49,7 @@ from hostagent.api.changes import Changes
 from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
 from hostagent.api.service import AgentService, HostFacts, Trouble
-from hostagent.config import Config
+from hostagent.config import Config, plain
 from hostagent.drain import Drain
 from hostagent.drivers import process
 from hostagent.drivers import qsd as qsd_driver
@@ -419,6 +419,7 @@ class Agent:
             runtime_dir=self._runtime_dir,
             started=now(),
             min_free=config.store.min_free,
+            settings=plain(config),
         )
         self._service = AgentService(
             engine=self._engine,

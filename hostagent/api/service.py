@@ -50,6 +50,7 @@ class HostFacts:
     runtime_dir: Path
     started: datetime
     min_free: int
+    settings: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +349,7 @@ class AgentService:
             "jobs": await self._store.counts(),
             "exports": exports,
             "drain": {"draining": self._drain.on, "since": views.time(self._drain.record.since)},
+            "settings": dict(self._facts.settings),
         }
 
     async def drain(self, pause: bool, *, peer: Peer) -> Json:

@@ -71,13 +71,17 @@ class StreamEvent:
 
 
 class Client:
-    def __init__(self, socket_path: Path) -> None:
+    """`owner`: the only user whose agent is asked; an agent of another user is `denied`."""
+
+    def __init__(self, socket_path: Path, *, owner: int | None = None, timeout: float = ANSWER_TIMEOUT) -> None:
         self.socket = socket_path
+        self._owner = owner
+        self._timeout = timeout
 
     def get(self, path: str, query: Mapping[str, Any] | None = None, *, etag: object = None, wait: float = 0) -> Reply:
         headers = {} if etag is None else {"If-None-Match": f'"{etag}"'}
         parameters = {**(query or {}), **({"wait": f"{wait:g}"} if wait else {})}
-        return self._call("GET", path, query=parameters, headers=headers, timeout=ANSWER_TIMEOUT + wait)
+        return self._call("GET", path, query=parameters, headers=headers, timeout=self._timeout + wait)
 
     def post(self, path: str, body: Json | None = None, query: Mapping[str, Any] | None = None) -> Json:
         return self._object("POST", path, body, query)
@@ -144,7 +148,7 @@ class Client:
         payload = None if body is None else json.dumps(body).encode()
         if payload is not None:
             sent["Content-Type"] = "application/json"
-        connection = UnixConnection(self.socket, timeout=timeout)
+        connection = UnixConnection(self.socket, timeout=timeout, owner=self._owner)
         with _as_unreachable(self.socket):
             connection.connect()
         with _as_unreachable(self.socket, sent=True):

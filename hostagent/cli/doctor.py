@@ -14,6 +14,7 @@ from typing import Any
 
 from hostagent.cli.client import Client, CliError, Json
 from hostagent.cli.finding import Finding, Result, fail, ok, warn
+from hostagent.cli.judged import judged
 from hostagent.cli.terminal import Terminal, counted
 from hostagent.errors import EXIT_ERROR, EXIT_OK, AgentError
 
@@ -60,9 +61,16 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
         yield fail("settings", error.message, error.remedy)
         plain = {key: value for key, value in os.environ.items() if not key.startswith(config.ENV_PREFIX)}
         settings = config.load(env=plain)  # the defaults, so that the other checks can still be made
-    yield from doctor_host.findings(settings)
     named = args.socket or os.environ.get("HOSTAGENT_SOCKET")
-    yield from _agent(Client(Path(named) if named else settings.api.socket))
+    socket = Path(named) if named else settings.api.socket
+    if args.config:  # asked for by name
+        yield ok("judged by", f"the settings of {args.config}, whatever a running agent has")
+    else:
+        found = judged(socket, settings)
+        yield ok("judged by", f"settings, {found.whose}")
+        settings = found.settings
+    yield from doctor_host.findings(settings)
+    yield from _agent(Client(socket))
 
 
 # What the running agent says

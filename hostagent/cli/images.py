@@ -1,21 +1,24 @@
 """`hostagent image …`: look at an image and its backing chain.
 
-It runs here, without the agent, by the same bounded reader and the same rules; the image is not trusted.
+It runs here, by the agent's own bounded reader and rules; the image is not trusted. The settings are those of the
+running agent where there is one (hostagent.cli.judged), and no agent is needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hostagent.cli import arguments
-from hostagent.cli.terminal import Column, Terminal
+from hostagent.cli.terminal import Column, Terminal, remark
 from hostagent.errors import EXIT_ERROR, EXIT_OK
 from hostagent.sizes import format_size
 
 if TYPE_CHECKING:
     from hostagent.cli.follow import Display
+    from hostagent.cli.judged import Judged
     from hostagent.config import Config
     from hostagent.images.chain import ChainLimits, OpenChain
     from hostagent.images.extents import Extent
@@ -50,7 +53,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from hostagent.images.chain import open_chain
 
     terminal = Terminal.of(args)
-    with open_chain(args.path, limits=_limits(_settings()), format=args.format) as opened:
+    with open_chain(args.path, limits=_limits(_settings(args).settings), format=args.format) as opened:
         layers = _layers(opened)
     if terminal.json:
         terminal.data({"path": args.path, "layers": layers})
@@ -92,14 +95,17 @@ def _check(args: argparse.Namespace) -> int:
     from hostagent.cli.progress import shown
     from hostagent.images.chain import open_chain
 
-    terminal, config = Terminal.of(args), _settings()
+    terminal, found = Terminal.of(args), _settings(args)
+    config = found.settings
+    remark(f"settings: {found.whose}")
     with (
         open_chain(args.path, limits=_limits(config), format=args.format) as opened,
         shown("auto", terminal) as display,
     ):
         results = asyncio.run(_check_each(opened, _tool(config), display))
     if terminal.json:
-        terminal.data({"path": args.path, "layers": results})
+        settings = "agent" if found.agent else "own"
+        terminal.data({"path": args.path, "settings": settings, "layers": results})
     else:
         terminal.table(
             ("path", "result", "detail"), [(str(r["path"]), str(r["result"]), str(r["detail"] or "")) for r in results]
@@ -139,7 +145,7 @@ def _map(args: argparse.Namespace) -> int:
     from hostagent.images.chain import open_chain
     from hostagent.images.extents import Map
 
-    terminal, config = Terminal.of(args), _settings()
+    terminal, config = Terminal.of(args), _settings(args).settings
     user, limits = _tools(config)
     tool = Map(user=user, limits=limits, binary=config.images.qemu_img, output=config.images.map_output)
     with open_chain(args.path, limits=_limits(config), format=args.format) as opened:
@@ -160,10 +166,13 @@ def _kind(extent: Extent) -> str:
     return "zero" if extent.zero else "unknown"
 
 
-def _settings() -> Config:
+def _settings(args: argparse.Namespace) -> Judged:
+    from hostagent.cli.judged import judged
     from hostagent.config import default_file, load
 
-    return load(file=default_file(os.environ))
+    own = load(file=default_file(os.environ))
+    named = args.socket or os.environ.get("HOSTAGENT_SOCKET")
+    return judged(Path(named) if named else own.api.socket, own)
 
 
 def _limits(config: Config) -> ChainLimits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 
@@ -13,13 +14,20 @@ __all__ = ["HTTPException", "HTTPResponse", "UnixConnection"]
 
 
 class UnixConnection(HTTPConnection):
-    def __init__(self, path: Path, *, timeout: float) -> None:
+    """`owner`: the only user whose server it may be; None lets it be anybody's."""
+
+    def __init__(self, path: Path, *, timeout: float, owner: int | None = None) -> None:
         super().__init__("hostagent", timeout=timeout)
         self._path = path
         self._answer_timeout = timeout
+        self._owner = owner
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(min(CONNECT_TIMEOUT, self._answer_timeout))
         self.sock.connect(os.fspath(self._path))
+        if self._owner is not None:
+            found = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            if struct.unpack("3i", found)[1] != self._owner:
+                raise PermissionError("the agent is another user's")
         self.sock.settimeout(self._answer_timeout)

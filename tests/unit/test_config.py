@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -184,6 +185,17 @@ def test_what_show_prints_reads_back_as_the_same_settings(file: Path) -> None:
         assert getattr(again, section) == getattr(shown, section)
     assert "# from: HOSTAGENT_JOBS_SLICE" in file.read_text()
     assert "\x1b" not in file.read_text()
+
+
+def test_settings_that_an_agent_tells_as_json_are_read_back_the_same() -> None:
+    env = {"HOSTAGENT_IMAGES_POOLS": "/a:/b", "HOSTAGENT_ACCESS_HYPERVISOR_USER": "", "HOSTAGENT_JOBS_SLICE": "16MiB"}
+    loaded = config.load(env=env)
+    told = json.loads(json.dumps(config.plain(loaded)))
+    again = config.restored({**told, "of.later": 1}, "the agent")
+    assert config.plain(again) == config.plain(loaded)
+    assert again.images.pools == ("/a", "/b") and again.qsd.user == loaded.qsd.user
+    with pytest.raises(AgentError):
+        config.restored({**told, "jobs.width": "much"}, "the agent")
 
 
 def test_the_example_file_is_the_generated_one_and_changes_nothing() -> None:

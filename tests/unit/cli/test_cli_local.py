@@ -15,6 +15,8 @@ from fake_agent import FakeAgent
 from test_cli_objects import grant, host
 
 from hostagent.cli import arguments
+from hostagent.cli.judged import judged
+from hostagent.config import load, plain
 
 PLAIN = {key: value for key, value in os.environ.items() if not key.startswith("HOSTAGENT_")}
 
@@ -89,6 +91,43 @@ def test_doctor_exits_0_when_all_is_well(agent: FakeAgent, run, capsys) -> None:
     assert run("doctor") == 0
     assert "0 failed" in (out := capsys.readouterr().out)
     assert "1 warnings" not in out
+
+
+def test_doctor_judges_the_running_agents_settings_and_says_so(agent: FakeAgent, run, capsys, tmp_path: Path) -> None:
+    settings = plain(load(env={"HOSTAGENT_QSD_BINARY": "/the/agents/qsd"}))
+    _healthy(agent)
+    agent.on("GET", "/v1/host", (200, host(settings={**settings, "of.later": 1})))
+    assert run("doctor", "--json") == 1
+    checks = _checks(capsys.readouterr().out)
+    assert "/the/agents/qsd" in checks["qsd"]["message"]
+    assert f"the agent's at {agent.path}" in checks["judged by"]["message"]
+    (file := tmp_path / "h.toml").touch()
+    run("doctor", "--json", "--config", str(file))
+    checks = _checks(capsys.readouterr().out)
+    assert "qemu-storage-daemon" in checks and str(file) in checks["judged by"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"), [(None, "does not tell"), ({"jobs.width": "much"}, "does not tell"), ("x", "does not tell")]
+)
+def test_an_agent_that_does_not_tell_its_settings_is_not_judged_by_them(
+    agent: FakeAgent, settings: object, why: str
+) -> None:
+    agent.on("GET", "/v1/host", (200, host() if settings is None else host(settings=settings)))
+    own = load(env={})
+    found = judged(agent.path, own)
+    assert (found.settings, found.agent) == (own, False)
+    assert why in found.whose
+
+
+def test_settings_of_another_users_agent_are_not_worked_by(agent: FakeAgent, monkeypatch) -> None:
+    agent.on("GET", "/v1/host", (200, host(settings=plain(load(env={})))))
+    own = load(env={})
+    assert judged(agent.path, own).agent
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    found = judged(agent.path, own)
+    assert (found.settings, found.agent) == (own, False)
+    assert "another user's" in found.whose
 
 
 def test_doctor_reports_what_the_agent_knows(agent: FakeAgent, run, capsys) -> None:

@@ -19,6 +19,7 @@ from hostagent.cli.terminal import Terminal, counted
 from hostagent.errors import EXIT_ERROR, EXIT_OK, AgentError
 
 MOST_GRANTS = 20  # warnings about kept files; hundreds of the same would hide the rest
+MOST_FILES = 20  # that have changed; likewise
 
 
 def register(nouns: Any, common: argparse.ArgumentParser) -> None:
@@ -123,15 +124,22 @@ def _host(host: Json) -> Iterator[Finding]:
         yield warn("storage daemons", text, f"when nothing uses that: kill {orphan['pid']}")
     if not stuck:
         yield ok("storage daemons", f"{len(daemons)} run, all answer")
-    for file in host.get("changed_files") or []:
-        report = fail if file.get("lost") else warn
-        yield report("files", f"{file['path']} {file['what']}", str(file.get("remedy") or ""))
+    yield from _changed(host.get("changed_files") or [])
     pending = host.get("revocations") or {}
     if pending.get("pending"):
         text = f"{pending['pending']} not settled, the oldest for {pending.get('oldest_seconds') or 0:.0f} s"
         yield warn("revocations", text, "`hostagent grant list` shows which and why; the agent goes on trying")
     else:
         yield ok("revocations", "all settled")
+
+
+def _changed(files: list[Json]) -> Iterator[Finding]:
+    """Files that are open, and that somebody else has cut, deleted or replaced."""
+    for file in sorted(files, key=lambda one: not one.get("lost"))[:MOST_FILES]:
+        report = fail if file.get("lost") else warn
+        yield report("files", f"{file['path']} {file['what']}", str(file.get("remedy") or ""))
+    if len(files) > MOST_FILES:
+        yield warn("files", f"and {len(files) - MOST_FILES} more", "`hostagent status --json`")
 
 
 def _unstick(daemon: Json) -> str:

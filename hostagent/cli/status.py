@@ -16,6 +16,7 @@ from hostagent.errors import EXIT_OK
 from hostagent.sizes import format_duration
 
 ACTIVE = ("running", "ready", "completing", "aborting", "starting", "paused", "waiting", "unknown", "queued")
+MOST_FILES = 5  # alarms about files; one storage that went bad changes many
 MOST_ROWS = 20  # of one table; a screen has no more room, `job list` and `export list` have them all
 
 
@@ -75,7 +76,7 @@ def _libvirt(state: Json) -> str:
 
 
 def _print_alarms(terminal: Terminal, host: Json) -> None:
-    alarms = [*_daemon_alarms(host), *_revocation_alarms(host), *_drain_alarms(host)]
+    alarms = [*_daemon_alarms(host), *_file_alarms(host), *_revocation_alarms(host), *_drain_alarms(host)]
     terminal.line("")
     if not alarms:
         terminal.line("nothing needs attention", "ok")
@@ -105,6 +106,16 @@ def _unstick(daemon: Json) -> str:
 
 def _since(daemon: Json) -> str:
     return f" for {age(daemon['since'])}" if daemon.get("since") else ""
+
+
+def _file_alarms(host: Json) -> list[tuple[str, str]]:
+    """Files that are open, and that somebody else has cut, deleted or replaced; those that lost bytes first."""
+    changed = sorted(host.get("changed_files") or [], key=lambda file: not file.get("lost"))
+    alarms = [(f"{file['path']} {file['what']}", str(file.get("remedy") or "")) for file in changed[:MOST_FILES]]
+    if len(changed) > MOST_FILES:
+        more = f"{len(changed) - MOST_FILES} more files have changed"
+        alarms.append((more, "hostagent status --json names them all"))
+    return alarms
 
 
 def _revocation_alarms(host: Json) -> list[tuple[str, str]]:

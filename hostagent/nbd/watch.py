@@ -24,9 +24,11 @@ class Watch:
         self._chains = chains
         self._interval = interval
         self._tell = tell
-        # A thread of its own: when it hangs on dead storage, it is waited for, and no other is begun.
+        # A thread of its own: when it hangs on dead storage, it is waited for, and no other is begun. Nothing is looked
+        # at until it comes back; the storage daemons on that storage are `unresponsive` then.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="watch")
         self.found: list[Drift] = []
+        """What is true now; each was told when it was new."""
 
     async def run(self) -> None:
         while True:
@@ -48,9 +50,11 @@ class Watch:
         self._thread.shutdown(wait=False)
 
     async def _look_at(self, chain: PreparedChain) -> list[Drift]:
+        layers = tuple(chain.layers)
         # Growth is no sign here: each layer was perhaps written by a job or a client of ours since it was opened.
-        files = [layer.file for layer in chain.layers]
-        look = partial(find_drift, tuple(chain.layers), chain.descriptor, written=files)
+        look = partial(find_drift, layers, chain.descriptor, written=[layer.file for layer in layers])
+        found: list[Drift] = []
         with contextlib.suppress(OSError, ValueError):  # a chain that was closed in this moment
-            return await asyncio.get_running_loop().run_in_executor(self._thread, look)
-        return []
+            found = await asyncio.get_running_loop().run_in_executor(self._thread, look)
+        # What a job of ours took from the chain meanwhile may have been deleted by right.
+        return found if tuple(chain.layers) == layers and chain in self._chains.all() else []

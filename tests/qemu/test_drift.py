@@ -179,14 +179,14 @@ def test_a_base_that_is_cut_under_an_export_is_in_status_and_doctor(
 ) -> None:
     export = watching.export(top)
     os.truncate(base, SIZE - 1)
-    assert eventually(lambda: changed(watching) == [(str(base), "was cut", True)], timeout=20)
+    assert eventually(lambda: changed(watching) == [(str(base), "was cut", True)])
     (error,) = watching.get("/v1/host")["last_errors"]
     assert f"{base} was cut" in error["message"]
     command = [sys.executable, "-m", "hostagent.cli.main", "--socket", str(watching.socket), "doctor", "--json"]
     checks = json.loads(subprocess.run(command, capture_output=True, timeout=60).stdout)["checks"]
     assert [one["result"] for one in checks if one["name"] == "files"] == ["fail"]
     watching.delete(f"/v1/exports/{export['id']}?force=true")
-    assert eventually(lambda: changed(watching) == [], timeout=20)
+    assert eventually(lambda: changed(watching) == [])
 
 
 def test_a_base_that_is_replaced_under_an_export_is_told_and_goes_on_to_be_served(
@@ -195,7 +195,7 @@ def test_a_base_that_is_replaced_under_an_export_is_told_and_goes_on_to_be_serve
     export = watching.export(top)
     base.rename(folder / "aside.raw")
     base.write_bytes(b"stranger")
-    assert eventually(lambda: changed(watching) == [(str(base), "was replaced", False)], timeout=20)
+    assert eventually(lambda: changed(watching) == [(str(base), "was replaced", False)])
     out = folder / "out.raw"
     subprocess.run(["nbdcopy", export["uri"], str(out)], check=True, timeout=60)
     assert out.read_bytes() == (folder / "aside.raw").read_bytes()
@@ -213,5 +213,5 @@ def test_what_our_own_jobs_change_is_no_alarm(watching: AgentProcess, top: Path,
     job = watching.until_ended(job["id"])
     assert (job["state"], job["warnings"]) == ("completed", []), job
     os.truncate(other, 1)
-    assert eventually(lambda: changed(watching), timeout=20) == [(str(other), "was cut", True)]
+    assert eventually(lambda: changed(watching)) == [(str(other), "was cut", True)]
     assert watching.log.read_text().count("a file changed") == 1

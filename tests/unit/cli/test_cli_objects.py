@@ -164,6 +164,18 @@ def test_status_shows_first_what_needs_a_person(agent: FakeAgent, run, capsys) -
     assert out.index("unresponsive") < out.index("jobs (1 active)")
 
 
+def test_status_names_files_that_changed_lost_ones_first_and_not_all_of_many(agent: FakeAgent, run, capsys) -> None:
+    gone = [{"path": f"/{n}", "what": "was deleted", "lost": False, "remedy": "see who"} for n in range(7)]
+    cut = {"path": "/base.raw", "what": "was cut from 9 to 5 bytes", "lost": True, "remedy": "restore it"}
+    agent.on("GET", "/v1/host", (200, host(changed_files=[*gone, cut])))
+    agent.on("GET", "/v1/exports", (200, {"items": [], "next": None}))
+    agent.on("GET", "/v1/jobs", (200, {"items": [], "next": None}))
+    assert run("status") == 0
+    alarms = [line for line in capsys.readouterr().out.splitlines() if line.startswith("! ")]
+    assert alarms[0] == "! /base.raw was cut from 9 to 5 bytes"
+    assert len(alarms) == 6 and alarms[-1] == "! 3 more files have changed"
+
+
 def test_status_as_json_has_the_host_the_active_jobs_and_the_exports(agent: FakeAgent, run, capsys) -> None:
     agent.on("GET", "/v1/host", (200, host()))
     agent.on("GET", "/v1/exports", (200, {"items": [export()], "next": None}))

@@ -70,7 +70,8 @@ class Layer:
     """One image file of a chain. `backing` is the name as the header has it, None at the bottom of the chain; `device`
     says that it is a block device.
 
-    `length` is the file's when it was looked at, 0 where that is not known. It says nothing of which layer this is.
+    `length` is the file's when it was looked at, `mtime_ns` when it was last written (nanoseconds since 1970), as of the
+    moment from which nobody else has a right to write it; 0 where that is not known. Neither says which layer this is.
     """
 
     path: str
@@ -81,6 +82,7 @@ class Layer:
     backing: str | None = None
     device: bool = False
     length: int = field(default=0, compare=False)
+    mtime_ns: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,11 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from hostagent.drivers.qsd import BlockJob
 from hostagent.images.chain import verify
-from hostagent.images.drift import find_drift
+from hostagent.images.drift import Drift, find_drift, stamped
 from hostagent.images.qemu_img import QemuImg
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import NAMED, Commit
@@ -34,6 +34,8 @@ from jobs.model import Completion, FileId, Holder, Job, JobSpec, Layer, Need, Pl
 from jobs.ports import Contact, Observation, Phase
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Grants(Protocol):
@@ -107,7 +109,7 @@ class OfflineDriver:
             await chain.lease(exclusive=operation.alone(job.spec, job.before))
             try:
                 # Stored before the grants: rows for a file that no job names would be nobody's to take back.
-                if not (changes := await operation.make_ready(job, chain)):
+                if not (changes := await operation.make_ready(job, chain) or await self._remembered(job, chain)):
                     await self._grants.acquire(job.holder, operation.needs(job))
             except JobError:
                 chain.give_up_target()
@@ -203,20 +205,7 @@ class OfflineDriver:
 
     async def audit(self, job: Job) -> tuple[str, ...]:
         chain = self._chain(job)
-        written = {job.before.top.file, *self._operations[job.spec.operation].writes(job), *chain.writable}
-        timeout = self._chains.settings.inspect_timeout
-        look = functools.partial(find_drift, job.before.layers, chain.descriptor, written=written)
-        try:
-            found = await asyncio.wait_for(asyncio.to_thread(look), timeout)
-        except TimeoutError:
-            what = f"the files of {chain.path!r} do not answer within {timeout:g} s (images.inspect_timeout)"
-            raise JobError("unresponsive", what, remedy="see whether their storage hangs") from None
-        except OSError as error:
-            what = f"a file of {chain.path!r} cannot be looked at: {error.strerror}"
-            remedy = f"look at its storage (dmesg), then start the {job.spec.operation} again"
-            raise JobError("io_error", what, remedy=remedy) from error
-        if lost := [drift for drift in found if drift.lost]:
-            raise JobError("image_changed", str(lost[0]), remedy=lost[0].remedy, value=lost[0].path)
+        found = await self._unharmed(job, chain)
         results = self._results(job)
         if astray := [drift for drift in found if drift.astray and drift.path in results]:
             path = astray[0].path
@@ -227,6 +216,39 @@ class OfflineDriver:
         async with chain.lock:
             beside = await self._operations[job.spec.operation].audit(job, chain)
         return (*map(str, found), *beside)
+
+    async def _unharmed(self, job: Job, chain: PreparedChain) -> list[Drift]:
+        """What others did to the job's files and took no bytes; an image_changed for what did, or may have."""
+        written = {*self._operations[job.spec.operation].writes(job), *chain.writable}
+        look = functools.partial(find_drift, job.before.layers, chain.descriptor, written=written)
+        found = await self._looked_at(job, chain, look)
+        if lost := [drift for drift in found if drift.lost]:
+            raise JobError("image_changed", str(lost[0]), remedy=lost[0].remedy, value=lost[0].path)
+        return found
+
+    async def _remembered(self, job: Job, chain: PreparedChain) -> Mapping[str, Any]:
+        """The chain as the job is about to read it. Until its leases were taken others could write it by right."""
+        if job.started is not None:
+            await self._unharmed(job, chain)  # an increment after a rest, in which nobody had leases
+            return {}
+        if any(layer.mtime_ns for layer in job.before.layers):
+            return {}
+        look = functools.partial(stamped, job.before, chain.descriptor)
+        before = await self._looked_at(job, chain, look)
+        return {"before": before} if any(layer.mtime_ns for layer in before.layers) else {}
+
+    async def _looked_at(self, job: Job, chain: PreparedChain, look: Callable[[], T]) -> T:
+        """What a look at the files says, within images.inspect_timeout."""
+        timeout = self._chains.settings.inspect_timeout
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(look), timeout)
+        except TimeoutError:
+            what = f"the files of {chain.path!r} do not answer within {timeout:g} s (images.inspect_timeout)"
+            raise JobError("unresponsive", what, remedy="see whether their storage hangs") from None
+        except OSError as error:
+            what = f"a file of {chain.path!r} cannot be looked at: {error.strerror}"
+            remedy = f"look at its storage (dmesg), then start the {job.spec.operation} again"
+            raise JobError("io_error", what, remedy=remedy) from error
 
     def _results(self, job: Job) -> set[str]:
         """The paths by which the image is found when the job is done: its result is only one where it has its name."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hostagent.images.drift import find_drift
-from jobs.model import FileId, Layer
+from hostagent.images.drift import find_drift, stamped
+from jobs.model import Chain, FileId, Layer
 
 
 class Opened:
@@ -79,3 +80,34 @@ def test_a_link_in_the_place_of_a_file_is_another_file(opened: Opened) -> None:
     opened.path.rename(aside)
     opened.path.symlink_to(aside)
     assert opened.drift() == [("was replaced", False)]
+
+
+def rewrite(opened: Opened, *, at: int = 10**18) -> None:
+    os.utime(opened.path, ns=(at, at))
+
+
+def test_a_file_that_somebody_else_has_written_may_not_hold_what_it_held(opened: Opened) -> None:
+    chain = stamped(Chain((opened.layer,)), lambda _: opened.fd)
+    assert opened.layer.mtime_ns == 0 and chain.top.mtime_ns == os.fstat(opened.fd).st_mtime_ns
+    assert stamped(Chain((replace(opened.layer, length=1),)), lambda _: opened.fd).top.length == 1000
+    rewrite(opened)
+    assert opened.drift() == []  # of a layer whose time is not known nothing can be said
+    opened.layer = chain.top
+    assert opened.drift() == [("was written", True)]
+    assert opened.drift(written=True) == []
+    os.truncate(opened.path, 2000)
+    assert opened.drift() == [("was written", True)]
+    os.truncate(opened.path, 10)
+    assert opened.drift() == [("was cut", True)]
+    os.truncate(opened.path, 1000)
+    rewrite(opened, at=chain.top.mtime_ns)
+    opened.path.chmod(0o640)
+    assert opened.drift() == []
+
+
+def test_a_time_is_taken_of_the_file_itself_and_not_of_a_device(opened: Opened) -> None:
+    other = replace(opened.layer, file=FileId(0, 0))
+    assert stamped(Chain((other,)), lambda _: opened.fd).top.mtime_ns == 0
+    assert stamped(Chain((opened.layer,)), lambda _: None).top.mtime_ns == 0
+    device = replace(opened.layer, device=True)
+    assert stamped(Chain((device,)), lambda _: opened.fd).top.mtime_ns == 0

@@ -186,6 +186,7 @@ class JobSpec:
     reuse_external: bool = False
     completion: Completion | None = None
     delete: bool = False
+    prune_bitmaps: bool = False
     increment: int | None = None
     bandwidth: int = 0
     check: str = "auto"

@@ -69,6 +69,9 @@ class JobCreate(Request):
         None
     )
     delete: Annotated[bool | None, Field(description="Commit: delete what is committed.")] = None
+    prune_bitmaps: Annotated[
+        bool | None, Field(description="Commit: remove all bitmaps of the base before anything is committed.")
+    ] = None
     completion: Annotated[
         Literal["pivot", "finish"] | None,
         Field(description="How a ready job ends: the disk goes over, or stays (a commit keeps its overlay)."),

@@ -483,6 +483,7 @@ def _job_spec(spec: Json, anywhere: bool) -> JobSpec:
         reuse_external=bool(spec.get("reuse_external")),
         completion=Completion(completion) if completion else None,
         delete=bool(spec.get("delete")),
+        prune_bitmaps=bool(spec.get("prune_bitmaps")),
         increment=spec.get("increment"),
         bandwidth=spec.get("bandwidth") or 0,
         check=spec.get("check") or "auto",
@@ -498,7 +499,7 @@ def _dest(dest: str) -> str:
 _FIELDS_OF = {
     Operation.PULL: {"base", "increment"},
     Operation.COPY: {"dest", "format", "source_format", "shallow", "reuse_external", "completion"},
-    Operation.COMMIT: {"base", "top", "delete", "completion"},
+    Operation.COMMIT: {"base", "top", "delete", "prune_bitmaps", "completion"},
 }
 _FIELDS = set().union(*_FIELDS_OF.values())
 

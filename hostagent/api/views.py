@@ -76,6 +76,7 @@ def plan(value: Plan, kept: Mapping[str, list[str]], completion: str | None) -> 
             {"path": path, "reason": "needed by others", "holders": kept[path]} for path in lost if kept.get(path)
         ],
         "space": dict(value.preview["space"]),
+        "bitmaps": list(value.preview.get("bitmaps", ())),
         "warnings": list(value.warnings),
     }
 

@@ -82,9 +82,22 @@ def plan(terminal: Terminal, found: Json, *, kept_by: str) -> None:
             (f"with {kept_by}", "the chain stays as it is, and nothing is revoked" if undecided else ""),
             ("space needed", _size(space.get("need"), "at most ")),
             ("space free", _size(space.get("free"))),
+            *_bitmaps(found.get("bitmaps") or []),
             *_warnings(found),
         ]
     )
+
+
+def _bitmaps(found: list[Json]) -> list[tuple[str, str]]:
+    """The bitmaps of a commit's base, each with what it takes in the file."""
+    lines: list[tuple[str, str]] = []
+    for bitmap in found:
+        words = [f"{_size(bitmap['bytes'])} in the base"]
+        words += [] if bitmap["recording"] else ["disabled"]
+        words += [bitmap["state"]] if bitmap["state"] != "consistent" else []
+        words += ["would be removed"] if bitmap["pruned"] else []
+        lines.append(("bitmap" if not lines else " ", f"{bitmap['name']}: {', '.join(words)}"))
+    return lines
 
 
 def chain(

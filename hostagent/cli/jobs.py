@@ -101,6 +101,7 @@ def _register_commit(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", metavar="PATH", type=arguments.layer, help="commit from this layer down")
     parser.add_argument("--delete", action="store_true", help="delete the files that the chain no longer has")
+    parser.add_argument("--prune-bitmaps", action="store_true", help="first remove all bitmaps of the base")
     end = parser.add_mutually_exclusive_group()
     end.add_argument("--pivot", action="store_true", help="in the end exports and chain go over to the base")
     end.add_argument("--keep-overlay", dest="finish", action="store_true", help="in the end the overlay stays on top")
@@ -172,7 +173,7 @@ def _request(args: argparse.Namespace) -> Json:
 
 _FIELDS = (
     "target", "base", "top", "increment", "dest", "format", "source_format",
-    "shallow", "reuse_external", "delete", "bandwidth", "check",
+    "shallow", "reuse_external", "delete", "prune_bitmaps", "bandwidth", "check",
 )  # fmt: skip
 
 

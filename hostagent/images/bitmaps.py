@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hostagent.images.header import BitmapDirectory, is_plain, read_header, shown
 from jobs.errors import JobError
@@ -26,12 +26,16 @@ _DIRTY_TRACKING = 1
 
 @dataclass(frozen=True, slots=True)
 class Bitmap:
-    """`granularity` is bytes of the disk for each bit; `enabled` bitmaps go on recording when the image is written."""
+    """`granularity` is bytes of the disk for each bit; `enabled` bitmaps go on recording when the image is written.
+
+    `table` is where its bits are found: an offset in the file, and a number of entries. It says nothing of which it is.
+    """
 
     name: str
     granularity: int
     in_use: bool
     enabled: bool
+    table: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ def read_bitmaps(fd: int, directory: BitmapDirectory | None) -> tuple[Bitmap, ..
 def _entry(data: bytes, at: int) -> tuple[Bitmap, int]:
     if at + _ENTRY.size > len(data):
         raise _invalid("the directory of its bitmaps is cut off")
-    _, _, flags, kind, bits, name_size, extra = _ENTRY.unpack_from(data, at)
+    table, entries, flags, kind, bits, name_size, extra = _ENTRY.unpack_from(data, at)
     start = at + _ENTRY.size + extra
     end = start + name_size
     if flags & ~(_IN_USE | _AUTO) or kind != _DIRTY_TRACKING or bits not in GRANULARITY_BITS:
@@ -94,7 +98,7 @@ def _entry(data: bytes, at: int) -> tuple[Bitmap, int]:
         raise _invalid(f"the name of a bitmap, {shown(data[start:end])}, is not UTF-8") from None
     if not is_plain(name):
         raise _invalid(f"the name of a bitmap, {shown(name)}, contains control characters")
-    bitmap = Bitmap(name, 1 << bits, bool(flags & _IN_USE), bool(flags & _AUTO))
+    bitmap = Bitmap(name, 1 << bits, bool(flags & _IN_USE), bool(flags & _AUTO), (table, entries))
     return bitmap, at + -(-(_ENTRY.size + extra + name_size) // 8) * 8
 
 

@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hostagent.drivers import merged
+from hostagent.drivers import bitmaps as merged
 from hostagent.images.bitmaps import Bitmap, BitmapList, read_bitmaps
 from hostagent.images.header import read_header
 from hostagent.nbd.prepared import PreparedChain

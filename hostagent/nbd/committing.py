@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from hostagent.images.chain import OpenChain
+from hostagent.nbd import base_bitmaps
 from hostagent.nbd.operations import (
     Dependent,
     Search,
@@ -70,8 +71,11 @@ class Commit:
         fd = opened.fds[chain.layers.index(base)]
         most = at_most(top.virtual_size) if base.device and base.format != "raw" else min(need, top.virtual_size)
         space = {"need": most, "free": room(fd)}
-        warnings = preflight(spec, space["need"], space["free"], "the base")
-        return Plan(chain, after, 0, warnings, {"space": space})
+        pruned = spec.prune_bitmaps
+        found, told = await base_bitmaps.look(fd, base, self._timeout, pruned=pruned)
+        warnings = (*preflight(spec, space["need"], space["free"], "the base"), *told)
+        preview = {"space": space, "bitmaps": base_bitmaps.preview(found, pruned=pruned)}
+        return Plan(chain, after, 0, warnings, preview)
 
     async def _refuse_dependents(self, chain: Chain, spec: JobSpec) -> None:
         """Invariant: who writes a file, or takes one away, does so alone."""
@@ -110,6 +114,8 @@ class Commit:
         daemon = await chain.serve()
         nodes = [node_of(chain, layer) for layer in (top, base)]
         assert nodes[0] is not None and nodes[1] is not None
+        if job.spec.prune_bitmaps:
+            await base_bitmaps.prune(chain, nodes[1], self._timeout)
         backing = backing_name(parent.path, base, job.before) if parent else None
         await chain.ask(
             daemon.commit(job_name(job), chain.nodes[0], nodes[0], nodes[1], backing=backing, speed=job.bandwidth)

@@ -1,8 +1,8 @@
-"""Bitmaps of one name in several layers, merged into one in the memory of a storage daemon.
+"""Dirty bitmaps in a storage daemon: those of several layers merged into one, and those of a layer removed.
 
-They come together on a filter over the top, where NBD finds them before those of the layers. Nothing of it is in any
-file: the filter and its bitmaps end with the process, and outlive the agent with it. The daemon serves that export
-alone, all of it is read-only, and no job works in it, so that the filter is in nobody's way.
+Merged ones are in the daemon's memory, on a filter over the top, where NBD finds them before those of the layers.
+Nothing of it is in any file: the filter and its bitmaps end with the process, and outlive the agent with it. The daemon
+serves that export alone, all of it is read-only, and no job works in it, so that the filter is in nobody's way.
 
 QEMU facts: block-dirty-bitmap-merge in qapi/block-core.json takes bitmaps of other nodes, of any granularity, for disks
 of one size.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hostagent.drivers.qmp import Refused
 from hostagent.drivers.qsd import StorageDaemon
 from hostagent.records import Node
 
@@ -39,3 +40,12 @@ async def merge(daemon: StorageDaemon, name: str, nodes: Sequence[Node], granula
     )
     sources = [{"node": node.format_node, "name": name} for node in nodes]
     await daemon.execute("block-dirty-bitmap-merge", node=MERGED, target=name, bitmaps=sources)
+
+
+async def remove(daemon: StorageDaemon, node: Node, name: str) -> None:
+    """Remove the bitmap from the image, which is open for writing. Idempotent."""
+    try:
+        await daemon.execute("block-dirty-bitmap-remove", node=node.format_node, name=name)
+    except Refused as error:
+        if "not found" not in error.text.lower():
+            raise

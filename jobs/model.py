@@ -70,8 +70,9 @@ class Layer:
     """One image file of a chain. `backing` is the name as the header has it, None at the bottom of the chain; `device`
     says that it is a block device.
 
-    `length` is the file's when it was looked at, `mtime_ns` when it was last written (nanoseconds since 1970), as of the
-    moment from which nobody else has a right to write it; 0 where that is not known. Neither says which layer this is.
+    `length` is the file's when it was looked at, `mtime_ns` when it was last written (nanoseconds since 1970), as of
+    the moment from which nobody else has a right to write it; 0 where that is not known. Neither says which layer this
+    is.
     """
 
     path: str

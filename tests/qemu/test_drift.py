@@ -266,7 +266,7 @@ def test_what_our_own_clients_jobs_and_restarts_write_is_no_change(
     more = {"pull": {}, "copy": {"dest": str(dest), "completion": "finish"}, "commit": {"completion": "pivot"}}
     body = {"operation": operation, "target": str(top), "bandwidth": MIB, **more[operation]}
     job: Json = agent.post("/v1/jobs", body)
-    agent.until(job["id"], lambda one: one["state"] == "running" and 0 < one["cursor"]["cur"])
+    agent.until(job["id"], lambda one: one["state"] == "running" and one["cursor"]["cur"] > 0)
     agent.kill()
     agent.start()
     agent.until(job["id"], lambda one: one["state"] not in ("starting", "unknown"))

@@ -3,8 +3,8 @@
 QEMU notices none of it. What lies beyond a file's end reads as zeros, so a job that reads a base which was cut copies
 zeros over the loss, and ends well; one whose base was cut and grown again, or written over, has copied some of the old
 and some of the new. Length and time of writing tell, compared by descriptor with what they were at the start. ctime is
-no help: it moves with every change of access rights, our own among them. Of a block device the length alone tells,
-which can be made smaller under a job.
+no help: it moves with every change of access rights, our own among them. Of a block device the length alone tells: it
+can be made smaller under a job.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ def _changed(layer: Layer, now: _Written, *, ours: bool) -> Drift | None:
         return None
     if layer.mtime_ns and now.mtime_ns not in (0, layer.mtime_ns):
         what = f"was written by somebody else while it was in use, at {_time(now)}: it may not hold what it held"
-        remedy = (
-            f"see who did it; if only its time was set (touch), start again, else restore {path} and the copied data"
-        )
+        remedy = f"see who did it; if nothing but its time was set (touch), start again, else restore {path} first"
         return Drift(path, what, remedy, lost=True)
     if layer.length and now.length > layer.length:
         what = f"grew from {layer.length} to {now.length} bytes, and is not written by us"

@@ -27,6 +27,8 @@ says where each row is tested.
 A read that fails or hangs is a library in front of the storage daemon's C library (`faults.BadSectors`): device mapper
 with dm-error and dm-flakey is not in every kernel that runs the tests, and blkdebug cannot be put below a file that the
 agent opens. Storage that dies is a file over FUSE whose server is killed (`remote_storage.FuseFile`).
+A FUSE server that only hangs holds up new processes of everybody, the agent's among them: so that nobody else is affected
+is shown for a read that hangs in one storage daemon, and is not so for FUSE (README, Limits).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ OBJECTS = {
 }
 REQUESTS = {
     "JobCreate": "id operation target base increment bandwidth check labels dry_run dest format "
-    "source_format shallow reuse_external top delete completion",
+    "source_format shallow reuse_external top delete prune_bitmaps completion",
     "JobPatch": "bandwidth",
     "CompleteBody": "completion",
     "BitmapCreate": "name granularity disabled",

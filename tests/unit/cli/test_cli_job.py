@@ -226,6 +226,10 @@ def test_a_dry_run_says_what_would_happen(agent: FakeAgent, run, capsys) -> None
     before = ["/images/top.qcow2", "/images/mid.qcow2", "/images/base.qcow2"]
     plan = {"dry_run": True, "before": before, "after": before[:1], "revoke": [{"path": "/images/mid.qcow2"}],
             "keep": keep, "space": {"need": 1 << 20, "free": 1 << 33}, "warnings": ["it is late"]}  # fmt: skip
+    plan["bitmaps"] = [
+        {"name": "daily", "bytes": 131072, "recording": True, "state": "consistent", "pruned": True},
+        {"name": "old", "bytes": 65536, "recording": False, "state": "inconsistent", "pruned": False},
+    ]
     agent.on("POST", "/v1/jobs", (200, plan))
     assert run("job", "pull", "/images/top.qcow2", "--dry-run") == 0
     out = capsys.readouterr().out
@@ -234,7 +238,8 @@ def test_a_dry_run_says_what_would_happen(agent: FakeAgent, run, capsys) -> None
     for words in (
         "/images/top.qcow2 ← mid.qcow2 ← base.qcow2", "becomes /images/top.qcow2", "would revoke /images/mid.qcow2",
         "would stay open /images/base.qcow2: needed by others (image:/images/b.qcow2)", "space needed at most 1 MiB",
-        "space free 8 GiB", "warning it is late",
+        "space free 8 GiB", "warning it is late", "bitmap daily: 128 KiB in the base, would be removed",
+        "old: 64 KiB in the base, disabled, inconsistent",
     ):  # fmt: skip
         assert words in out
 

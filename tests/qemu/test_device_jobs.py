@@ -77,7 +77,9 @@ def refused(agent: AgentProcess, target: Path, dest: Path, **spec: Any) -> Any:
 
 def content(image: Path, folder: Path) -> bytes:
     plain = folder / "plain.raw"
-    subprocess.run(["qemu-img", "convert", "-O", "raw", str(image), str(plain)], check=True, timeout=PATIENCE)
+    command = ["qemu-img", "convert", "-O", "raw", str(image), str(plain)]
+    # A storage daemon that is ending, its job long told, may have it locked for a moment.
+    assert eventually(lambda: subprocess.run(command, timeout=PATIENCE).returncode == 0)
     try:
         return plain.read_bytes()
     finally:

@@ -361,6 +361,7 @@ def test_a_told_story_has_every_job_do_its_work() -> None:
     assert ends == [("copy", "completed"), ("commit", "completed"), ("commit", "completed"), ("pull", "completed")]
 
 
+@pytest.mark.slow
 def test_a_short_story() -> None:
     tell(derandomize=True, max_examples=2, stateful_step_count=8)
 

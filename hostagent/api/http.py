@@ -23,10 +23,12 @@ from hostagent.api.limits import Limits, RequestLimits
 from hostagent.api.peercred import PeerPolicy, protocol
 from hostagent.api.sse import Streams, StreamSettings
 from hostagent.api.usecases import Service
+from hostagent.errors import CODES
 
+KNOWN = ", ".join(f"{code} ({entry.http})" for code, entry in CODES.items())
 PROBLEM: dict[int | str, dict[str, Any]] = {
     "default": {
-        "description": "What went wrong (RFC 9457)",
+        "description": f"What went wrong (RFC 9457). `code` is one of these, with its status: {KNOWN}.",
         "content": {problem.MEDIA_TYPE: {"schema": models.Problem.model_json_schema()}},
     }
 }

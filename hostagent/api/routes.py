@@ -142,6 +142,7 @@ async def healthz() -> Response:
 
 @probes.get("/readyz", response_model=models.Ready, responses={503: {"model": models.Ready}})
 async def readyz(front: TheFront) -> Response:
+    """Whether the agent takes work. A 503 says in `checks` what is in the way."""
     state = await front.service.ready()
     return answer(state, 200 if state["ready"] else 503)
 
@@ -155,6 +156,7 @@ async def metrics(front: TheFront) -> Response:
 
 @probes.get("/v1/host", response_model=models.Host)
 async def host(front: TheFront) -> Response:
+    """The agent, and what needs a person: silent storage daemons, changed files, owed revocations, last errors."""
     return answer(await front.service.host())
 
 
@@ -185,6 +187,7 @@ async def list_jobs(
     target: Filter = None,
     origin: Filter = None,
 ) -> Response:
+    """Jobs, the newest first; finished ones for as long as jobs.retention_days and retention_count say."""
     return answer(
         await front.service.list_jobs(
             state=state, target=target, labels=labels, origin=origin, limit=page.limit, after=page.after
@@ -204,6 +207,7 @@ async def start_job(front: TheFront, peer: ThePeer, body: models.JobCreate) -> R
 
 @jobs.get("/{id}", response_model=models.Job, responses=UNCHANGED)
 async def get_job(front: TheFront, id: str, revision: Revision, wait: WaitSeconds = None) -> Response:
+    """A job. With `wait`, once its revision is another one than that of If-None-Match, or than it is now."""
     service = front.service
     job = await polled(front, service.get_job(id), _waiter(service.wait_job, id), revision, wait)
     return current(job, revision)
@@ -211,6 +215,7 @@ async def get_job(front: TheFront, id: str, revision: Revision, wait: WaitSecond
 
 @jobs.patch("/{id}", response_model=models.Job)
 async def patch_job(front: TheFront, id: str, body: models.JobPatch) -> Response:
+    """Another bandwidth limit, at once."""
     return current(await front.service.patch_job(id, body.bandwidth))
 
 
@@ -229,16 +234,19 @@ async def next_job(front: TheFront, id: str, body: models.NextBody | None = None
 
 @jobs.post("/{id}/abort", status_code=202, response_model=models.Job)
 async def abort_job(front: TheFront, id: str, body: models.AbortBody | None = None) -> Response:
+    """End a job; what was copied stays. `force` kills its storage daemon, after jobs.abort_timeout only."""
     return started(await front.service.abort_job(id, body.force if body else False), "/v1/jobs")
 
 
 @jobs.post("/{id}/pause", response_model=models.Job)
 async def pause_job(front: TheFront, id: str, body: models.EmptyBody | None = None) -> Response:
+    """Stop copying, keep the job."""
     return current(await front.service.pause_job(id))
 
 
 @jobs.post("/{id}/resume", response_model=models.Job)
 async def resume_job(front: TheFront, id: str, body: models.EmptyBody | None = None) -> Response:
+    """Go on copying."""
     return current(await front.service.resume_job(id))
 
 
@@ -256,6 +264,7 @@ async def list_exports(
     state: Literal["starting", "running", "stopped", "lost"] | None = None,
     target: Filter = None,
 ) -> Response:
+    """Exports, the newest first; ended ones as far as exports.retention_count says."""
     return answer(
         await front.service.list_exports(state=state, target=target, labels=labels, limit=page.limit, after=page.after)
     )
@@ -263,12 +272,14 @@ async def list_exports(
 
 @exports.post("", status_code=202, response_model=models.Export, responses=NEW)
 async def start_export(front: TheFront, peer: ThePeer, body: models.ExportCreate) -> Response:
+    """Serve an image over NBD, read-only unless `writable`."""
     export, created = await front.service.start_export(body.spec(), peer=peer)
     return started(export, "/v1/exports", created=created)
 
 
 @exports.get("/{id}", response_model=models.Export, responses=UNCHANGED)
 async def get_export(front: TheFront, id: str, revision: Revision, wait: WaitSeconds = None) -> Response:
+    """An export and its present clients. `wait` as for a job; clients alone make no new revision."""
     service = front.service
     export = await polled(front, service.get_export(id), _waiter(service.wait_export, id), revision, wait)
     return current(export, revision)
@@ -276,6 +287,7 @@ async def get_export(front: TheFront, id: str, revision: Revision, wait: WaitSec
 
 @exports.delete("/{id}", response_model=models.Export)
 async def stop_export(front: TheFront, id: str, force: bool = False) -> Response:
+    """End an export: `busy` while clients are connected, unless `force` cuts them off."""
     return current(await front.service.stop_export(id, force))
 
 
@@ -286,11 +298,13 @@ async def inspect_image(
     path: ImagePath,
     format: Literal["raw", "qcow2"] | None = None,
 ) -> Response:
+    """What the headers of an image and its backing chain say. A member that lies where it may not is not read."""
     return answer(await front.service.inspect_image(path, format, peer=peer))
 
 
 @images.get("/bitmaps", response_model=models.BitmapList)
 async def list_bitmaps(front: TheFront, peer: ThePeer, path: ImagePath) -> Response:
+    """The dirty bitmaps that the image has on stable storage."""
     return answer(await front.service.list_bitmaps(path, peer=peer))
 
 
@@ -307,6 +321,7 @@ async def remove_bitmap(
     path: ImagePath,
     name: Annotated[str, Query(min_length=1, max_length=1023, description="Also of one that is inconsistent.")],
 ) -> Response:
+    """Remove a bitmap."""
     return answer(await front.service.remove_bitmap(path, name, peer=peer))
 
 
@@ -318,16 +333,19 @@ async def merge_bitmap(front: TheFront, peer: ThePeer, path: ImagePath, body: mo
 
 @grants.get("", response_model=models.GrantPage)
 async def list_grants(front: TheFront, page: ThePage, path: Filter = None, holder: Filter = None) -> Response:
+    """Who needs which file and why; also files that nobody needs and that could not be closed."""
     return answer(await front.service.list_grants(path=path, holder=holder, limit=page.limit, after=page.after))
 
 
 @grants.get("/{id}", response_model=models.Grant)
 async def get_grant(front: TheFront, id: str) -> Response:
+    """One of them."""
     return answer(await front.service.get_grant(id))
 
 
 @grants.delete("/{id}", response_model=models.Grant)
 async def revoke_grant(front: TheFront, id: str) -> Response:
+    """Take back what nobody who lives needs; else `busy`, naming the holders."""
     return answer(await front.service.revoke_grant(id))
 
 

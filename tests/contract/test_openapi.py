@@ -9,6 +9,7 @@ import pytest
 
 from events.bus import Bus
 from hostagent.api.http import HttpSettings, build_app
+from hostagent.errors import CODES
 
 METHOD = r"(?:GET|POST|PUT|PATCH|DELETE)"
 LATER = ("/v1/backups", "/v1/domains", "/v1/transfers")
@@ -95,6 +96,15 @@ def test_every_operation_answers_problems_as_problem_json(document):
         for operation in methods.values():
             assert list(operation["responses"]["default"]["content"]) == ["application/problem+json"]
             assert "422" not in operation["responses"]
+
+
+def test_every_operation_says_what_it_does_and_which_errors_there_are(document):
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            assert operation.get("description", "").endswith("."), f"{method} {path}"
+            errors = operation["responses"]["default"]["description"]
+            missing = [code for code, entry in CODES.items() if f"{code} ({entry.http})" not in errors]
+            assert not missing, f"{method} {path}"
 
 
 def test_what_starts_work_answers_202(document):

@@ -577,6 +577,7 @@ class Agent:
             qmp_connected=sum(chain.answers for chain in chains),
             revocations_pending=self._gauges["pending"],
             oldest_pending=self._gauges["oldest"],
+            changed_files=len({drift.path for drift in self._watch.found}),
             dropped=self._bus.dropped,
         )
 

@@ -60,6 +60,7 @@ METRICS: dict[str, Entry] = {
         "histogram", "From a job's creation to its proven end.", ("operation", "outcome"), JOB_SECONDS
     ),
     "block_job_event_lag_seconds": Entry("histogram", "From an event to its handling.", (), LAG_SECONDS),
+    "changed_files": Entry("gauge", "Open files that somebody else has cut, deleted or replaced."),
     "access_grants": Entry("gauge", "Files that the hypervisor user may open through us.", ("mode",)),
     "access_revocations_total": Entry("counter", "Files taken back, or not.", ("trigger", "result")),
     "access_revocation_lag_seconds": Entry(
@@ -101,6 +102,7 @@ class Snapshot:
     qmp_connected: int = 0
     libvirt_connected: bool = False
     revocations_pending: int = 0
+    changed_files: int = 0
     oldest_pending: float | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
 
@@ -213,6 +215,7 @@ def _gauges(now: Snapshot, *, build: Labels) -> dict[str, dict[Labels, float]]:
         "snapshot_timestamp_seconds": {(): now.taken},
         "storage_daemons": _by_one_label(now.daemons),
         "block_jobs": _job_counts(now.jobs),
+        "changed_files": {(): now.changed_files},
         "access_grants": _by_one_label(now.grants),
         "access_revocations_pending": {(): now.revocations_pending},
         "access_revocation_oldest_seconds": {(): waited},

@@ -301,6 +301,7 @@ class GrantPage(Answer):
 class Check(Answer):
     ok: bool
     detail: str
+    remedy: str | None = None
 
 
 class Ready(Answer):

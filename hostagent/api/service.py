@@ -313,8 +313,8 @@ class AgentService:
     # The host
 
     async def host(self) -> Json:
-        pending = [f for f in await self._owed()]
-        oldest = min((f.since for f in pending), default=None)
+        pending = await self._owed()
+        oldest = min(pending, key=lambda file: file.since, default=None)
         exports: dict[str, int] = {}
         for record in self._exports.active():
             exports[record.state] = exports.get(record.state, 0) + 1
@@ -336,7 +336,8 @@ class AgentService:
             ],
             "revocations": {
                 "pending": len(pending),
-                "oldest_seconds": (now() - oldest).total_seconds() if oldest else None,
+                "oldest_seconds": (now() - oldest.since).total_seconds() if oldest else None,
+                "oldest": {"path": oldest.path, "reason": oldest.reason} if oldest else None,
             },
             "changed_files": [
                 {"path": d.path, "what": d.what, "lost": d.lost, "remedy": d.remedy} for d in self._watch.found
@@ -345,7 +346,12 @@ class AgentService:
                 {"time": views.time(t.time), "what": t.what, "message": t.message, "remedy": t.remedy}
                 for t in reversed(self.troubles)
             ],
-            "store": {"path": str(self._facts.state_dir), "events": self._store.last_seq()},
+            "store": {
+                "path": str(self._facts.state_dir),
+                "events": self._store.last_seq(),
+                "free": self._free(),
+                "min_free": self._facts.min_free,
+            },
             "jobs": await self._store.counts(),
             "exports": exports,
             "drain": {"draining": self._drain.on, "since": views.time(self._drain.record.since)},
@@ -383,6 +389,7 @@ class AgentService:
             "id": chain.daemon.id,
             "pid": chain.daemon.pid,
             "state": "running" if chain.answers else "unresponsive",
+            "since": views.time(chain.silent),
             "image": chain.path,
             "exports": sum(1 for user in chain.users if user.kind == "export"),
             "job": next((user.removeprefix("job:") for user in users if user.startswith("job:")), None),
@@ -393,9 +400,10 @@ class AgentService:
         checks: Json = {}
         try:
             await self._store.counts()
+            self._has_room()
             checks["store"] = {"ok": True, "detail": str(self._facts.state_dir)}
         except JobError as error:
-            checks["store"] = {"ok": False, "detail": error.message}
+            checks["store"] = {"ok": False, "detail": error.message, "remedy": error.remedy}
         stuck = [chain.path for chain in self._chains.all() if not chain.answers]
         detail = f"unresponsive: {', '.join(stuck)}" if stuck else "all answer"
         checks["storage_daemons"] = {"ok": True, "detail": detail}
@@ -425,9 +433,13 @@ class AgentService:
         if not self._anywhere(peer):
             raise JobError("denied", "only root and the agent's own user may drain the host", remedy="ask as root")
 
-    def _has_room(self) -> None:
+    def _free(self) -> int:
+        """Bytes that are free beside the store."""
         room = os.statvfs(self._facts.state_dir)
-        free = room.f_bavail * room.f_frsize
+        return room.f_bavail * room.f_frsize
+
+    def _has_room(self) -> None:
+        free = self._free()
         if free < self._facts.min_free:
             raise JobError(
                 "store_full",

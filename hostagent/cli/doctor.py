@@ -15,6 +15,7 @@ from typing import Any
 from hostagent.cli.client import Client, CliError, Json
 from hostagent.cli.finding import Finding, Result, fail, ok, warn
 from hostagent.cli.judged import judged
+from hostagent.cli.status import obstacle
 from hostagent.cli.terminal import Terminal, counted
 from hostagent.errors import EXIT_ERROR, EXIT_OK, AgentError
 
@@ -99,6 +100,7 @@ def _agent(client: Client) -> Iterator[Finding]:
 def _ready(state: Json) -> Iterator[Finding]:
     checks = dict(state.get("checks") or {})
     drain = checks.pop("drain", None)
+    checks.pop("storage_daemons", None)  # each of them is judged below
     if state.get("ready"):
         yield ok("agent", "answers and is ready")
     elif drain and not drain.get("ok") and all(check.get("ok") for check in checks.values()):
@@ -109,7 +111,8 @@ def _ready(state: Json) -> Iterator[Finding]:
         yield warn("agent: drain", str(drain.get("detail")), "`hostagent drain --undo`, when it is to take work again")
     for name, check in sorted(checks.items()):
         text = str(check.get("detail") or ("ok" if check.get("ok") else "not ok"))
-        yield ok(f"agent: {name}", text) if check.get("ok") else fail(f"agent: {name}", text, "see the agent's log")
+        remedy = str(check.get("remedy") or "see the agent's log")
+        yield ok(f"agent: {name}", text) if check.get("ok") else fail(f"agent: {name}", text, remedy)
 
 
 def _host(host: Json) -> Iterator[Finding]:
@@ -128,7 +131,8 @@ def _host(host: Json) -> Iterator[Finding]:
     pending = host.get("revocations") or {}
     if pending.get("pending"):
         text = f"{pending['pending']} not settled, the oldest for {pending.get('oldest_seconds') or 0:.0f} s"
-        yield warn("revocations", text, "`hostagent grant list` shows which and why; the agent goes on trying")
+        remedy = f"{obstacle(pending)}`hostagent grant list` shows all; the agent goes on trying"
+        yield warn("revocations", text, remedy)
     else:
         yield ok("revocations", "all settled")
 
@@ -145,7 +149,9 @@ def _changed(files: list[Json]) -> Iterator[Finding]:
 def _unstick(daemon: Json) -> str:
     if daemon.get("job") and not daemon.get("exports"):
         return f"look at its storage (`dmesg`); to give the job up: hostagent job abort --force {daemon['job']}"
-    return "look at its storage (`dmesg`); it is never killed by itself, for its clients may have unwritten data"
+    if daemon.get("writable", True) or daemon.get("job"):
+        return "look at its storage (`dmesg`); it is never killed by itself, for its clients may have unwritten data"
+    return f"look at its storage (`dmesg`); it writes nothing, and `kill -9 {daemon['pid']}` only cuts its readers off"
 
 
 def _kept(client: Client) -> Iterator[Finding]:

@@ -49,9 +49,15 @@ def _row(grant: Json) -> tuple[str, ...]:
         holder(grant),
         str(grant["access"]),
         str(grant["state"]),
-        str(grant["reason"]),
+        _why(grant),
         age(grant.get("since")),
     )
+
+
+def _why(grant: Json) -> str:
+    """Why somebody needs the file; of one that could not be closed what stands in the way."""
+    detail = grant.get("detail")
+    return f"{grant['reason']}; {detail}" if detail and grant["state"] in ("pending", "kept") else str(grant["reason"])
 
 
 def holder(grant: Json) -> str:

@@ -13,7 +13,7 @@ from hostagent.cli import arguments
 from hostagent.cli.client import Client, Json
 from hostagent.cli.terminal import Column, Terminal, age, counted
 from hostagent.errors import EXIT_OK
-from hostagent.sizes import format_duration
+from hostagent.sizes import format_duration, format_size
 
 ACTIVE = ("running", "ready", "completing", "aborting", "starting", "paused", "waiting", "unknown", "queued")
 MOST_FILES = 5  # alarms about files; one storage that went bad changes many
@@ -76,13 +76,28 @@ def _libvirt(state: Json) -> str:
 
 
 def _print_alarms(terminal: Terminal, host: Json) -> None:
-    alarms = [*_daemon_alarms(host), *_file_alarms(host), *_revocation_alarms(host), *_drain_alarms(host)]
+    alarms = [
+        *_store_alarms(host),
+        *_daemon_alarms(host),
+        *_file_alarms(host),
+        *_revocation_alarms(host),
+        *_drain_alarms(host),
+    ]
     terminal.line("")
     if not alarms:
         terminal.line("nothing needs attention", "ok")
     for text, remedy in alarms:
         terminal.line(f"! {text}", "fail")
         terminal.line(f"    {remedy}", "remedy")
+
+
+def _store_alarms(host: Json) -> list[tuple[str, str]]:
+    store = host.get("store") or {}
+    free = store.get("free")
+    if free is None or free >= store.get("min_free", 0):
+        return []
+    text = f"no new work is taken: {format_size(free)} are free beside the store in {store['path']}"
+    return [(text, f"make space there: {format_size(store['min_free'])} (store.min_free); running work goes on")]
 
 
 def _daemon_alarms(host: Json) -> list[tuple[str, str]]:
@@ -101,7 +116,9 @@ def _daemon_alarms(host: Json) -> list[tuple[str, str]]:
 def _unstick(daemon: Json) -> str:
     if daemon.get("job") and not daemon.get("exports"):
         return f"its job can be ended: hostagent job abort --force {daemon['job']}"
-    return "look at its storage; killing it loses what its clients have not flushed"
+    if daemon.get("writable", True) or daemon.get("job"):
+        return "look at its storage (dmesg); killing it loses what its clients have not flushed"
+    return f"look at its storage (dmesg); it writes nothing, and kill -9 {daemon['pid']} only cuts its readers off"
 
 
 def _since(daemon: Json) -> str:
@@ -124,7 +141,13 @@ def _revocation_alarms(host: Json) -> list[tuple[str, str]]:
         return []
     oldest = format_duration(pending.get("oldest_seconds") or 0)
     text = f"access to {counted(pending['pending'], 'file')} is to be taken back, the oldest for {oldest}"
-    return [(text, "hostagent grant list shows which, and why")]
+    return [(text, f"{obstacle(pending)}hostagent grant list shows all; the agent goes on trying")]
+
+
+def obstacle(pending: Json) -> str:
+    """What stands in the way of the oldest revocation, and a semicolon; empty where that is not known."""
+    path, reason = ((pending.get("oldest") or {}).get(key) or "" for key in ("path", "reason"))
+    return f"{reason if path in reason else f'{path}: {reason}'}; " if reason else ""
 
 
 def _drain_alarms(host: Json) -> list[tuple[str, str]]:

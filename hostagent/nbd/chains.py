@@ -294,12 +294,12 @@ class Chains:
 
     def suspect(self, chain: PreparedChain) -> None:
         if chain.answers:
-            chain.answers = False
+            chain.answers, chain.silent = False, self._clock.now()
             self.sink.responsive(chain, False)
         chain.watch_until_it_answers(self.settings.probe_interval, self.settings.unresponsive_kill)
 
     def answered(self, chain: PreparedChain) -> None:
-        chain.answers = True
+        chain.answers, chain.silent = True, None
         self.sink.responsive(chain, True)
 
     def publish_socket(self, chain: PreparedChain) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hostagent.drivers.qmp import Refused
@@ -91,6 +92,8 @@ class PreparedChain:
         """Whether others than the agent could ever connect to the daemon's socket. It is never taken back: who
         connected then may still be about to name the export that he wants."""
         self.answers = True
+        self.silent: datetime | None = None
+        """Since when the daemon does not answer."""
         self.closed = False
         self.died = False
         self._opened = opened

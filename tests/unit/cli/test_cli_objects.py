@@ -144,7 +144,7 @@ def test_status_shows_first_what_needs_a_person(agent: FakeAgent, run, capsys) -
              "since": "2024-05-01T10:00:00Z"}  # fmt: skip
     orphan = {"pid": 98, "id": "e", "image": None, "exports": ["disk"], "holds": "export disk"}
     failed = {"time": "2024-05-01T10:00:00Z", "what": "job 5", "message": "no space left", "remedy": "make room"}
-    pending = {"pending": 2, "oldest_seconds": 90}
+    pending = {"pending": 2, "oldest_seconds": 90, "oldest": {"path": "/images/b", "reason": "it hangs"}}
     told = host(
         storage_daemons=[stuck], orphans=[orphan], revocations=pending, last_errors=[failed], jobs={"running": 1}
     )
@@ -158,7 +158,7 @@ def test_status_shows_first_what_needs_a_person(agent: FakeAgent, run, capsys) -
         "storage daemon 99 of /images/a.qcow2 is unresponsive", f"hostagent job abort --force {ID}",
         "storage daemon 98 runs, but belongs to no job", "it holds export disk",
         "access to 2 files is to be taken back", "1 min 30 s", "jobs (1 active)",
-        "exports (1)", "job 5: no space left", "make room",
+        "exports (1)", "job 5: no space left", "make room", "/images/b: it hangs; hostagent grant list",
     ):  # fmt: skip
         assert words in out
     assert out.index("unresponsive") < out.index("jobs (1 active)")
@@ -174,6 +174,47 @@ def test_status_names_files_that_changed_lost_ones_first_and_not_all_of_many(age
     alarms = [line for line in capsys.readouterr().out.splitlines() if line.startswith("! ")]
     assert alarms[0] == "! /base.raw was cut from 9 to 5 bytes"
     assert len(alarms) == 6 and alarms[-1] == "! 3 more files have changed"
+
+
+@pytest.mark.parametrize(
+    ("daemon", "says"),
+    [
+        ({"exports": 1, "job": None, "writable": False}, "it writes nothing, and kill -9 99 only cuts its readers off"),
+        ({"exports": 1, "job": None, "writable": True}, "killing it loses what its clients have not flushed"),
+        ({"exports": 1, "job": ID, "writable": False}, "killing it loses what its clients have not flushed"),
+        ({"exports": 1, "job": None}, "killing it loses what its clients have not flushed"),
+        ({"exports": 0, "job": ID, "writable": True}, f"hostagent job abort --force {ID}"),
+    ],
+)
+def test_only_of_a_daemon_that_writes_nothing_status_says_that_it_may_be_killed(
+    agent: FakeAgent, run, capsys, daemon: dict[str, object], says: str
+) -> None:
+    stuck = {"id": "d", "pid": 99, "state": "unresponsive", "image": "/a", **daemon}
+    agent.on("GET", "/v1/host", (200, host(storage_daemons=[stuck], exports={})))
+    agent.on("GET", "/v1/jobs", (200, {"items": [], "next": None}))
+    assert run("status") == 0
+    out = capsys.readouterr().out
+    assert says in out
+    assert ("kill -9" in out) == ("kill -9" in says)
+
+
+def test_status_says_first_that_the_store_is_full(agent: FakeAgent, run, capsys) -> None:
+    store = {"path": "/var/lib/hostagent", "events": 5, "free": 4096, "min_free": 16 << 20}
+    agent.on("GET", "/v1/host", (200, host(store=store, exports={})), (200, host(store=store | {"free": 16 << 20})))
+    agent.on("GET", "/v1/jobs", (200, {"items": [], "next": None}))
+    agent.on("GET", "/v1/exports", (200, {"items": [], "next": None}))
+    assert run("status") == 0
+    assert "! no new work is taken: 4 KiB are free beside the store in /var/lib/hostagent" in capsys.readouterr().out
+    assert run("status") == 0
+    assert "nothing needs attention" in capsys.readouterr().out
+
+
+def test_grant_list_says_what_is_in_the_way_of_a_file_that_nobody_needs(agent: FakeAgent, run, capsys) -> None:
+    left = grant("pending", holder={"kind": "none", "id": ""}, reason="nobody needs it", detail="it hangs")
+    agent.on("GET", "/v1/grants", (200, {"items": [left, grant(detail="unseen")], "next": None}))
+    assert run("grant", "list") == 0
+    out = capsys.readouterr().out
+    assert "nobody needs it; it hangs" in out and "unseen" not in out
 
 
 def test_status_as_json_has_the_host_the_active_jobs_and_the_exports(agent: FakeAgent, run, capsys) -> None:

@@ -152,6 +152,13 @@ class Images:
         1 * GIB, "Memory of one qemu-img (RLIMIT_AS): headers come from guests.", low=64 * MIB, size=True
     )
     tool_cpu: int = setting(300, "Processor seconds of one qemu-img (RLIMIT_CPU).", low=1, high=86400)
+    measure_timeout: float = setting(
+        20.0,
+        "Seconds for qemu-img measure, which says what a copy or a commit needs. Where it takes longer the job begins "
+        "with a warning.",
+        low=0.1,
+        high=3600,
+    )
     inspect_timeout: float = setting(10.0, "Seconds to read the headers of a chain.", low=0.1, high=600)
     scan_entries: int = setting(
         100_000,

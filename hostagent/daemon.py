@@ -57,6 +57,7 @@ from hostagent.drivers.process import User
 from hostagent.errors import AgentError
 from hostagent.images.dependents import Dependent, ScanLimits, find_dependents
 from hostagent.images.drift import Drift
+from hostagent.images.measure import Measure
 from hostagent.images.member import ChainLimits
 from hostagent.images.qemu_img import QemuImg, RunAs, ToolLimits
 from hostagent.images.tool import Tool
@@ -74,6 +75,7 @@ from hostagent.nbd.offline_bitmaps import Bitmaps
 from hostagent.nbd.operations import job_id
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
+from hostagent.nbd.space import Space
 from hostagent.nbd.tls import TlsSettings
 from hostagent.nbd.watch import Watch
 from hostagent.records import ExportRecord
@@ -261,13 +263,15 @@ class Agent:
             request_size=jobs.request_size,
             nbd_timeout=timeout,
         )
+        measure = Measure(user=user, limits=replace(tools, timeout=images.measure_timeout), binary=images.qemu_img)
+        space = Space(measure, self._ledger)
         return OfflineDriver(
             self._chains,
             self._ledger,
             QemuImg(user=user, limits=tools, binary=images.qemu_img),
             pull=Pull(slices),
-            copy=Copy(self._chains, self._dependents, timeout),
-            commit=Commit(self._dependents, timeout),
+            copy=Copy(self._chains, self._dependents, space, timeout),
+            commit=Commit(self._dependents, space, timeout),
             check_auto=images.check_auto_size,
         )
 

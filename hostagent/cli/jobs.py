@@ -119,7 +119,11 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 def _add_work(parser: argparse.ArgumentParser) -> None:
     """What all operations have."""
     parser.add_argument("--bandwidth", metavar="RATE", type=arguments.rate, help="limit, such as 50MiB/s")
-    parser.add_argument("--check", choices=("auto", "always", "never"), help="qemu-img check before the start")
+    parser.add_argument(
+        "--check",
+        choices=("auto", "always", "never"),
+        help="qemu-img check before the start; never also starts where space is short",
+    )
     parser.add_argument("--label", metavar="K=V", type=arguments.label, action="append", default=[], help="may repeat")
     parser.add_argument("--id", metavar="UUID", type=arguments.object_id, help="the job's id, for a safe retry")
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, change nothing")

@@ -380,15 +380,19 @@ class StorageDaemon:
         return Node(layer, index, min(found))
 
     async def add_target(self, node: Node, below: Node | None, *, new: bool, backing: tuple[str, str] | None) -> None:
-        """Open a copy's target for writing; `new` makes it an empty image, on `backing` (name, format) if given."""
-        await self.execute("blockdev-add", **_file_options(node, writable=True))
+        """Open a copy's target for writing; `new` makes it an empty image, on `backing` (name, format) if given.
+
+        A new one stays sparse: without `discard` the zeros that a mirror writes are allocated, all of a raw disk's.
+        """
+        sparse: dict[str, Any] = {"discard": "unmap"} if new and not node.layer.device else {}
+        await self.execute("blockdev-add", **_file_options(node, writable=True), **sparse)
         if new and node.layer.format != "raw":
             options = {"driver": node.layer.format, "file": node.file_node, "size": node.layer.virtual_size}
             if backing is not None:
                 options |= {"backing-file": backing[0], "backing-fmt": backing[1]}
             await self._create(f"create-{node.index}", options)
         link = below.format_node if below else None
-        await self.execute("blockdev-add", **_format_options(node, link, writable=True))
+        await self.execute("blockdev-add", **_format_options(node, link, writable=True), **sparse)
 
     async def add_remote(self, node: Node, server: Mapping[str, Any], name: str, timeout: float) -> None:
         """Open an NBD export for writing. A server that goes away is an error at once; one that does not answer is one

@@ -28,6 +28,11 @@ class Cost:
     stored: int
     most: int
 
+    @property
+    def growth(self) -> int:
+        """What it may come to take beside that."""
+        return max(0, self.most - self.stored)
+
 
 def costs(fd: int) -> tuple[Cost, ...]:
     """Of all bitmaps of the qcow2 image that is open as `fd`. Blocks. Raises JobError image_invalid or io_error."""

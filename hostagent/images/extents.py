@@ -50,7 +50,7 @@ class Map:
         path = opened.chain.top.path
         with grasped(*opened.fds) as handles:
             try:
-                finished = await self._tool.read([*words, "--", _described(opened.chain, handles)], handles)
+                finished = await self._tool.read([*words, "--", described(opened.chain.layers, handles)], handles)
             except TimeoutError:
                 message = f"the map of {path} took longer than images.check_timeout ({self._limits.timeout:g} s)"
                 remedy = "raise images.check_timeout, or ask for less: --start, --length"
@@ -80,11 +80,12 @@ def _check_range(top: Layer, start: int, length: int | None) -> None:
         raise JobError("invalid", message, field="length", value=length, remedy=_ALL)
 
 
-def _described(chain: Chain, handles: Sequence[int]) -> str:
-    """The chain as QEMU's options, each layer by its descriptor and in its known format."""
+def described(layers: Sequence[Layer], handles: Sequence[int]) -> str:
+    """Layers that stand on each other as QEMU's options, each by its descriptor and in its known format, top first. The
+    last one stands on nothing."""
     below: dict[str, Any] | None = None
-    for layer, handle in zip(reversed(chain.layers), reversed(handles), strict=True):
-        file = {"driver": "file", "filename": f"/proc/self/fd/{handle}"}
+    for layer, handle in zip(reversed(layers), reversed(handles), strict=True):
+        file = {"driver": "host_device" if layer.device else "file", "filename": f"/proc/self/fd/{handle}"}
         node = {"driver": layer.format, "read-only": True, "file": file}
         below = node if layer.format == "raw" else {**node, "backing": below}
     return "json:" + json.dumps(below)

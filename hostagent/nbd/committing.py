@@ -27,11 +27,11 @@ from hostagent.nbd.operations import (
     durable_backing,
     job_name,
     node_of,
-    preflight,
     refuse_dependents,
     room,
 )
 from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.space import Growth, Space, judge
 from jobs import commit
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Job, JobSpec, Layer, Need, Plan
@@ -48,8 +48,9 @@ class Around(TypedDict):
 
 
 class Commit:
-    def __init__(self, search: Search, file_timeout: float) -> None:
+    def __init__(self, search: Search, space: Space, file_timeout: float) -> None:
         self._search = search
+        self._space = space
         self._timeout = file_timeout
 
     async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan:
@@ -67,15 +68,19 @@ class Commit:
             )
         _refuse_devices(chain, spec, top, base)
         await self._refuse_dependents(chain, spec)
-        need = sum(layer.allocated for layer in moving)
-        fd = opened.fds[chain.layers.index(base)]
-        most = at_most(top.virtual_size) if base.device and base.format != "raw" else min(need, top.virtual_size)
-        space = {"need": most, "free": room(fd)}
-        pruned = spec.prune_bitmaps
+        first, last = chain.layers.index(top), chain.layers.index(base)
+        fd, pruned = opened.fds[last], spec.prune_bitmaps
         found, told = await base_bitmaps.look(fd, base, self._timeout, pruned=pruned)
-        warnings = (*preflight(spec, space["need"], space["free"], "the base"), *told)
-        preview = {"space": space, "bitmaps": base_bitmaps.preview(found, pruned=pruned)}
-        return Plan(chain, after, 0, warnings, preview)
+        free = room(fd)
+        if base.device:  # it does not grow, and what is free in it is not known: by size alone
+            need = min(sum(layer.allocated for layer in moving), top.virtual_size)
+            growth = Growth(need if base.format == "raw" else at_most(top.virtual_size))
+        else:
+            growth = await self._space.of_commit(opened, first, last, free)
+        growth = growth.beside(0 if pruned else sum(cost.growth for cost in found))
+        warnings = (*judge(spec, growth, free, f"the base {base.path!r}", field="target"), *told)
+        space = {"need": growth.need, "free": free}
+        return Plan(chain, after, 0, warnings, {"space": space, "bitmaps": base_bitmaps.preview(found, pruned=pruned)})
 
     async def _refuse_dependents(self, chain: Chain, spec: JobSpec) -> None:
         """Invariant: who writes a file, or takes one away, does so alone."""

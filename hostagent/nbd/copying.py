@@ -25,6 +25,7 @@ from hostagent.nbd import device_targets as devices
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.operations import Search, at_most, backing_name, job_name, preflight, refuse_dependents, room
 from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.space import Space, judge
 from hostagent.nbd.uri import server_of
 from jobs import copy
 from jobs.errors import JobError
@@ -37,9 +38,10 @@ ACL_GROUP_OBJ = 0x04  # linux/posix_acl.h
 
 
 class Copy:
-    def __init__(self, chains: Chains, search: Search, file_timeout: float) -> None:
+    def __init__(self, chains: Chains, search: Search, space: Space, file_timeout: float) -> None:
         self._chains = chains
         self._search = search
+        self._space = space
         self._timeout = file_timeout
 
     async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan:
@@ -55,21 +57,25 @@ class Copy:
             raise JobError("invalid", "a raw image cannot have a backing file", field="format", remedy=remedy)
         if is_remote(spec.dest):
             return Plan(source, source, 0, (), {"space": {}}, _remote(spec))
-        need = min(sum(one.allocated for one in source.layers[: 1 if spec.shallow else None]), source.top.virtual_size)
         if device:
             target, free = await self._device(spec, opened, format_)
+            layers = source.layers[: 1 if spec.shallow else None]
+            need = min(sum(one.allocated for one in layers), source.top.virtual_size)
             need = source.top.virtual_size if format_ == "raw" else at_most(need)
             space = {"need": need, "free": free}
             warnings = preflight(spec, need, free, "the target")
             return Plan(source, copy.after(source, spec, target), 0, warnings, {"space": space}, target)
+        existing = None
         if spec.reuse_external:
-            target = await self._existing(spec, opened, format_)
+            target, existing = await self._existing(spec, opened, format_)
         else:
             pools = None if spec.anywhere else self._chains.settings.limits.pools
             target = await self._aside(_new, spec.dest, format_, pools)
-        space = {"need": need, "free": await self._aside(room, Path(spec.dest).parent)}
-        warnings = preflight(spec, need, space["free"], "the target")
-        return Plan(source, copy.after(source, spec, target), 0, warnings, {"space": space}, target)
+        free = await self._aside(room, Path(spec.dest).parent)
+        growth = await self._space.of_copy(opened, 1 if spec.shallow else len(source.layers), format_, existing)
+        warnings = judge(spec, growth, free, f"the target {target.path!r}", field="dest")
+        preview = {"space": {"need": growth.need, "free": free}}
+        return Plan(source, copy.after(source, spec, target), 0, warnings, preview, target)
 
     async def _device(self, spec: JobSpec, source: OpenChain, format_: str) -> tuple[Target, int]:
         """The block device as a target, and its size. It is written over, so it must be empty, or --reuse-external says
@@ -81,8 +87,8 @@ class Copy:
                 raise _unfit(spec.dest, f"is a member of the chain of {source.chain.top.path!r}", "copy somewhere else")
             await self._aside(devices.refuse_claimed, device.path, fd)
             if format_ != "raw" and spec.reuse_external:
-                target = replace(await self._existing(spec, source, format_), device=True)
-                return target, device.virtual_size
+                target, _ = await self._existing(spec, source, format_)
+                return replace(target, device=True), device.virtual_size
             devices.refuse_small(device, source.chain.top.virtual_size, format_)
             if not spec.reuse_external:
                 await self._aside(devices.refuse_content, device.path, fd)
@@ -90,7 +96,7 @@ class Copy:
             target = Target(device.path, format_, made=False, file=device.file, device=True)
             return replace(target, fresh=not spec.reuse_external), device.virtual_size
 
-    async def _existing(self, spec: JobSpec, source: OpenChain, format_: str) -> Target:
+    async def _existing(self, spec: JobSpec, source: OpenChain, format_: str) -> tuple[Target, Layer]:
         """The target that is there, fit to be written over: of the right size, and on the right backing file."""
         assert spec.dest is not None
         with await self._chains.open(spec.dest, format=format_, anywhere=spec.anywhere, devices=True) as opened:
@@ -105,7 +111,7 @@ class Copy:
                 needs = f"the backing file {wanted[0].path!r}" if wanted else "no backing file"
                 raise _unfit(spec.dest, "stands on another image", f"make it anew, with {needs}")
             await self._refuse_dependents(top)
-            return Target(top.path, top.format, made=False, file=top.file)
+            return Target(top.path, top.format, made=False, file=top.file), top
 
     async def _refuse_dependents(self, target: Layer) -> None:
         """Invariant: who writes a file does so alone."""

@@ -17,6 +17,7 @@ from jobs.model import (
     Cursor,
     Failure,
     FileId,
+    Group,
     Holder,
     Job,
     JobSpec,
@@ -221,12 +222,15 @@ def job(data: Mapping[str, Any]) -> Job:
     values = dict(data)
     error = values.pop("error")
     target, completion = values.pop("target", None), values.pop("completion", None)
+    group, sealed = values.pop("group", None), values.pop("sealed", None)
     return Job(
         **{
             **values,
             "spec": _spec(values["spec"]),
             "target": _target(target) if target else None,
             "completion": Completion(completion) if completion else None,
+            "group": Group(group["id"], tuple(group["jobs"])) if group else None,
+            "sealed": Completion(sealed) if sealed else None,
             "state": State(values["state"]),
             "before": chain(values["before"]),
             "after": chain(values["after"]),

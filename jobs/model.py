@@ -196,10 +196,21 @@ class JobSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """Copies that complete together or not at all: its id, and its jobs as they were asked for."""
+
+    id: str
+    jobs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One job, whole. `revision` grows with each change; `upto` is where the present increment ends; `intent` is
     `abort` once an abort was asked for, and `since` when the present state began. `completion` is set once the end of
     a ready job was asked for.
+
+    In a group `sealed` is set when the target is whole and durable, and says for which end; `completion` is stored for
+    all its jobs in one transaction, when all targets have their names: that is the group's decision.
     """
 
     id: str
@@ -217,6 +228,8 @@ class Job:
     intent: str | None = None
     target: Target | None = None
     completion: Completion | None = None
+    group: Group | None = None
+    sealed: Completion | None = None
     started: datetime | None = None
     ready: datetime | None = None
     finished: datetime | None = None
@@ -239,6 +252,11 @@ class Job:
     @property
     def holder(self) -> Holder:
         return Holder("job", self.id)
+
+    @property
+    def decided(self) -> bool:
+        """Of a member: that the whole group completes, whatever happens from now on."""
+        return self.group is not None and self.completion is not None
 
 
 @dataclass(frozen=True, slots=True)

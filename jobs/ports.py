@@ -126,6 +126,13 @@ class BlockDriver(Protocol):
     async def seal(self, job: Job) -> None:
         """Make the result of a job that is `done` durable, and give a target that we made its name. Idempotent."""
 
+    async def harden(self, job: Job) -> None:
+        """Make the target of a ready copy durable where it lies, before its group is decided. Idempotent."""
+
+    async def name(self, job: Job) -> None:
+        """Give the target of a group's member its name, which `discard` takes back; its storage daemon may have ended
+        after `harden`. Idempotent."""
+
     async def discard(self, job: Job) -> None:
         """Close the target of a job that did not complete, and delete it if we made it. Idempotent."""
 

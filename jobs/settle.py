@@ -38,7 +38,7 @@ def decide(job: Job, seen: Observation, failure: Failure | None = None) -> Verdi
     if seen.contact is Contact.ALIVE and seen.phase not in (Phase.ABSENT, Phase.CONCLUDED):
         return Verdict(None)
     # Of a job that ran, the header tells more than anything that was heard; unless there was nothing to change in it.
-    if seen.proven and (failure is None or (job.started is not None and job.dropped)):
+    if job.decided or (seen.proven and (failure is None or (job.started is not None and job.dropped))):
         return Verdict(Signal.PROVEN_COMPLETED)
     if job.intent == "abort":
         return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", "the job was aborted", again(job)))

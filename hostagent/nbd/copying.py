@@ -184,9 +184,15 @@ class Copy:
 
     async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
         target = job.target
-        if target is None or not target.made or job.completion is None:
+        if target is None or job.completion is None:
             return False
-        return await self._aside(_is_settled, target)
+        if job.group is not None:  # its end was decided when all of the group had their names
+            try:
+                await self._aside(_let_its_name_be_all, target)
+            except JobError as error:
+                raise TimeoutError(error.message) from error
+            return True
+        return target.made and await self._aside(_is_settled, target)
 
     async def audit(self, job: Job, chain: PreparedChain) -> tuple[str, ...]:
         """The target lies where it should, and its name is still free: after a pivot it would be too late to say no."""
@@ -205,6 +211,24 @@ class Copy:
 
     async def seal(self, job: Job, chain: PreparedChain) -> None:
         assert job.target is not None
+        if job.group is None:
+            await self._settle(job, chain, named=True)
+        if job.target.made and job.completion is Completion.FINISH:  # who sees the job completed can open the copy
+            await chain.ask((await chain.serve()).dismiss(job_name(job)))
+            await chain.close_beside()
+            chain.give_up_target()
+
+    async def harden(self, job: Job, chain: PreparedChain) -> None:
+        """On stable storage while the mirror is ready: nobody writes the image, so the target stays what it is."""
+        await self._settle(job, chain, named=False)
+
+    async def name(self, job: Job) -> None:
+        """A further name for the target, which needs no storage daemon any more: it is whole."""
+        if job.target is not None and job.target.made:
+            await self._aside(_give_name, job.target)
+
+    async def _settle(self, job: Job, chain: PreparedChain, *, named: bool) -> None:
+        assert job.target is not None
         await self._hold(job, chain)
         await chain.flush_target(chain.nodes[1] if job.spec.shallow else None)
         if job.target.file is None:
@@ -212,11 +236,7 @@ class Copy:
         fd = chain.descriptor(job.target.file)
         if fd is None:
             raise JobError("storage_daemon_died", f"the storage daemon of {job.before.top.path!r} ended")
-        await self._aside(_settle, job.target, fd)
-        if job.target.made and job.completion is Completion.FINISH:  # who sees the job completed can open the copy
-            await chain.ask((await chain.serve()).dismiss(job_name(job)))
-            await chain.close_beside()
-            chain.give_up_target()
+        await self._aside(_settle, job.target, fd, named)
 
     async def discard(self, job: Job, chain: PreparedChain | None) -> None:
         place = None
@@ -414,14 +434,42 @@ def _is_settled(target: Target) -> bool:
     return True
 
 
-def _settle(target: Target, fd: int) -> None:
-    """On stable storage, and under its name. Idempotent. Of its own descriptor: should it hang and come through when
-    the job has long failed, then there is no such file to be named, and no other by that number."""
+def _let_its_name_be_all(target: Target) -> None:
+    """The target of a group that is decided needs the unfinished file's name no more. Idempotent."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        folder = _open_folder(target)
+        try:
+            _name_alone(target, folder)
+        finally:
+            os.close(folder)
+
+
+def _give_name(target: Target) -> None:
+    """Its name, durable, beside that of the unfinished file: until its group is decided both may have to go. Should it
+    come through when the job has long failed, then there is no such file to be named."""
+    own = _open(target)
+    try:
+        _refuse_strange(target, own)
+        folder = _open_folder(target)
+        try:
+            _name(target, own, folder)
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise _os_error(target, error) from error
+    finally:
+        os.close(own)
+
+
+def _settle(target: Target, fd: int, named: bool) -> None:
+    """On stable storage, and if `named` under its name. Idempotent. Of its own descriptor: should it hang and come
+    through when the job has long failed, then there is no such file to be named, and no other by that number."""
     own = os.dup(fd)
     try:
         os.fsync(own)
         _refuse_strange(target, own)
-        if target.part is not None:
+        if target.part is not None and named:
             folder = _open_folder(target)
             try:
                 _name(target, own, folder)

@@ -62,6 +62,7 @@ class OfflineDriver:
         self._grants = grants
         self._qemu_img = qemu_img
         self._pull = pull
+        self._copy = copy
         self._commit = commit
         self._check_auto = check_auto
         self._operations: dict[model.Operation, Operation] = {
@@ -276,6 +277,14 @@ class OfflineDriver:
         chain = self._chain(job)
         async with chain.lock:
             await self._operations[job.spec.operation].seal(job, chain)
+
+    async def harden(self, job: Job) -> None:
+        chain = self._chain(job)
+        async with chain.lock:
+            await self._copy.harden(job, chain)
+
+    async def name(self, job: Job) -> None:
+        await self._copy.name(job)
 
     async def discard(self, job: Job) -> None:
         chain = self._find(job)

@@ -31,7 +31,7 @@ from jobs.errors import JobError
 from jobs.model import FileId, Holder, Operation
 from jobs.ports import SystemClock
 from tests.contract.driver_suite import MIB, SIZE, Rig, on_a_rig
-from tests.contract.ready_suite import ReadySuite
+from tests.contract.group_suite import GroupSuite
 from tests.harness import backing_of, overlay, raw_image, same_content
 from tests.qemu.faults import eventually, open_below, sound
 
@@ -101,7 +101,7 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
     )
 
 
-class TestOfflineDriver(ReadySuite):
+class TestOfflineDriver(GroupSuite):
     @on_a_rig
     async def test_a_daemon_that_dies_while_the_target_is_leased_leaves_no_lease(self, rig: Rig) -> None:
         assert isinstance(rig.driver, OfflineDriver)

@@ -289,12 +289,35 @@ class FakeDriver:
         file = written(job)
         assert file in self.synced, "sealed before its block job ended well"
         self.sealed.add(file)
-        if job.target is not None and job.target.made:
-            if self.names.get(job.target.path, file) != file:
-                raise JobError("conflict", f"the target {job.target.path!r}: File exists")
-            self.names[job.target.path] = file
+        if job.target is not None and job.target.made and job.group is None:
+            self._name(job)
             self.names.pop(part_of(job), None)
         self.fault("seal done", job)
+
+    async def harden(self, job: Job) -> None:
+        image = await self._called("harden", job)
+        if not image.prepared:
+            raise JobError("storage_daemon_died", "the storage daemon ended")
+        self._answering(image)
+        block = self.block(job)
+        assert block is not None and block.phase is Phase.READY, "hardened before it was in sync"
+        self.sealed.add(written(job))
+        self.fault("harden done", job)
+
+    async def name(self, job: Job) -> None:
+        await self._called("name", job)
+        assert written(job) in self.sealed, "named before it was durable"
+        if job.target is not None and job.target.made:
+            if job.target.file not in self.names.values():
+                raise JobError("image_changed", "the target is gone")
+            self._name(job)
+        self.fault("name done", job)
+
+    def _name(self, job: Job) -> None:
+        assert job.target is not None and job.target.file is not None
+        if self.names.get(job.target.path, job.target.file) != job.target.file:
+            raise JobError("conflict", f"the target {job.target.path!r}: File exists")
+        self.names[job.target.path] = job.target.file
 
     async def discard(self, job: Job) -> None:
         image = await self._called("discard", job)
@@ -385,6 +408,9 @@ class FakeDriver:
             image.daemon, image.prepared = None, False
 
     def _proven(self, image: Image, job: Job) -> bool:
+        if job.decided:
+            self.names.pop(part_of(job), None)
+            return True
         if job.target is not None:
             target = job.target
             return target.made and job.completion is not None and self.names.get(target.path) == target.file

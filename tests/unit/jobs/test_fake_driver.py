@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.driver_suite import MIB, SIZE, Rig
-from tests.contract.ready_suite import ReadySuite
+from tests.contract.group_suite import GroupSuite
 from tests.unit.jobs.fake_driver import FakeDriver
 
 
@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class TestFakeDriver(ReadySuite):
+class TestFakeDriver(GroupSuite):
     @contextlib.asynccontextmanager
     async def rig(self, folder: Path) -> AsyncIterator[Rig]:
         driver = FakeDriver(size=SIZE, pace=MIB, slice=2 * MIB)

@@ -186,6 +186,13 @@ class Store:
     async def save(self, job: Job, events: Sequence[Event] = ()) -> None:
         await self._change(lambda db: _put_job(db, job), events)
 
+    async def save_all(self, jobs: Sequence[Job]) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            for job in jobs:
+                _put_job(db, job)
+
+        await self._change(work)
+
     async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:
         def work(db: sqlite3.Connection) -> None:
             _put_job(db, job)

@@ -17,6 +17,7 @@ from typing import Any
 from events.model import JobEventKind
 from jobs import pull
 from jobs.errors import JobError
+from jobs.group import Together
 from jobs.inbox import Ask, Inbox, Message
 from jobs.keeper import Keeper
 from jobs.machine import HOLDS_SLOT, Signal, accepts, step
@@ -31,9 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class Actor:
-    def __init__(self, world: World, job: Job) -> None:
+    def __init__(self, world: World, job: Job, group: Together | None = None) -> None:
         self._w = world
-        self._keeper = Keeper(world, job)
+        self._group = group
+        self._keeper = Keeper(world, job, group.look) if group else Keeper(world, job)
         self._inbox = Inbox()
         self._has_slot = False
         self._end: Observation | None = None  # the look that found the job ended, until it is judged
@@ -43,12 +45,20 @@ class Actor:
         return self._keeper.job
 
     @property
+    def keeper(self) -> Keeper:
+        return self._keeper
+
+    @property
     def view(self) -> View:
         return self._keeper.view
 
     def hint(self) -> None:
         """Something may have happened: look."""
         self._inbox.hint()
+
+    def order(self, ask: Ask, value: Any = None) -> None:
+        """What the job's group makes it do."""
+        self._inbox.order(ask, value)
 
     async def ask(self, ask: Ask, value: Any = None) -> Job:
         """Put a request and wait until it is carried out or refused."""
@@ -101,7 +111,7 @@ class Actor:
         await self._keeper.move(Signal.ENDED, error=failure)
 
     async def _queued(self) -> None:
-        admitted = asyncio.ensure_future(self._w.slots.take())
+        admitted = asyncio.ensure_future(self._group.slot(self.job.id) if self._group else self._w.slots.take())
         try:
             while not admitted.done():
                 message = await self._inbox.next_or(admitted)
@@ -183,8 +193,9 @@ class Actor:
             await self._look()
             if self.job.state is not State.READY:
                 return
-            if self.job.spec.completion is not None:
-                await self._complete(self.job.spec.completion)
+            completion = self._group.end_asked() if self._group else self.job.spec.completion
+            if completion is not None:
+                await self._complete(completion)
                 return
             message = await self._inbox.next(self._w.limits.progress_interval)
             if message is not None and message.ask is not Ask.LOOK:
@@ -193,6 +204,10 @@ class Actor:
     async def _complete(self, completion: Completion) -> None:
         """Decided and stored before it is asked for: what ends well after this may not be called aborted."""
         await self._audit()
+        if self._group is not None:  # all of it is decided together, when each result is safe
+            await self._w.driver.harden(self.job)
+            await self._keeper.move(Signal.ENDED, sealed=completion)
+            return
         after = self.job.before if completion is Completion.FINISH else self.job.after
         await self._keeper.move(Signal.ENDED, completion=completion, after=after)
 
@@ -270,6 +285,9 @@ class Actor:
         to_cancel = self.job.state is State.ABORTING or self.job.error is not None
         if to_cancel:
             await self._w.driver.cancel(self.job)
+        elif self._group is not None and self.job.sealed is not None and not self.job.decided:
+            await self._until_decided(self._group)
+            return
         elif self.job.completion is not None:
             await self._ask_for_the_end()
         while not self.job.state.terminal:
@@ -289,10 +307,38 @@ class Actor:
             message = await self._inbox.next(self._w.limits.progress_interval)
             if message is not None and message.ask is not Ask.LOOK:
                 await self._request(message)
-                if self.job.state is State.ABORTING and not to_cancel:
+                if (self.job.state is State.ABORTING or message.ask is Ask.FAIL) and not to_cancel:
                     return  # and in again, to ask for that
             elif seen.phase is Phase.READY and not to_cancel:
                 await self._ask_for_the_end()  # again: it may not have listened
+
+    async def _until_decided(self, group: Together) -> None:
+        """Sealed: it gets its name when all are, and waits until all have theirs. Until then it can be taken back."""
+        self._end, named = None, False
+        try:
+            while self.job.state is State.COMPLETING and self.job.error is None and not self.job.decided:
+                if not named and group.all_sealed():
+                    if not await self._named():
+                        return
+                    named = True
+                    group.has_name(self.job.id)
+                async with group.turn:
+                    if self.job.decided or (named and await group.decide()):
+                        return
+                message = await self._inbox.next(self._w.limits.progress_interval)
+                if message is not None and message.ask is not Ask.LOOK:
+                    async with group.turn:
+                        await self._request(message)
+        finally:
+            group.leaves(self.job.id)
+
+    async def _named(self) -> bool:
+        try:
+            await self._w.driver.name(self.job)
+        except JobError as error:
+            await self._keeper.change(error=failure_of(self.job, error))
+            return False
+        return True
 
     async def _ask_for_the_end(self) -> None:
         try:
@@ -303,12 +349,16 @@ class Actor:
 
     async def _sealed(self, seen: Observation) -> Observation:
         """Make sure of a result that nothing but the hypervisor's word says, once it has said it."""
-        if self.job.completion is None or self.job.error is not None or seen.proven or not seen.done:
+        if self.job.completion is None or self.job.error is not None or not seen.done:
+            return seen
+        if seen.proven and not self.job.decided:
             return seen
         try:
             await self._w.driver.seal(self.job)
         except JobError as error:
-            if self.job.completion is Completion.PIVOT or error.code == "unresponsive":
+            if self.job.decided and error.code == "storage_daemon_died":
+                return seen
+            if self.job.completion is Completion.PIVOT or self.job.decided or error.code == "unresponsive":
                 raise  # clients may read from the target already: it is tried until it is done
             await self._keeper.change(error=failure_of(self.job, error))
             return seen
@@ -394,10 +444,9 @@ class Actor:
                     await driver.resume(job)
                 await self._keeper.move(Signal.RESUMED)
             case Ask.COMPLETE:
-                if job.state is not State.READY:
-                    remedy = "wait until it is ready (`hostagent job watch`)"
-                    raise JobError("conflict", f"job {job.id} is {job.state}, not ready", remedy=remedy)
-                await self._complete(message.value)
+                await self._complete_when_asked(message.value)
+            case Ask.FAIL:
+                await self._fail_with_the_others(message.value)
             case Ask.SPEED:
                 if job.state in (State.RUNNING, State.PAUSED) and not self._agent_driven:
                     await driver.set_speed(job, message.value)
@@ -408,7 +457,28 @@ class Actor:
         """Between the first byte and the last step of an incremental pull no block job runs: the agent pulls."""
         return self.job.incremental and self.job.cursor.cur < self.job.cursor.end
 
+    async def _complete_when_asked(self, completion: Completion) -> None:
+        late = self._group.lagging() if self._group else None
+        if self.job.state is not State.READY or late is not None:
+            which = self.job if self.job.state is not State.READY or late is None else late
+            remedy = "wait until it is ready (`hostagent job watch`)"
+            raise JobError("conflict", f"job {which.id} is {which.state}, not ready", remedy=remedy)
+        if self._group is not None and (asked := self._group.end_asked()) not in (None, completion):
+            raise JobError("conflict", f"its group was asked to {asked}", remedy="wait for it")
+        await self._complete(completion)
+
+    async def _fail_with_the_others(self, failure: Failure) -> None:
+        if self.job.decided or self.job.error is not None or self.job.intent is not None:
+            return
+        if self.job.state is State.COMPLETING:
+            await self._keeper.change(error=failure)
+        else:
+            await self._fail(failure)
+
     async def _abort(self, *, force: bool) -> None:
+        if self.job.decided:
+            message = f"job {self.job.id} completes with its group, which is decided"
+            raise JobError("conflict", message, remedy="wait for it", state=self.job.state.value)
         if force and self.job.state in (State.ABORTING, State.UNKNOWN):
             self._refuse_haste()
             await self._w.driver.cancel(self.job, force=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from jobs import pull
 from jobs.actor import Actor
 from jobs.errors import JobError
+from jobs.group import Together
+from jobs.grouping import group_of, refuse_overlap, refuse_unlike
 from jobs.inbox import Ask
-from jobs.model import Completion, Cursor, FileId, Job, JobSpec, Operation, Plan, Revocation, State
+from jobs.model import Completion, Cursor, FileId, Group, Job, JobSpec, Operation, Plan, Revocation, State
 from jobs.ports import Access, BlockDriver, Clock, JobStore, Observer
 from jobs.progress import View
 from jobs.slots import Slots
@@ -42,15 +44,26 @@ class Engine:
         self._world = World(driver, store, access, clock, observer, limits, Slots(limits.width), changed)
         self._actors: dict[str, Actor] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._groups: dict[str, Together] = {}
         self._creating = asyncio.Lock()
 
     async def recover(self) -> int:
         """Take up every job that has not ended, and every end whose revocation is pending. How many."""
         jobs = await self._world.store.unsettled()
         for job in jobs:
+            await self._regroup(job)
+        for job in jobs:
             # Revisions grow with the shown progress too, which was not stored: none may come twice.
             self._spawn(replace(job, revision=job.revision + UNSTORED))
+        for group in self._groups.values():
+            group.look()
         return len(jobs)
+
+    async def _regroup(self, job: Job) -> None:
+        """What a group has to know of those of its jobs that need no writer any more."""
+        if job.group is not None and job.group.id not in self._groups:
+            found = [await self._world.store.get(one) for one in job.group.jobs]
+            self._groups[job.group.id] = Together(self._world, job.group, {one.id: one for one in found if one})
 
     async def stop(self) -> None:
         """Let go of the jobs; what runs in storage daemons goes on, and is taken up at the next start."""
@@ -106,6 +119,43 @@ class Engine:
         log.info("job queued", extra={"fields": {"job": job.id, "path": job.before.top.path}})
         return job, True
 
+    async def create_group(self, specs: Sequence[JobSpec], group_id: str | None = None) -> tuple[list[Job], bool]:
+        """Copies that complete together or not at all; all of them are stored, or none. With a `group_id` that was
+        used for the same request before, those, and False."""
+        refuse_unlike(specs, self._world.limits)
+        group = group_of(group_id, len(specs))
+        if known := await self._same_group(specs, group):
+            return known, False
+        plans = await self._plans(specs)
+        if any([await self._until_cleared(plan.before.top.file) for plan in plans]):
+            plans = await self._plans(specs)
+        async with self._creating:
+            if known := await self._same_group(specs, group):
+                return known, False
+            self._refuse_when_full(len(specs))
+            for spec, plan in zip(specs, plans, strict=True):
+                self._refuse_when_busy(spec, plan)
+            jobs = [
+                replace(self._new(spec, plan, job_id), group=group)
+                for spec, plan, job_id in zip(specs, plans, group.jobs, strict=True)
+            ]
+            await asyncio.shield(asyncio.ensure_future(self._save_and_spawn_group(group, jobs)))
+        for job in jobs:
+            self._world.changed(job)
+            fields = {"job": job.id, "path": job.before.top.path, "group": group.id}
+            log.info("job queued", extra={"fields": fields})
+        return jobs, True
+
+    async def plan_group(self, specs: Sequence[JobSpec]) -> list[Plan]:
+        """What `create_group` would do, with all that it would refuse of the request itself."""
+        refuse_unlike(specs, self._world.limits)
+        return await self._plans(specs)
+
+    async def _plans(self, specs: Sequence[JobSpec]) -> list[Plan]:
+        plans = [await self._world.driver.plan(spec) for spec in specs]
+        refuse_overlap(specs, plans)
+        return plans
+
     def admit(self, *, jobs: bool) -> None:
         """Whether queued jobs may begin. Those that have begun go on."""
         if jobs:
@@ -152,7 +202,7 @@ class Engine:
     async def complete(self, job_id: str, completion: Completion | None) -> Job:
         """End a job that is ready: pivot or finish. One that is ending so already only answers."""
         job = await self.get(job_id)
-        if job.completion is not None and completion in (None, job.completion):
+        if (asked := job.completion or job.sealed) is not None and completion in (None, asked):
             return job
         if job.spec.operation is Operation.PULL:
             message = f"job {job_id} is a pull, which completes by itself"
@@ -201,6 +251,15 @@ class Engine:
             remedy="choose another id, or leave it out",
         )
 
+    async def _same_group(self, specs: Sequence[JobSpec], group: Group) -> list[Job]:
+        """The jobs that this id and request made before, but for those that were deleted."""
+        found = [await self._same_request(spec, one) for spec, one in zip(specs, group.jobs, strict=True)]
+        jobs = [job for job in found if job is not None]
+        if any(job.group != group for job in jobs):
+            message = f"group {group.id} exists with another request"
+            raise JobError("conflict", message, field="id", value=group.id, remedy="choose another id")
+        return jobs
+
     async def _until_cleared(self, file: FileId) -> bool:
         """Wait for the job before on this image, when it has ended and only its access is still being settled.
 
@@ -212,8 +271,8 @@ class Engine:
             await asyncio.wait(tasks, timeout=self._world.limits.request_timeout)
         return bool(tasks)
 
-    def _refuse_when_full(self) -> None:
-        if len(self.active()) >= self._world.limits.queue:
+    def _refuse_when_full(self, number: int = 1) -> None:
+        if len(self.active()) + number > self._world.limits.queue:
             raise JobError(
                 "limit",
                 f"{self._world.limits.queue} jobs wait or run already",
@@ -262,8 +321,17 @@ class Engine:
         await self._world.store.save(job)
         self._spawn(job)
 
+    async def _save_and_spawn_group(self, group: Group, jobs: Sequence[Job]) -> None:
+        await self._world.store.save_all(jobs)
+        self._groups[group.id] = Together(self._world, group, {})
+        for job in jobs:
+            self._spawn(job)
+
     def _spawn(self, job: Job) -> None:
-        actor = Actor(self._world, job)
+        group = self._groups[job.group.id] if job.group else None
+        actor = Actor(self._world, job, group)
+        if group is not None:
+            group.join(actor)
         self._actors[job.id] = actor
         self._tasks[job.id] = asyncio.create_task(self._run(actor), name=f"job {job.id}")
 
@@ -282,3 +350,5 @@ class Engine:
                 delay = min(delay * 2, limits.settle_retry_max)
         self._actors.pop(actor.job.id, None)
         self._tasks.pop(actor.job.id, None)
+        if (of := actor.job.group) is not None and not self._groups[of.id].among(self._actors):
+            del self._groups[of.id]

@@ -23,6 +23,7 @@ class Ask(StrEnum):
     NEXT = "next"
     SPEED = "speed"
     COMPLETE = "complete"
+    FAIL = "fail"
 
 
 @dataclass(slots=True)
@@ -50,6 +51,12 @@ class Inbox:
         self._queue: asyncio.Queue[Message] = asyncio.Queue(maxsize=SIZE)
         self._first: Message | None = None
         self._hinted = False
+        self._order: Message | None = None
+
+    def order(self, ask: Ask, value: Any = None) -> None:
+        """What the job's group wants of it: never lost, and taken up before what waits."""
+        self._order = Message(ask, value)
+        self.hint()
 
     def hint(self) -> None:
         """One look answers all hints before it; a hint that finds the queue full is dropped (the poll finds what it
@@ -76,6 +83,9 @@ class Inbox:
     async def next(self, timeout: float | None) -> Message | None:
         if self._first is not None:
             message, self._first = self._first, None
+            return message
+        if self._order is not None:
+            message, self._order = self._order, None
             return message
         try:
             # Not wait_for: in Python 3.11 it can swallow a cancellation (bpo-37658), and the agent's stop with it.

@@ -18,7 +18,7 @@ from jobs.errors import JobError
 from jobs.machine import Signal, step
 from jobs.model import Cursor, Failure, Holder, Job, Kept, Revocation, State
 from jobs.outcome import END_EVENTS, access_change, job_event
-from jobs.ports import AccessVerdict
+from jobs.ports import AccessVerdict, JobStore
 from jobs.progress import Progress, View, advance
 from jobs.world import World
 
@@ -32,8 +32,10 @@ REMEMBER = 10.0
 
 
 class Keeper:
-    def __init__(self, world: World, job: Job) -> None:
+    def __init__(self, world: World, job: Job, believed: Callable[[], None] = lambda: None) -> None:
+        """`believed` is called when another value of the job is stored."""
         self.job = job
+        self._believed = believed
         self._w = world
         self._end_seen: float | None = None
         self._closed = False  # what the job had open is closed, so far as the driver could say
@@ -108,7 +110,10 @@ class Keeper:
 
     async def _save(self, job: Job, kind: JobEventKind | None) -> None:
         await self._until_written(lambda: self._w.store.save(job, [job_event(job, kind)] if kind else []))
-        self._believe(job)
+        self.believe(job)
+
+    async def write(self, write: Callable[[JobStore], Awaitable[None]]) -> None:
+        await self._until_written(lambda: write(self._w.store))
 
     async def _until_written(self, write: Callable[[], Awaitable[None]]) -> None:
         delay = self._w.limits.settle_retry
@@ -124,10 +129,11 @@ class Keeper:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, self._w.limits.settle_retry_max)
 
-    def _believe(self, job: Job) -> None:
+    def believe(self, job: Job) -> None:
         self.job = job
         self._stored = self._w.clock.monotonic()
         self._w.changed(job)
+        self._believed()
 
     # The end
 
@@ -149,7 +155,7 @@ class Keeper:
 
         async def record(sharers: tuple[Holder, ...]) -> Job:
             await self._w.store.finish(job, [job_event(job, END_EVENTS[job.state])], access_change(job, sharers))
-            self._believe(job)
+            self.believe(job)
             _log_outcome(job)
             return job
 
@@ -210,6 +216,13 @@ class Keeper:
         await self.change(revocation=state, revoked=revoked, kept=kept)
         await self.warn(warnings)
         return True
+
+
+async def change_together(keepers: Sequence[Keeper], jobs: Sequence[Job]) -> None:
+    """Other values of several jobs, in one transaction; their writers stand still meanwhile."""
+    await keepers[0].write(lambda store: store.save_all(jobs))
+    for keeper, job in zip(keepers, jobs, strict=True):
+        keeper.believe(job)
 
 
 def _log_outcome(job: Job) -> None:

@@ -166,6 +166,9 @@ class JobStore(Protocol):
     async def save(self, job: Job, events: Sequence[Event] = ()) -> None:
         """One transaction, durable when it returns; the events are published after it."""
 
+    async def save_all(self, jobs: Sequence[Job]) -> None:
+        """Several jobs in one transaction: all of it, or nothing, is there after a crash."""
+
     async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:
         """The outcome, its events and what it does to the ledger, in one transaction."""
 

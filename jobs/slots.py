@@ -14,20 +14,22 @@ class Slots:
 
     def __init__(self, width: int) -> None:
         self._free = width
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
         self._closed = False
 
-    async def take(self) -> None:
-        if self._free > 0 and not self._waiting and not self._closed:
-            self._free -= 1
+    async def take(self, number: int = 1) -> None:
+        """As many at once, or none: who comes later waits meanwhile, so that many are never kept waiting by few."""
+        if self._free >= number and not self._waiting and not self._closed:
+            self._free -= number
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        self._waiting.append((turn, number))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.give()
+                self._free += number
+            self._let_in()
             raise
 
     def occupy(self) -> None:
@@ -45,8 +47,11 @@ class Slots:
         self._let_in()
 
     def _let_in(self) -> None:
-        while self._free > 0 and self._waiting and not self._closed:
-            turn = self._waiting.popleft()
+        while self._waiting and not self._closed:
+            turn, number = self._waiting[0]
             if not turn.done():
-                self._free -= 1
+                if self._free < number:
+                    return
+                self._free -= number
                 turn.set_result(None)
+            self._waiting.popleft()

@@ -16,6 +16,7 @@ class Limits:
 
     width: int = 4
     queue: int = 1000
+    group: int = 16
     progress_interval: float = 0.5
     abort_timeout: float = 30.0
     settle_retry: float = 1.0

@@ -12,7 +12,18 @@ from jobs.errors import JobError
 from jobs.model import Completion, Group, Job, State
 from jobs.ports import Phase
 from tests.contract.driver_suite import Rig
-from tests.contract.ready_suite import EXISTING, NEW, ReadySuite, Work, completed, discarded, gone, on_rigs, ready, result
+from tests.contract.ready_suite import (
+    EXISTING,
+    NEW,
+    ReadySuite,
+    Work,
+    completed,
+    discarded,
+    gone,
+    on_rigs,
+    ready,
+    result,
+)
 
 
 async def hardened(rig: Rig, work: Work, completion: Completion = Completion.PIVOT) -> Job:

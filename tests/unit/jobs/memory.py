@@ -33,6 +33,12 @@ class MemoryStore:
         self._write(job, events)
         await asyncio.sleep(0)
 
+    async def save_all(self, jobs: Sequence[Job]) -> None:
+        await asyncio.sleep(0)
+        for job in jobs:
+            self._write(job, ())
+        await asyncio.sleep(0)
+
     async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:
         await asyncio.sleep(0)
         self._write(job, events)

@@ -1,0 +1,64 @@
+"""Groups of copies on the host in memory: how they begin, and what must hold of them in the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.model import Completion, FileId, Holder, Job, JobSpec, Operation, State, TargetState
+from tests.unit.jobs.agent_in_memory import Agent
+from tests.unit.jobs.fake_images import Daemon, part_of
+
+DISKS = ("/a", "/b", "/c")
+GROUP = "00000000-0000-4000-8000-00000000000a"
+EXPORT = Holder("export", "e1")
+
+
+def specs(*paths: str, **values: Any) -> list[JobSpec]:
+    values = {"completion": Completion.FINISH, **values}
+    return [JobSpec(Operation.COPY, path, dest=f"{path}.copy", **values) for path in paths or DISKS]
+
+
+async def begin(agent: Agent, *paths: str, group_id: str | None = GROUP, **values: Any) -> list[Job]:
+    """Copies of disks that an export of each shares."""
+    for path in paths or DISKS:
+        agent.driver.image(path, depth=3)
+        image = agent.driver.images[path]
+        image.users, image.prepared, image.daemon = {EXPORT}, True, Daemon()
+        if values.get("reuse_external"):
+            agent.driver.file(f"{path}.copy")
+    jobs, created = await agent.engine.create_group(specs(*paths, **values), group_id)
+    assert created
+    return jobs
+
+
+async def ended(agent: Agent, jobs: list[Job]) -> list[Job]:
+    found = [await agent.until_cleared(job) for job in jobs]
+    judge(agent, found)
+    return found
+
+
+def judge(agent: Agent, jobs: list[Job]) -> None:
+    """Together or not at all; no name stays of what did not complete, and no image has changed then."""
+    names, done = agent.driver.names, [job.state is State.COMPLETED for job in jobs]
+    assert all(done) or not any(done), [(job.id, job.state, job.error) for job in jobs]
+    for job in jobs:
+        assert job.target is not None and job.state.terminal
+        assert agent.store.kinds(job.id)[-1] in ("completed", "failed", "cancelled")
+        assert len([kind for kind in agent.store.kinds(job.id) if kind in ("completed", "failed", "cancelled")]) == 1
+        assert part_of(job) not in names
+        image = agent.driver.serving(job.before.top.path)
+        if all(done):
+            assert names[job.target.path] == job.target.file
+            assert job.target.state is TargetState.COMPLETE
+            if image.prepared:
+                assert image.chain.top.file == job.after.top.file
+        else:
+            assert job.error is not None
+            if job.target.made:
+                assert job.target.path not in names or names[job.target.path] != job.target.file
+            assert agent.driver.images[job.before.top.path].moved is None
+            assert image.chain == job.before
+
+
+def targets(agent: Agent, jobs: list[Job]) -> list[FileId | None]:
+    return [agent.driver.names.get(f"{job.before.top.path}.copy") for job in jobs]

@@ -191,6 +191,9 @@ class Images:
 class Jobs:
     width: int = setting(4, "Jobs that run at the same time; the others wait as `queued`.", low=1, high=1000)
     queue: int = setting(1000, "Jobs that may wait. One more is refused with `limit`.", low=0, high=100000)
+    group: int = setting(
+        16, "Disks of one group, at most; as all are copied at once, never more than `width`.", low=2, high=100
+    )
     progress_interval: float = setting(0.5, "Seconds between two readings of the cursor.", low=0.05, high=60)
     abort_timeout: float = setting(
         30.0, "Seconds until a cancelled job must have ended; after that `abort --force` may kill.", low=0.1, high=3600

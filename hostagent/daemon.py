@@ -311,6 +311,7 @@ class Agent:
             limits=Limits(
                 width=jobs.width,
                 queue=jobs.queue,
+                group=jobs.group,
                 progress_interval=jobs.progress_interval,
                 abort_timeout=jobs.abort_timeout,
                 settle_retry=jobs.settle_retry,

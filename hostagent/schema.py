@@ -54,4 +54,7 @@ MIGRATIONS = (
         UPDATE job_counts SET jobs = jobs - 1 WHERE state = OLD.state;
     END;
     """,
+    """
+    CREATE INDEX jobs_by_group ON jobs (json_extract(body, '$.group.id'), created, id);
+    """,
 )

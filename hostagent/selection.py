@@ -27,6 +27,7 @@ def jobs(
     state: str | None,
     path: str | None,
     origin: str | None,
+    group: str | None,
     labels: Mapping[str, str],
     after: str | None,
     *,
@@ -34,21 +35,27 @@ def jobs(
 ) -> Selection:
     """`in_state` is how many jobs are in that state now."""
     few = state is not None and (in_state <= FEW or (path is None and not labels))
-    source, order, where = _fewest(state if few else None, path, labels)
+    source, order, where = _fewest(state if few else None, path, group, labels)
     for column, value in (("state", state), ("path", path), ("origin", origin)):
         if value is not None:
             where.append((f"jobs.{column}=?", (value,)))
+    if group is not None:
+        where.append(("json_extract(jobs.body, '$.group.id')=?", (group,)))
     for label in labels.items():
         where.append(("EXISTS (SELECT 1 FROM job_labels x WHERE x.job=jobs.id AND x.key=? AND x.value=?)", label))
     return _page("jobs", source, order, where, after)
 
 
-def _fewest(state: str | None, path: str | None, labels: Mapping[str, str]) -> tuple[str, Order, list[Condition]]:
+def _fewest(
+    state: str | None, path: str | None, group: str | None, labels: Mapping[str, str]
+) -> tuple[str, Order, list[Condition]]:
     """What to select from, its columns of (created, id), and the conditions that go with it.
 
-    Each filter has an index, and the one that names the fewest leads: a state with few jobs in it, a disk, a label, any
-    other state. SQLite cannot know that, and would read all jobs to find one.
+    Each filter has an index, and the one that names the fewest leads: a group, a state with few jobs in it, a disk, a
+    label, any other state. SQLite cannot know that, and would read all jobs to find one.
     """
+    if group is not None:
+        return "jobs INDEXED BY jobs_by_group", JOBS, []
     if state is not None:
         return "jobs INDEXED BY jobs_by_state", JOBS, []
     if path is not None:

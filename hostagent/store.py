@@ -223,14 +223,14 @@ class Store:
 
     async def jobs(
         self, *, state: str | None = None, path: str | None = None, origin: str | None = None,
-        after: str | None = None, limit: int = 100, labels: Mapping[str, str] | None = None,
+        group: str | None = None, after: str | None = None, limit: int = 100, labels: Mapping[str, str] | None = None,
     ) -> list[Job]:  # fmt: skip
         """Newest first; `after` is the id of the last one of the page before."""
         given = labels or {}
 
         def work(db: sqlite3.Connection) -> list[Any]:
             counted = db.execute("SELECT jobs FROM job_counts WHERE state=?", (state,)).fetchone()
-            found = selection.jobs(state, path, origin, given, after, in_state=counted[0] if counted else 0)
+            found = selection.jobs(state, path, origin, group, given, after, in_state=counted[0] if counted else 0)
             return db.execute(found.sql, (*found.values, limit)).fetchall()
 
         return [records.job(json.loads(body)) for (body,) in await self._run(work)]

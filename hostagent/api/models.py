@@ -78,6 +78,29 @@ class JobCreate(Request):
     ] = None
 
 
+class Disk(Request):
+    target: Annotated[Text, Field(description="An absolute path of an offline image.")]
+    dest: Annotated[Text, Field(description="Where to, an absolute path.")]
+    format: Annotated[Literal["raw", "qcow2"] | None, Field(description="The target's; default the image's.")] = None
+    source_format: Annotated[Literal["raw", "qcow2"] | None, Field(description="Needed for a raw image.")] = None
+
+
+class GroupCreate(Request):
+    """Copies that complete together or not at all. What is said beside `disks` is said of each."""
+
+    disks: Annotated[list[Disk], Field(min_length=2, max_length=100)]
+    id: Id | None = None
+    bandwidth: Annotated[Bytes | None, Field(description="Bytes per second of each; 0 is no limit.")] = None
+    check: Literal["auto", "always", "never"] | None = None
+    labels: Labels | None = None
+    dry_run: Annotated[bool | None, Field(description="Say what would happen, change nothing.")] = None
+    shallow: Annotated[bool | None, Field(description="The top layers alone; the backing files are shared.")] = None
+    reuse_external: Annotated[bool | None, Field(description="Write over what exists.")] = None
+    completion: Annotated[
+        Literal["pivot", "finish"] | None, Field(description="How all of them end, once all are ready.")
+    ] = None
+
+
 class CompleteBody(Request):
     completion: Literal["pivot", "finish"] | None = None
 
@@ -184,6 +207,11 @@ class Chain(Answer):
     kept: list[Kept]
 
 
+class GroupOf(Answer):
+    id: str
+    jobs: list[str]
+
+
 class Job(Answer):
     id: str
     operation: Literal["pull", "copy", "commit"]
@@ -212,6 +240,7 @@ class Job(Answer):
     increment: int | None
     dest: Target | None
     completion: Literal["pivot", "finish"] | None
+    group: Annotated[GroupOf | None, Field(description="Those that it completes with, or not at all.")]
     check: str
     labels: dict[str, str]
     origin: str
@@ -286,6 +315,11 @@ class Grant(Answer):
 class JobPage(Answer):
     items: list[Job]
     next: Annotated[str | None, Field(description="The next page's `after`, none on the last page.")]
+
+
+class Group(Answer):
+    id: str
+    jobs: list[Job]
 
 
 class ExportPage(Answer):

@@ -127,11 +127,12 @@ UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "Still the re
 
 probes = APIRouter(tags=["agent"], dependencies=STRICT)
 jobs = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=STRICT)
+groups = APIRouter(prefix="/v1/groups", tags=["jobs"], dependencies=STRICT)
 exports = APIRouter(prefix="/v1/exports", tags=["exports"], dependencies=STRICT)
 images = APIRouter(prefix="/v1/images", tags=["images"], dependencies=STRICT)
 grants = APIRouter(prefix="/v1/grants", tags=["grants"], dependencies=STRICT)
 events = APIRouter(prefix="/v1/events", tags=["events"], dependencies=STRICT)
-ALL = (probes, jobs, exports, images, grants, events)
+ALL = (probes, jobs, groups, exports, images, grants, events)
 
 
 @probes.get("/healthz", response_model=models.Health)
@@ -186,11 +187,12 @@ async def list_jobs(
     state: State | None = None,
     target: Filter = None,
     origin: Filter = None,
+    group: Filter = None,
 ) -> Response:
     """Jobs, the newest first; finished ones for as long as jobs.retention_days and retention_count say."""
     return answer(
         await front.service.list_jobs(
-            state=state, target=target, labels=labels, origin=origin, limit=page.limit, after=page.after
+            state=state, target=target, labels=labels, origin=origin, group=group, limit=page.limit, after=page.after
         )
     )
 
@@ -254,6 +256,22 @@ async def resume_job(front: TheFront, id: str, body: models.EmptyBody | None = N
 async def complete_job(front: TheFront, id: str, body: models.CompleteBody | None = None) -> Response:
     """End a ready job: pivot to the result, or finish and stay. Default: as the job was asked for."""
     return started(await front.service.complete_job(id, body.completion if body else None), "/v1/jobs")
+
+
+@groups.post("", status_code=202, response_model=models.Group, responses=NEW)
+async def start_group(front: TheFront, peer: ThePeer, body: models.GroupCreate) -> Response:
+    """Copy several disks, that complete together or not at all; or with `dry_run` say (200) what that would do."""
+    spec = body.spec()
+    if spec.pop("dry_run", False):
+        return answer(await front.service.plan_group(spec, peer=peer))
+    group, created = await front.service.start_group(spec, peer=peer)
+    return answer(group, 202 if created else 200, {"location": f"/v1/groups/{group['id']}"})
+
+
+@groups.get("/{id}", response_model=models.Group)
+async def get_group(front: TheFront, id: str) -> Response:
+    """The group's jobs, in the order in which they were asked for; those that were deleted are left out."""
+    return answer(await front.service.get_group(id))
 
 
 @exports.get("", response_model=models.ExportPage)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -35,7 +35,7 @@ from hostagent.records import AccessFile, ExportRecord
 from hostagent.store import Store
 from jobs.engine import Engine
 from jobs.errors import JobError
-from jobs.model import Completion, Holder, Job, JobSpec, Operation, State
+from jobs.model import Completion, Holder, Job, JobSpec, Operation, Plan, State
 
 Json = dict[str, Any]
 
@@ -105,6 +105,9 @@ class AgentService:
         asked = _job_spec(spec, self._anywhere(peer))
         with _about("target"):
             plan = await self._engine.plan(asked)
+        return await self._plan(asked, plan)
+
+    async def _plan(self, asked: JobSpec, plan: Plan) -> Json:
         if busy := self._engine.on_file(plan.before.top.file):
             what = f"job {busy.id} works on {plan.before.top.path!r}"
             raise JobError("busy", what, field="target", value=asked.target, remedy="wait for it, or abort it")
@@ -126,10 +129,13 @@ class AgentService:
         target: str | None,
         labels: Mapping[str, str],
         origin: str | None,
+        group: str | None,
         limit: int,
         after: str | None,
     ) -> Json:
-        found = await self._store.jobs(state=state, path=target, origin=origin, labels=labels, limit=limit, after=after)
+        found = await self._store.jobs(
+            state=state, path=target, origin=origin, group=group, labels=labels, limit=limit, after=after
+        )
         fresh = {job.id: job for job in self._engine.active()}
         items = [self._job(fresh.get(job.id, job)) for job in found]
         return {"items": items, "next": items[-1]["id"] if len(items) == limit else None}
@@ -165,6 +171,33 @@ class AgentService:
 
     async def delete_job(self, id: str) -> None:
         await self._engine.delete(id)
+
+    # Groups
+
+    async def start_group(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
+        self._has_room()
+        group_id = _id(spec)
+        with self._admitted(group_id and await self._store.jobs(group=group_id, limit=1)), _about("target"):
+            jobs, created = await self._engine.create_group(_group_specs(spec, self._anywhere(peer)), group_id)
+        return self._group(jobs), created
+
+    async def plan_group(self, spec: Json, *, peer: Peer) -> Json:
+        asked = _group_specs(spec, self._anywhere(peer))
+        with _about("target"):
+            plans = await self._engine.plan_group(asked)
+        return {"dry_run": True, "disks": [await self._plan(*one) for one in zip(asked, plans, strict=True)]}
+
+    async def get_group(self, id: str) -> Json:
+        found = await self._store.jobs(group=id)
+        if not found:
+            raise JobError("not_found", f"no group {id}", field="id", value=id, remedy="see `hostagent job list`")
+        jobs = {job.id: await self._engine.get(job.id) for job in found}
+        assert found[0].group is not None
+        return self._group([jobs[one] for one in found[0].group.jobs if one in jobs])
+
+    def _group(self, jobs: Sequence[Job]) -> Json:
+        assert jobs[0].group is not None
+        return {"id": jobs[0].group.id, "jobs": [self._job(job) for job in jobs]}
 
     def _job(self, job: Job) -> Json:
         return views.job(job, self._engine.view(job.id))
@@ -502,6 +535,11 @@ def _job_spec(spec: Json, anywhere: bool) -> JobSpec:
         labels=spec.get("labels") or {},
         anywhere=anywhere,
     )
+
+
+def _group_specs(spec: Json, anywhere: bool) -> list[JobSpec]:
+    each = {key: value for key, value in spec.items() if key not in ("id", "disks")}
+    return [_job_spec({**each, "operation": Operation.COPY, **disk}, anywhere) for disk in spec["disks"]]
 
 
 def _dest(dest: str) -> str:

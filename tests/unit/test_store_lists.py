@@ -29,6 +29,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "state": {"state": "running"},
     "ended state": {"state": "completed"},
     "path": {"path": "/images/top"},
+    "group": {"group": "g1"},
     "label": {"labels": {"vm": "web1"}},
     "labels": {"labels": {"rack": "r1", "vm": "web1"}},
     "state and label": {"state": "completed", "labels": {"rack": "r1"}},

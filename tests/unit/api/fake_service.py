@@ -142,6 +142,7 @@ class FakeService:
         target: str | None,
         labels: Mapping[str, str],
         origin: str | None,
+        group: str | None,
         limit: int,
         after: str | None,
     ) -> Json:

@@ -7,15 +7,17 @@ target is left, and nothing else that was not there before.
 from __future__ import annotations
 
 import contextlib
+import signal
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, check_clean, reachable, same_content
-from tests.qemu.faults import ROOT, Pair, Reader, Tmpfs, daemon_of, eventually, storage_daemons
+from tests.qemu.faults import PATIENCE, ROOT, Pair, Reader, Tmpfs, eventually, send, storage_daemons
 from tests.qemu.kills import SETTINGS
 
 pytestmark = pytest.mark.qemu
@@ -41,6 +43,10 @@ class Disks:
         pairs = zip(self.images, self.dests, strict=True)
         disks = [{"target": str(images.top), "dest": str(dest)} for images, dest in pairs]
         return {"disks": disks, "id": str(uuid.uuid4()), **spec}
+
+    def parts(self) -> list[Path]:
+        """The targets that have no name yet."""
+        return [path for images in self.images for path in images.folder.glob(".hostagent-*")]
 
     def assert_sources_untouched(self) -> None:
         for images in self.images:
@@ -112,3 +118,146 @@ def test_readers_of_all_disks_go_over_to_the_copies(agent: AgentProcess, disks: 
         agent.delete(f"/v1/exports/{export['id']}")
     assert eventually(lambda: storage_daemons(agent) == [])
     disks.assert_copied(jobs, pivot=True)
+
+
+def test_a_group_waits_until_all_are_ready_and_the_end_of_one_is_asked_for(agent: AgentProcess, disks: Disks) -> None:
+    group = agent.post("/v1/groups", disks.request())
+    for job in group["jobs"]:
+        agent.until(job["id"], lambda job: job["state"] == "ready")
+    assert not any(dest.exists() for dest in disks.dests)
+    agent.post(f"/v1/jobs/{group['jobs'][1]['id']}/complete", {"completion": "pivot"})
+    disks.assert_copied(ended(agent, group), pivot=True)
+
+
+# Not completing
+
+
+def test_the_abort_of_one_aborts_all_and_leaves_nothing(agent: AgentProcess, disks: Disks) -> None:
+    group = agent.post("/v1/groups", disks.request(bandwidth=MIB))
+    agent.until(group["jobs"][2]["id"], lambda job: job["state"] == "running")
+    agent.post(f"/v1/jobs/{group['jobs'][0]['id']}/abort")
+    jobs = ended(agent, group)
+    assert {job["state"] for job in jobs} == {"aborted"}
+    disks.assert_not_copied(jobs)
+
+
+def test_a_name_that_was_taken_meanwhile_fails_all_and_is_not_touched(agent: AgentProcess, disks: Disks) -> None:
+    group = agent.post("/v1/groups", disks.request())
+    for job in group["jobs"]:
+        agent.until(job["id"], lambda job: job["state"] == "ready")
+    disks.dests[2].write_bytes(b"mine")
+    agent.post(f"/v1/jobs/{group['jobs'][0]['id']}/complete", {"completion": "finish"})
+    jobs = ended(agent, group)
+    assert [job["error"]["code"] for job in jobs] == ["group_failed", "group_failed", "conflict"]
+    assert disks.dests[2].read_bytes() == b"mine"
+    disks.dests[2].unlink()
+    disks.assert_not_copied(jobs)
+
+
+@pytest.mark.skipif(not ROOT, reason="mounts a file system")
+def test_a_target_without_room_fails_all(agent: AgentProcess, disks: Disks, tmp_path: Path) -> None:
+    with Tmpfs(tmp_path / "small", 20 * MIB) as small:
+        disks.dests[1] = small.folder / "copy.qcow2"
+        group = agent.post("/v1/groups", disks.request(completion="finish"))
+        filler = small.fill()
+        jobs = ended(agent, group)
+        assert [job["error"]["code"] for job in jobs] == ["group_failed", "no_space", "group_failed"]
+        assert str(disks.images[1].top) in jobs[0]["error"]["message"]
+        assert list(small.folder.iterdir()) == [filler]
+        disks.assert_not_copied(jobs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"target": "/none"}, "not_found"),
+        ({"target": 0}, "invalid"),
+        ({"dest": 0}, "invalid"),
+    ],
+)
+def test_what_is_wrong_with_one_is_refused_and_nothing_is_made(
+    agent: AgentProcess, disks: Disks, wrong: Json, code: str
+) -> None:
+    request = disks.request()
+    request["disks"][2] |= {key: request["disks"][0][key] if value == 0 else value for key, value in wrong.items()}
+    for body in (request, {**request, "dry_run": True}):
+        with pytest.raises(ApiError) as refused:
+            agent.post("/v1/groups", body)
+        assert refused.value.code == code
+    assert agent.get("/v1/jobs")["items"] == []
+    assert disks._names() == disks.names
+
+
+def test_a_dry_run_tells_of_all_disks_and_changes_nothing(agent: AgentProcess, disks: Disks) -> None:
+    plan = agent.post("/v1/groups", disks.request(completion="pivot", dry_run=True))
+    assert [disk["after"] for disk in plan["disks"]] == [[str(dest)] for dest in disks.dests]
+    assert agent.get("/v1/jobs")["items"] == []
+    assert disks._names() == disks.names
+
+
+# Kills
+
+
+def logged(agent: AgentProcess, what: str, number: int = 1) -> bool:
+    return agent.log.read_text().count(f'"job {what}"') >= number
+
+
+Point = Callable[[AgentProcess, Disks], bool]
+POINTS: dict[str, Point] = {
+    "stored": lambda agent, disks: True,
+    "the first target is made": lambda agent, disks: any(disks.parts()),
+    "one is ready": lambda agent, disks: logged(agent, "ready"),
+    "one is sealed": lambda agent, disks: logged(agent, "completing"),
+    "all are sealed": lambda agent, disks: logged(agent, "completing", DISKS),
+    "one has its name": lambda agent, disks: any(dest.exists() for dest in disks.dests),
+    "all have their names": lambda agent, disks: all(dest.exists() for dest in disks.dests),
+    "decided": lambda agent, disks: any(dest.exists() and dest.stat().st_nlink == 1 for dest in disks.dests),
+    "one is completed": lambda agent, disks: logged(agent, "completed"),
+}
+WHOLE = ("all are sealed", "one has its name", "all have their names", "decided", "one is completed")
+"""From here on the death of a storage daemon stops nobody."""
+
+
+def wait_for(agent: AgentProcess, disks: Disks, point: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not POINTS[point](agent, disks):
+        assert time.monotonic() < deadline, point
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("end", ["finish", "pivot"])
+def test_an_agent_that_is_killed_completes_the_group_when_it_is_back(
+    agent: AgentProcess, disks: Disks, point: str, end: str
+) -> None:
+    group = agent.post("/v1/groups", disks.request(completion=end))
+    wait_for(agent, disks, point)
+    agent.kill()
+    agent.start()
+    disks.assert_copied(ended(agent, group), pivot=end == "pivot")
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS if point != "stored"])
+@pytest.mark.parametrize("end", ["finish", "pivot"])
+def test_a_storage_daemon_that_is_killed_fails_all_or_stops_nobody(
+    agent: AgentProcess, disks: Disks, point: str, end: str
+) -> None:
+    group = agent.post("/v1/groups", disks.request(completion=end))
+    agent.until(group["jobs"][1]["id"], lambda job: job["state"] not in ("queued", "starting"))
+    victims = daemons_of(agent, disks.images[1].top)
+    wait_for(agent, disks, point)
+    send(signal.SIGKILL, *victims)
+    jobs = ended(agent, group)
+    assert len({job["state"] for job in jobs}) == 1
+    if jobs[0]["state"] == "completed":
+        disks.assert_copied(jobs, pivot=end == "pivot")
+    else:
+        assert point not in WHOLE
+        assert [job["error"]["code"] for job in jobs] == ["group_failed", "storage_daemon_died", "group_failed"]
+        disks.assert_not_copied(jobs)
+
+
+def daemons_of(agent: AgentProcess, image: Path) -> list[int]:
+    """Its storage daemon, unless that has ended by now."""
+    found = agent.get("/v1/host")["storage_daemons"]
+    return [int(daemon["pid"]) for daemon in found if daemon["image"] == str(image) and daemon["pid"]]

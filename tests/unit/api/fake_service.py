@@ -47,6 +47,7 @@ def job_json(id: str, spec: Json) -> Json:
         "warnings": [],
         "dest": None,
         "completion": None,
+        "group": None,
     }
 
 
@@ -91,6 +92,7 @@ class FakeService:
 
     def forget(self) -> None:
         self.jobs: dict[str, Json] = {}
+        self.groups: dict[str, Json] = {}
         self.exports: dict[str, Json] = {}
         self.bodies: dict[str, Json] = {}
         self.calls: list[tuple[str, Any]] = []
@@ -146,9 +148,25 @@ class FakeService:
         limit: int,
         after: str | None,
     ) -> Json:
-        asked = {"state": state, "target": target, "labels": labels, "origin": origin, "limit": limit, "after": after}
+        asked = {"state": state, "target": target, "labels": labels, "origin": origin, "group": group}
+        asked |= {"limit": limit, "after": after}
         self.calls.append(("list_jobs", asked))
         return {"items": list(self.jobs.values())[:limit], "next": None}
+
+    async def start_group(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
+        self.calls.append(("start_group", (spec, peer)))
+        id = spec.get("id") or str(uuid.uuid4())
+        created = id not in self.groups
+        self.groups[id] = {"id": id, "jobs": [job_json(str(uuid.uuid4()), {"operation": "copy", **disk}) for disk in spec["disks"]]}
+        return self.groups[id], created
+
+    async def plan_group(self, spec: Json, *, peer: Peer) -> Json:
+        return {"dry_run": True, "disks": spec["disks"]}
+
+    async def get_group(self, id: str) -> Json:
+        if id not in self.groups:
+            raise JobError("not_found", f"no group {id}")
+        return self.groups[id]
 
     async def get_job(self, id: str) -> Json:
         if id == "00000000-0000-0000-0000-00000000dead":

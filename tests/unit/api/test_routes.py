@@ -145,11 +145,40 @@ def test_a_deleted_job_is_gone(agent):
     assert agent.call("GET", f"/v1/jobs/{id}").status == 404
 
 
+DISKS = [{"target": "/a", "dest": "/c"}, {"target": "/b", "dest": "/d", "format": "raw"}]
+
+
+def test_a_group_is_started_once_and_shown(agent):
+    body = {"id": str(uuid.uuid4()), "disks": DISKS, "completion": "pivot"}
+    first, again = (agent.call("POST", "/v1/groups", body) for _ in range(2))
+    assert (first.status, again.status) == (202, 200)
+    assert first.headers["location"] == f"/v1/groups/{body['id']}"
+    models.Group.model_validate(first.body)
+    assert agent.service.calls[0][1][0] == body
+    assert agent.call("GET", first.headers["location"]).body["id"] == body["id"]
+    assert agent.call("GET", "/v1/groups/none").status == 404
+
+
+def test_a_dry_run_of_a_group_starts_nothing(agent):
+    reply = agent.call("POST", "/v1/groups", {"disks": DISKS, "dry_run": True})
+    assert (reply.status, reply.body["disks"]) == (200, DISKS)
+    assert agent.service.groups == {}
+
+
+@pytest.mark.parametrize(
+    "disks", [[], DISKS[:1], [*DISKS, {"target": "/e"}], [*DISKS, {**DISKS[0], "base": "/b"}], DISKS * 51]
+)
+def test_what_is_no_group_is_refused(agent, disks):
+    reply = agent.call("POST", "/v1/groups", {"disks": disks})
+    assert (reply.status, reply.body["code"]) == (400, "invalid")
+    assert agent.service.calls == []
+
+
 def test_lists_hand_on_their_filters(agent):
-    query = "state=running&target=/a&label=a=1&label=b=x%3Dy&origin=agent&limit=7&after=x"
+    query = "state=running&target=/a&label=a=1&label=b=x%3Dy&origin=agent&limit=7&after=x&group=g"
     reply = agent.call("GET", f"/v1/jobs?{query}")
     assert reply.body == {"items": [], "next": None}
-    asked = {"state": "running", "target": "/a", "labels": {"a": "1", "b": "x=y"}, "origin": "agent"}
+    asked = {"state": "running", "target": "/a", "labels": {"a": "1", "b": "x=y"}, "origin": "agent", "group": "g"}
     assert agent.service.calls == [("list_jobs", {**asked, "limit": 7, "after": "x"})]
 
 

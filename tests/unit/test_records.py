@@ -17,6 +17,7 @@ from jobs.model import (
     Cursor,
     Failure,
     FileId,
+    Group,
     Job,
     JobSpec,
     Kept,
@@ -72,6 +73,8 @@ jobs_ = st.builds(
         Target, texts, texts, st.booleans(), st.sampled_from(TargetState), st.none() | texts, st.none() | files
     ),
     completion=st.none() | st.sampled_from(Completion),
+    group=st.none() | st.builds(Group, texts, st.lists(texts, max_size=3).map(tuple)),
+    sealed=st.none() | st.sampled_from(Completion),
     started=st.none() | times,
     finished=st.none() | times,
     error=st.none() | st.builds(Failure, texts, texts, st.none() | texts),

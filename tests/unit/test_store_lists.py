@@ -15,7 +15,7 @@ import pytest
 from hostagent import selection
 from hostagent.records import encode
 from hostagent.schema import MIGRATIONS
-from jobs.model import Chain, Job, State
+from jobs.model import Chain, Group, Job, State
 from jobs.ports import AccessChange
 from tests.unit.test_store import BASE, JOB, NOW, THEN, Opened, ended, export, pruned, run
 
@@ -96,6 +96,24 @@ def test_labels_are_found_page_by_page_with_every_other_filter(
         assert await found(labels={"vm": "web1"}) == ["17", "09", "05", "x", "01"]
 
     run(tmp_path, scenario)
+
+
+def test_several_jobs_are_stored_together_or_not_at_all(tmp_path: Path) -> None:
+    async def scenario(it: Opened) -> None:
+        members = [replace(JOB, id=f"{n}", group=Group("g1", ("0", "1", "2"))) for n in range(3)]
+        with pytest.raises(TypeError):
+            await it.store.save_all([*members[:2], _unstorable(members[2])])
+        assert await it.store.counts() == {}
+        await it.store.save_all(members)
+        await it.store.save(replace(JOB, id="other"))
+        assert {job.id for job in await it.store.jobs(group="g1")} == {"0", "1", "2"}
+        assert await it.store.jobs(group="g1", state="failed") == await it.store.jobs(group="g2") == []
+
+    run(tmp_path, scenario)
+
+
+def _unstorable(job: Job) -> Job:
+    return replace(job, warnings=(object(),))  # type: ignore[arg-type]
 
 
 def test_counts_follow_every_change_and_no_change_that_failed(tmp_path: Path) -> None:

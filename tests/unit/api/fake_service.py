@@ -157,7 +157,10 @@ class FakeService:
         self.calls.append(("start_group", (spec, peer)))
         id = spec.get("id") or str(uuid.uuid4())
         created = id not in self.groups
-        self.groups[id] = {"id": id, "jobs": [job_json(str(uuid.uuid4()), {"operation": "copy", **disk}) for disk in spec["disks"]]}
+        self.groups[id] = {
+            "id": id,
+            "jobs": [job_json(str(uuid.uuid4()), {"operation": "copy", **disk}) for disk in spec["disks"]],
+        }
         return self.groups[id], created
 
     async def plan_group(self, spec: Json, *, peer: Peer) -> Json:

@@ -98,3 +98,38 @@ def test_closed_slots_let_nobody_in_and_keep_their_order() -> None:
         waiting[2].cancel()
 
     asyncio.run(scenario())
+
+
+@example([3, 1, 2, -1, 1], 3)
+@given(st.lists(st.integers(1, 3) | st.just(-1), max_size=30), st.integers(3, 5))
+def test_many_are_let_in_at_once_or_not_at_all_and_in_their_order(steps: list[int], width: int) -> None:
+    """A number takes as many, -1 cancels the last that waits. Nobody overtakes, and all come in in the end."""
+
+    async def scenario() -> None:
+        slots, holding, served = Slots(width), 0, []
+        tasks: list[asyncio.Task[None]] = []
+
+        async def work(name: int, number: int) -> None:
+            nonlocal holding
+            await slots.take(number)
+            holding += number
+            assert holding <= width
+            served.append(name)
+            await asyncio.sleep(0)
+            holding -= number
+            for _ in range(number):
+                slots.give()
+
+        for n, step in enumerate(steps):
+            if step > 0:
+                tasks.append(asyncio.create_task(work(n, step)))
+            elif tasks and len(served) < len(tasks):
+                tasks[-1].cancel()
+            await asyncio.sleep(0)
+        if tasks:
+            await asyncio.wait(tasks, timeout=5)
+        assert all(task.done() for task in tasks)
+        assert served == sorted(served)
+        await asyncio.wait_for(slots.take(width), 5)
+
+    asyncio.run(scenario())

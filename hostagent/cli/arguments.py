@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hostagent.cli.client import Client
 from hostagent.errors import AgentError
@@ -62,6 +63,11 @@ def path(text: str) -> str:
     return text if text.startswith("/") else _absolute(text)
 
 
+def dest(text: str) -> str:
+    """Where a copy goes: a path, or an NBD URI."""
+    return text if text.startswith(("nbd://", "nbd+unix://")) else path(text)
+
+
 def _absolute(text: str) -> str:
     """`text` from the present folder. Symbolic links are not resolved: what they mean is the agent's to find out."""
     folder = Path.cwd()  # has no links in it, so that a leading ../ may be taken literally
@@ -114,3 +120,16 @@ def seconds(text: str) -> float:
     if not 0 < value < 10**9:
         raise argparse.ArgumentTypeError(f"{text} seconds is not a time to wait")
     return value
+
+
+class Pairs(argparse.Action):
+    """Further TARGET DEST pairs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if len(values) % 2:
+            parser.error(f"{values[-1]}: a disk is two words, TARGET DEST")
+        try:
+            pairs = [(target(one), dest(other)) for one, other in zip(values[::2], values[1::2], strict=True)]
+        except argparse.ArgumentTypeError as error:
+            parser.error(str(error))
+        setattr(namespace, self.dest, pairs)

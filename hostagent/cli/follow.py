@@ -49,7 +49,7 @@ class TimeIsUp(Exception):
 def to_the_end(client: Client, job: Json, display: Display, limits: Limits) -> Json:
     """The job when it is terminal and its revocation is through, or a little later if that is still pending."""
     job = _until_terminal(client, job, display, limits)
-    return _until_revoked(client, job, display)
+    return until_revoked(client, job, display)
 
 
 def abort_to_the_end(client: Client, job: Json, display: Display) -> Json:
@@ -77,7 +77,7 @@ def _until_terminal(client: Client, job: Json, display: Display, limits: Limits)
         if limits.advance and job["state"] == "waiting":
             job = _next_increment(client, job)
         if job["state"] not in TERMINAL and job.get("revision") == before.get("revision"):
-            job = _next_reading(client, job, _wait(display, limits, job))
+            job = next_reading(client, job, display, limits)
         display.update(job)
     return job
 
@@ -104,6 +104,11 @@ def _next_reading(client: Client, job: Json, wait: float) -> Json:
     return found
 
 
+def next_reading(client: Client, job: Json, display: Display, limits: Limits) -> Json:
+    """The job when it has changed, or the display's interval or the time is over."""
+    return _next_reading(client, job, _wait(display, limits, job))
+
+
 def _wait(display: Display, limits: Limits, job: Json) -> float:
     wait = display.interval
     if limits.advance and job["state"] == "waiting":
@@ -121,7 +126,7 @@ def revocation_wait() -> float:
         return config.Access().wait  # what is wrong with the settings is the agent's to tell
 
 
-def _until_revoked(client: Client, job: Json, display: Display) -> Json:
+def until_revoked(client: Client, job: Json, display: Display) -> Json:
     end = time.monotonic() + revocation_wait()
     while job.get("revocation") == "pending" and (left := end - time.monotonic()) > 0:
         job = _next_reading(client, job, max(left, 0.05))

@@ -55,6 +55,7 @@ def whole(terminal: Terminal, job: Json) -> None:
             ("created", _ago(job.get("created"))),
             ("took", _took(job) if job.get("finished") else ""),
             ("origin", _unless(job.get("origin"), "agent")),
+            ("group", _group(job)),
             ("labels", ", ".join(f"{k}={v}" for k, v in (job.get("labels") or {}).items())),
             *_error(job),
             *chain(job.get("chain") or {}),
@@ -165,6 +166,11 @@ def _progress(job: Json) -> str:
 def _copy(job: Json) -> list[tuple[str, str]]:
     dest = job.get("dest")
     return [("copy", f"{dest['path']} ({dest['format']}, {dest['state']})")] if dest else []
+
+
+def _group(job: Json) -> str:
+    group = job.get("group")
+    return f"{group['id']} ({len(group['jobs'])} jobs)" if group else ""
 
 
 def _took(job: Json) -> str:

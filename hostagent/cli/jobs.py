@@ -34,10 +34,10 @@ def register(nouns: Verbs, common: argparse.ArgumentParser) -> None:
         ("show", _show, "everything that is known of a job"),
         ("watch", _watch, "follow a job to its end; never aborts it"),
         ("next", _next, "the next increment of an incremental pull"),
-        ("abort", _abort, "end a job; what was copied stays in place"),
+        ("abort", _abort, "end a job, and with it its group; what was copied stays in place"),
         ("pause", _pause, "stop copying, keep the job"),
         ("resume", _resume, "go on copying"),
-        ("complete", _complete, "end a job that is ready"),
+        ("complete", _complete, "end a job that is ready, or its group when all of it are"),
         ("speed", _speed, "change the bandwidth limit"),
         ("delete", _delete, "forget a finished job"),
     ):
@@ -75,9 +75,17 @@ def _register_pull(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 
 def _register_copy(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     text = "copy the image into another file; with --pivot its exports go over to the copy"
-    parser = verbs.add_parser("copy", help=text, description=text, parents=[common])
+    more = f"{text}. Several disks are one group: they complete together or not at all."
+    parser = verbs.add_parser("copy", help=text, description=more, parents=[common])
     _add_target(parser)
-    parser.add_argument("dest", metavar="DEST", type=_dest, help="the copy's path, or an NBD URI")
+    parser.add_argument("dest", metavar="DEST", type=arguments.dest, help="the copy's path, or an NBD URI")
+    parser.add_argument(
+        "more",
+        metavar="TARGET DEST",
+        nargs="*",
+        action=arguments.Pairs,
+        help="further disks, and what is said of the first",
+    )
     parser.add_argument("--format", choices=("raw", "qcow2"), help="the copy's; default that of the image")
     parser.add_argument("--source-format", choices=("raw", "qcow2"), help="needed for raw, which is never probed")
     parser.add_argument("--shallow", action="store_true", help="the top layer alone; the backing file is shared")
@@ -106,10 +114,6 @@ def _register_commit(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     end.add_argument("--pivot", action="store_true", help="in the end exports and chain go over to the base")
     end.add_argument("--keep-overlay", dest="finish", action="store_true", help="in the end the overlay stays on top")
     _add_work(parser)
-
-
-def _dest(text: str) -> str:
-    return text if text.startswith(("nbd://", "nbd+unix://")) else arguments.path(text)
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
@@ -143,12 +147,17 @@ def _register_list(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", metavar="S", help="only those in this state")
     parser.add_argument("--target", metavar="T", type=arguments.target, help="only those of this target")
     parser.add_argument("--label", metavar="K=V", type=arguments.label, action="append", default=[], help="may repeat")
+    parser.add_argument("--group", metavar="ID", help="only those of this group")
     parser.set_defaults(run=_list)
 
 
 def _work(args: argparse.Namespace) -> int:
     if args.timeout and not args.wait:
         raise CliError("invalid", "--timeout is how long --wait waits", remedy="add --wait")
+    if vars(args).get("more"):
+        from hostagent.cli import groups
+
+        return groups.work(args, _request(args))
     client, terminal = arguments.connect(args), Terminal.of(args)
     if args.dry_run:
         return _dry_run(client, terminal, args)
@@ -268,7 +277,7 @@ def _list(args: argparse.Namespace) -> int:
     from hostagent.cli import job_report
 
     labels = [f"{key}={value}" for key, value in args.label]
-    query = {"state": args.state, "target": args.target, "label": labels}
+    query = {"state": args.state, "target": args.target, "group": args.group, "label": labels}
     jobs = arguments.connect(args).items("/v1/jobs", query)
     terminal = Terminal.of(args)
     if terminal.json:

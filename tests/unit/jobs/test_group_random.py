@@ -1,0 +1,232 @@
+"""Groups and single jobs beside them, with whatever is asked, lost, killed and restarted in whatever order: all of a
+group complete or none, it is never said of one too early, and in the end nothing is left over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from jobs.errors import JobError
+from jobs.model import Completion, Job, JobSpec, Operation, State
+from tests.unit.jobs.agent_in_memory import QUICK, Agent, run
+from tests.unit.jobs.fake_driver import MIB
+from tests.unit.jobs.groups import judge
+
+WIDTH = 3
+DISKS = ("/a", "/b", "/c")
+CALLS = ("prepare", "start", "start done", "harden", "harden done", "name", "name done", "complete", "complete done")
+CALLS += ("seal", "seal done", "discard", "discard done", "conclude", "drop", "cancel", "leave")
+FAULTS = ("unresponsive", "die", "io_error")
+ASKS = ("abort", "force", "pause", "resume", "pivot", "finish", "delete", "silence", "heal", "die", "take name")
+ON_AGENT = ("crash", "crash", "fill", "empty", "hints lost", "hints found", "retry", "sleep", "single")
+KINDS = ("new pivot", "new finish", "new", "over pivot", "over finish")
+ALLOWED = {"conflict", "busy", "limit", "timeout", "unresponsive", "store_full", "not_found"}
+ALLOWED |= {"storage_daemon_died", "job_failed", "io_error", "image_changed"}
+
+on_disk = st.tuples(st.sampled_from(ASKS), st.sampled_from(DISKS), st.integers(0, 3))
+on_agent = st.tuples(st.sampled_from(ON_AGENT), st.just(""), st.integers(0, 3))
+fault = st.tuples(
+    st.sampled_from([f"{what} in {call}" for what in FAULTS for call in CALLS]),
+    st.sampled_from(DISKS),
+    st.integers(0, 3),
+)
+group = st.tuples(st.sampled_from(KINDS), st.just(""), st.integers(0, 6))
+sequences = st.tuples(group, st.lists(st.one_of(on_disk, on_agent, on_agent, fault, fault, group), max_size=25)).map(
+    lambda found: [*found[1][:2], found[0], *found[1][2:]]
+)
+Step = tuple[str, str, int]
+
+
+class Story:
+    """Plays a sequence, then lets everything come right and judges what happened."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        for path in (*DISKS, "/single"):
+            agent.driver.image(path, depth=2)
+        self.groups: list[tuple[list[JobSpec], list[Job]]] = []
+        self.deleted: dict[str, Job] = {}
+        self.numbers = itertools.count()
+        self.faults: dict[tuple[str, str], str] = {}
+        agent.driver.fault = self.strike
+        judged = agent.store.recorded
+
+        def recorded(job: Job) -> None:
+            judged(job)
+            if job.state is State.COMPLETED and job.group is not None:
+                self.judge_decided(job)
+
+        agent.store.recorded = recorded
+
+    def judge_decided(self, job: Job) -> None:
+        """When one is said to be completed, all are sure to be."""
+        assert job.group is not None
+        for one in job.group.jobs:
+            other = self.agent.store.jobs.get(one) or self.deleted[one]
+            if not other.decided:
+                self.agent.broken.append(f"{job.id} is completed, and {one} is {other.state} and undecided")
+
+    def strike(self, call: str, job: Job) -> None:
+        path = job.before.top.path
+        what = self.faults.pop((call, path), None)
+        if what == "die":
+            self.agent.driver.die(path)
+            raise JobError("storage_daemon_died", "killed")
+        if what == "unresponsive":
+            self.agent.driver.silence(path)
+            raise JobError("unresponsive", "no answer")
+        if what == "io_error":
+            raise JobError("io_error", "Input/output error")
+
+    async def play(self, steps: list[Step]) -> None:
+        for what, path, pause in steps:
+            with contextlib.suppress(TimeoutError):
+                try:
+                    await self.act(what, path)
+                except JobError as error:
+                    assert error.code in ALLOWED, (what, error.code, error.message)
+            await asyncio.sleep(pause / 1000)
+
+    async def act(self, what: str, path: str) -> None:
+        agent, engine = self.agent, self.agent.engine
+        job = self.job_on(path)
+        if " in " in what:
+            kind, _, call = what.partition(" in ")
+            self.faults[call, path] = kind
+        elif what in KINDS:
+            await self.begin(what)
+        elif what == "crash":
+            await agent.crash()
+        elif what in ("fill", "empty"):
+            agent.store.full = what == "fill"
+        elif what.startswith("hints "):
+            agent.hints = what == "hints found"
+        elif what in ("silence", "heal", "die"):
+            getattr(agent.driver, what)(path)
+        elif what == "single":
+            async with asyncio.timeout(0.05):
+                await agent.pull("/single")
+        elif what == "retry" and self.groups:
+            specs, jobs = self.groups[-1]
+            async with asyncio.timeout(0.05):
+                if not self.deleted:
+                    assert not (await engine.create_group(specs, jobs[0].group and jobs[0].group.id))[1]
+        elif job is not None:
+            async with asyncio.timeout(0.05):
+                await self.ask(what, job)
+
+    def job_on(self, path: str) -> Job | None:
+        if not self.groups or not path:
+            return None
+        _, jobs = self.groups[-1]
+        found = next((job for job in jobs if job.spec.target == path), None)
+        return None if found is None or found.id in self.deleted else found
+
+    async def begin(self, kind: str) -> None:
+        over, _, end = kind.partition(" ")
+        n = next(self.numbers)
+        tops = {path: self.agent.driver.serving(path).chain.top.path for path in DISKS}
+        asked = [
+            JobSpec(
+                Operation.COPY,
+                tops[path],
+                dest=f"{path}.copy{n}",
+                completion=Completion(end) if end else None,
+                reuse_external=over == "over",
+            )
+            for path in DISKS[: 2 + n % 2]
+        ]
+        if over == "over":
+            for spec in asked:
+                assert spec.dest is not None
+                self.agent.driver.file(spec.dest)
+        async with asyncio.timeout(0.05):
+            jobs, _ = await self.agent.engine.create_group(asked)
+            self.groups.append((asked, jobs))
+
+    async def ask(self, what: str, job: Job) -> None:
+        engine = self.agent.engine
+        if what in ("abort", "force"):
+            await engine.abort(job.id, force=what == "force")
+        elif what in ("pivot", "finish"):
+            await engine.complete(job.id, Completion(what))
+        elif what == "delete":
+            known = await engine.get(job.id)
+            await engine.delete(job.id)
+            self.deleted[job.id] = known
+        elif what == "take name":
+            assert job.spec.dest is not None
+            self.agent.driver.names.setdefault(job.spec.dest, self.agent.driver.file(f"/foreign{next(self.numbers)}"))
+        else:
+            await getattr(engine, what)(job.id)
+
+    async def come_right(self) -> None:
+        agent = self.agent
+        self.faults.clear()
+        agent.store.full = False
+        for path in agent.driver.images:
+            agent.driver.heal(path)
+        async with asyncio.timeout(5):
+            while agent.engine._actors:
+                for job in agent.engine.active():
+                    with contextlib.suppress(JobError):
+                        if job.state is State.PAUSED:
+                            await agent.engine.resume(job.id)
+                        elif job.state is State.READY:
+                            await agent.engine.complete(job.id, Completion.PIVOT)
+                await asyncio.sleep(0.001)
+
+    def judge(self) -> None:
+        store, driver = self.agent.store, self.agent.driver
+        ids = {job.group.id for job in store.jobs.values() if job.group}
+        for one in ids:
+            jobs = [job for job in (*store.jobs.values(), *self.deleted.values()) if job.group and job.group.id == one]
+            judge(self.agent, jobs)
+            assert len(jobs) == len(jobs[0].group.jobs if jobs[0].group else ())
+        assert all(not image.users and image.daemon is None for image in driver.images.values())
+        assert [name for name in driver.names if ".part-" in name] == []
+        assert self.agent.engine._groups == {}
+
+    async def judge_slots(self) -> None:
+        """As many as ever may run at once, and a group that needs them all gets them."""
+        asked = []
+        for n in range(WIDTH):
+            self.agent.driver.image(f"/new{n}")
+            asked.append(JobSpec(Operation.COPY, f"/new{n}", dest=f"/new{n}.copy", completion=Completion.FINISH))
+        jobs, _ = await self.agent.engine.create_group(asked)
+        done = [await self.agent.until_cleared(job) for job in jobs]
+        assert [job.state for job in done] == [State.COMPLETED] * WIDTH
+
+
+def tell(steps: list[Step]) -> None:
+    async def scenario(agent: Agent) -> None:
+        agent.driver.pace = 12 * MIB
+        story = Story(agent)
+        await story.play(steps)
+        await story.come_right()
+        story.judge()
+        await story.judge_slots()
+
+    run(scenario, replace(QUICK, width=WIDTH, abort_timeout=0.005), size=48 * MIB)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@example([("new pivot", "", 3), ("unresponsive in harden", "/b", 0), ("crash", "", 0), ("die", "/b", 0)])
+@example([("new finish", "", 6), ("io_error in name", "/a", 0), ("crash", "", 1), ("die", "/b", 0), ("crash", "", 0)])
+@example([("new", "", 6), ("finish", "/b", 0), ("crash", "", 0), ("abort", "/a", 0)])
+@given(sequences)
+def test_a_group_keeps_its_promises(steps: list[Step]) -> None:
+    tell(steps)
+
+
+@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_of_one_in_any_call_is_survived_by_all(what: str, call: str, kind: str) -> None:
+    tell([(f"{what} in {call}", "/b", 0), (kind, "", 3), ("crash", "", 1), ("pivot", "/a", 1)])

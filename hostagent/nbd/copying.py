@@ -187,10 +187,11 @@ class Copy:
         if target is None or job.completion is None:
             return False
         if job.group is not None:  # its end was decided when all of the group had their names
-            try:
-                await self._aside(_let_its_name_be_all, target)
-            except JobError as error:
-                raise TimeoutError(error.message) from error
+            if target.made:
+                try:
+                    await self._aside(_let_its_name_be_all, target)
+                except JobError as error:  # it completes all the same, when its storage answers
+                    raise TimeoutError(error.message) from error
             return True
         return target.made and await self._aside(_is_settled, target)
 

@@ -21,6 +21,8 @@ class MemoryStore:
         self.full = False
         self.recorded: Callable[[Job], None] = lambda job: None
         """Told of each outcome in the moment in which it is recorded."""
+        self.gate: asyncio.Event | None = None
+        """What writes several jobs waits for it when that is stored, before it is answered."""
 
     def _write(self, job: Job, events: Sequence[Event]) -> None:
         if self.full:
@@ -37,6 +39,8 @@ class MemoryStore:
         await asyncio.sleep(0)
         for job in jobs:
             self._write(job, ())
+        if self.gate is not None:
+            await self.gate.wait()
         await asyncio.sleep(0)
 
     async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:

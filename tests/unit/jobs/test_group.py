@@ -192,6 +192,54 @@ def test_an_abort_after_the_decision_is_refused(end: Completion, call: str) -> N
     run(scenario)
 
 
+@pytest.mark.parametrize("ask", ["abort", "speed"])
+@pytest.mark.parametrize("crash", [False, True])
+def test_what_is_asked_while_the_decision_is_stored_comes_after_it(ask: str, crash: bool) -> None:
+    async def scenario(agent: Agent) -> None:
+        gate(agent, "name")
+        jobs = await begin(agent)
+        for job in jobs:
+            await hold(agent, job, "name")
+        agent.store.gate = asyncio.Event()
+        open_gates(agent)
+        while not agent.store.jobs[jobs[0].id].decided:
+            await asyncio.sleep(0.001)
+        engine = agent.engine
+        asked = [engine.abort(job.id) if ask == "abort" else engine.set_speed(job.id, 5) for job in jobs]
+        asking = [asyncio.ensure_future(one) for one in asked]
+        await asyncio.sleep(0.01)
+        if crash:
+            await agent.crash()
+        agent.store.gate.set()
+        await asyncio.wait(asking)
+        if ask == "abort":
+            assert all(isinstance(one.exception(), JobError) for one in asking)
+        assert states(await ended(agent, jobs)) == [State.COMPLETED] * 3
+
+    run(scenario)
+
+
+@each_end
+def test_a_decided_member_that_does_not_answer_is_not_aborted_and_completes_later(end: Completion) -> None:
+    async def scenario(agent: Agent) -> None:
+        gate(agent, "complete")
+        jobs = await begin(agent, completion=end)
+        await hold(agent, jobs[1], "complete")
+        agent.driver.silence("/b")
+        open_gates(agent)
+        await agent.until_state(jobs[1], State.UNKNOWN)
+        for force in (False, True):
+            with refusal("conflict"):
+                await agent.engine.abort(jobs[1].id, force=force)
+        await agent.until_cleared(jobs[0])
+        await agent.crash()
+        assert (await agent.engine.get(jobs[1].id)).intent is None
+        agent.driver.heal("/b")
+        assert states(await ended(agent, jobs)) == [State.COMPLETED] * 3
+
+    run(scenario)
+
+
 # Deaths and restarts
 
 

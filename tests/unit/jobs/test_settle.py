@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hostagent.errors import CODES
 from jobs.machine import Signal
-from jobs.model import Chain, Cursor, Failure, FileId, Job, JobSpec, Layer, Operation, State
+from jobs.model import Chain, Completion, Cursor, Failure, FileId, Group, Job, JobSpec, Layer, Operation, State
 from jobs.ports import Contact, Observation, Phase
 from jobs.settle import classify, decide, explain
 
@@ -145,3 +145,16 @@ def test_an_error_text_of_qemu_gets_its_code(text: str, code: str) -> None:
 def test_a_concluded_job_without_error_and_proof_is_unproven() -> None:
     assert explain(JOB, Observation(Contact.ALIVE, Phase.CONCLUDED)).code == "unproven"
     assert explain(JOB, Observation(Contact.ALIVE, Phase.ABSENT)).code == "unproven"
+
+
+@given(observations, failures)
+def test_a_member_of_a_group_that_is_decided_completes_whatever_is_seen(
+    seen: Observation, failure: Failure | None
+) -> None:
+    job = replace(JOB, group=Group("g", ("j", "k")), after=JOB.before, completion=Completion.FINISH)
+    signal = decide(job, seen, failure).signal
+    assert signal in (Signal.PROVEN_COMPLETED, Signal.LOST, None)
+    if seen.contact is Contact.DEAD:
+        assert signal is Signal.PROVEN_COMPLETED
+    undecided = replace(job, completion=None)
+    assert decide(undecided, replace(seen, proven=False), failure).signal is not Signal.PROVEN_COMPLETED

@@ -22,7 +22,7 @@ class MemoryStore:
         self.recorded: Callable[[Job], None] = lambda job: None
         """Told of each outcome in the moment in which it is recorded."""
         self.gate: asyncio.Event | None = None
-        """What writes several jobs waits for it when that is stored, before it is answered."""
+        """What writes jobs waits for it when they are stored, before that is answered."""
 
     def _write(self, job: Job, events: Sequence[Event]) -> None:
         if self.full:
@@ -33,6 +33,8 @@ class MemoryStore:
     async def save(self, job: Job, events: Sequence[Event] = ()) -> None:
         await asyncio.sleep(0)
         self._write(job, events)
+        if self.gate is not None:
+            await self.gate.wait()
         await asyncio.sleep(0)
 
     async def save_all(self, jobs: Sequence[Job]) -> None:

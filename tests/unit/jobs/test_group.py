@@ -219,6 +219,35 @@ def test_what_is_asked_while_the_decision_is_stored_comes_after_it(ask: str, cra
     run(scenario)
 
 
+@pytest.mark.parametrize("crash", [False, True])
+def test_nothing_is_decided_while_an_abort_is_being_stored(crash: bool) -> None:
+    async def scenario(agent: Agent) -> None:
+        driver, last, name = agent.driver, asyncio.Event(), agent.driver.name
+
+        async def name_last(job: Job) -> None:
+            if job.before.top.path == "/c":
+                await last.wait()
+            await name(job)
+
+        driver.name = name_last  # type: ignore[method-assign]
+        jobs = await begin(agent)
+        for job in jobs[:2]:
+            await agent.until(job, lambda job: job.spec.dest in driver.names)
+        agent.store.gate = asyncio.Event()
+        aborting = asyncio.ensure_future(agent.engine.abort(jobs[0].id))
+        while agent.store.jobs[jobs[0].id].intent is None:
+            await asyncio.sleep(0.001)
+        last.set()
+        await asyncio.sleep(0.01)
+        if crash:
+            await agent.crash()
+        agent.store.gate.set()
+        await asyncio.wait([aborting])
+        assert states(await ended(agent, jobs)) == [State.ABORTED] * 3
+
+    run(scenario)
+
+
 @each_end
 def test_a_decided_member_that_does_not_answer_is_not_aborted_and_completes_later(end: Completion) -> None:
     async def scenario(agent: Agent) -> None:

@@ -95,6 +95,10 @@ class Inbox:
             return None
         if message.ask is not Ask.LOOK:
             return message
+        if self._order is not None:
+            self._hinted = False
+            message, self._order = self._order, None
+            return message
         if not self._queue.empty():  # who asks goes first: a look may take as long as a daemon that does not answer
             request = self._queue.get_nowait()
             self._queue.put_nowait(message)

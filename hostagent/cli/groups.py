@@ -52,7 +52,7 @@ def _dry_run(client: Client, terminal: Terminal, body: Json) -> int:
         terminal.data(plan)
     else:
         for disk in plan["disks"]:
-            job_report.plan(terminal, disk)
+            job_report.plan(terminal, disk, kept_by="--finish")
     return EXIT_OK
 
 

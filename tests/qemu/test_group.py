@@ -7,7 +7,10 @@ target is left, and nothing else that was not there before.
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +22,7 @@ import pytest
 from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, check_clean, reachable, same_content
 from tests.qemu.faults import PATIENCE, ROOT, Pair, Reader, Tmpfs, eventually, send, storage_daemons
 from tests.qemu.kills import SETTINGS
+from tests.qemu.remote_storage import nbd_server, needs_nbdkit
 
 pytestmark = pytest.mark.qemu
 
@@ -129,6 +133,52 @@ def test_a_group_waits_until_all_are_ready_and_the_end_of_one_is_asked_for(agent
     disks.assert_copied(ended(agent, group), pivot=True)
 
 
+@needs_nbdkit
+@pytest.mark.parametrize("point", [None, "all are sealed"])
+def test_an_export_and_files_of_both_formats_are_in_one_group(
+    agent: AgentProcess, disks: Disks, tmp_path: Path, point: str | None
+) -> None:
+    with nbd_server(tmp_path, SIZE) as (uri, remote, _):
+        request = disks.request(completion="finish")
+        request["disks"][0] |= {"dest": uri, "format": "raw"}
+        request["disks"][1] |= {"format": "raw"}
+        group = agent.post("/v1/groups", request)
+        if point is not None:
+            wait_for(agent, disks, point)
+            agent.kill()
+            agent.start()
+        jobs = ended(agent, group)
+    assert [(job["state"], job["error"]) for job in jobs] == [("completed", None)] * DISKS
+    for images, dest, format in zip(disks.images, (remote, *disks.dests[1:]), ("raw", "raw", "qcow2"), strict=True):
+        assert same_content(dest, images.truth, first=format)
+    disks.assert_sources_untouched()
+
+
+def test_existing_targets_are_written_over_together_and_unusable_when_one_fails(
+    agent: AgentProcess, disks: Disks
+) -> None:
+    for dest in disks.dests:
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(dest), str(SIZE)], check=True)
+    group = agent.post("/v1/groups", disks.request(reuse_external=True))
+    for job in group["jobs"]:
+        agent.until(job["id"], lambda job: job["state"] == "ready")
+    send(signal.SIGKILL, *daemons_of(agent, disks.images[0].top))
+    jobs = ended(agent, group)
+    assert [job["error"]["code"] for job in jobs] == ["storage_daemon_died", "group_failed", "group_failed"]
+    assert [job["dest"]["state"] for job in jobs] == ["unusable"] * DISKS
+    disks.assert_copied(ended(agent, agent.post("/v1/groups", disks.request(reuse_external=True, completion="finish"))))
+
+
+def test_the_command_line_copies_several_disks(agent: AgentProcess, disks: Disks) -> None:
+    pairs = [str(path) for pair in zip((one.top for one in disks.images), disks.dests, strict=True) for path in pair]
+    command = [sys.executable, "-m", "hostagent.cli.main", "--socket", str(agent.socket), "--json"]
+    command += ["job", "copy", *pairs, "--finish", "--wait"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert eventually(lambda: storage_daemons(agent) == [])
+    disks.assert_copied(json.loads(done.stdout)["jobs"])
+
+
 # Not completing
 
 
@@ -156,10 +206,11 @@ def test_a_name_that_was_taken_meanwhile_fails_all_and_is_not_touched(agent: Age
 
 @pytest.mark.skipif(not ROOT, reason="mounts a file system")
 def test_a_target_without_room_fails_all(agent: AgentProcess, disks: Disks, tmp_path: Path) -> None:
-    with Tmpfs(tmp_path / "small", 20 * MIB) as small:
+    with Tmpfs(tmp_path / "small", 4 * MIB) as small:
+        filler = small.folder / "filler"
+        filler.write_bytes(bytes(2 * MIB))
         disks.dests[1] = small.folder / "copy.qcow2"
         group = agent.post("/v1/groups", disks.request(completion="finish"))
-        filler = small.fill()
         jobs = ended(agent, group)
         assert [job["error"]["code"] for job in jobs] == ["group_failed", "no_space", "group_failed"]
         assert str(disks.images[1].top) in jobs[0]["error"]["message"]
@@ -225,8 +276,16 @@ def wait_for(agent: AgentProcess, disks: Disks, point: str) -> None:
         time.sleep(0.0005)
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("end", ["finish", "pivot"])
+def at_points(*quick: str) -> pytest.MarkDecorator:
+    """Each of these with one of the ends, by turns; all points with both ends take minutes."""
+    cases = [(point, end) for point in POINTS for end in ("finish", "pivot")]
+    chosen = {(point, ("finish", "pivot")[n % 2]) for n, point in enumerate(quick)}
+    return pytest.mark.parametrize(
+        ("point", "end"), [pytest.param(*one, marks=() if one in chosen else pytest.mark.slow) for one in cases]
+    )
+
+
+@at_points(*POINTS)
 def test_an_agent_that_is_killed_completes_the_group_when_it_is_back(
     agent: AgentProcess, disks: Disks, point: str, end: str
 ) -> None:
@@ -237,8 +296,7 @@ def test_an_agent_that_is_killed_completes_the_group_when_it_is_back(
     disks.assert_copied(ended(agent, group), pivot=end == "pivot")
 
 
-@pytest.mark.parametrize("point", [point for point in POINTS if point != "stored"])
-@pytest.mark.parametrize("end", ["finish", "pivot"])
+@at_points("one is ready", "one is sealed", "all are sealed", "all have their names")
 def test_a_storage_daemon_that_is_killed_fails_all_or_stops_nobody(
     agent: AgentProcess, disks: Disks, point: str, end: str
 ) -> None:

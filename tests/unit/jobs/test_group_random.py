@@ -37,8 +37,9 @@ fault = st.tuples(
     st.integers(0, 3),
 )
 group = st.tuples(st.sampled_from(KINDS), st.just(""), st.integers(0, 6))
-sequences = st.tuples(group, st.lists(st.one_of(on_disk, on_agent, on_agent, fault, fault, group), max_size=25)).map(
-    lambda found: [*found[1][:2], found[0], *found[1][2:]]
+acts = st.tuples(st.lists(fault, max_size=2), group, st.lists(st.one_of(on_disk, on_disk, on_agent, fault), max_size=8))
+sequences = st.lists(acts, min_size=1, max_size=4).map(
+    lambda found: [step for before, begun, after in found for step in (*before, begun, *after)]
 )
 Step = tuple[str, str, int]
 

@@ -128,8 +128,14 @@ def protocol(policy: PeerPolicy, *, max_connections: int, stall_timeout: float) 
             self._head = Deadline(stall_timeout, transport.abort)
             self._unread = Deadline(stall_timeout, transport.abort)
             super().connection_made(transport)
-            if len(self.connections) > max_connections:
-                self._turn_away(transport)
+            self._refused = len(self.connections) > max_connections
+            if self._refused:
+                # One who is turned away is heard first: a client that still sends when the door is closed sees a broken
+                # pipe instead of the reason. How many may wait for that is bounded, too.
+                log.warning("refused a connection: %d are open (api.max_connections)", max_connections)
+                self._head.start()
+                if len(self.connections) > 2 * max_connections:
+                    self._turn_away()
                 return
             peer = peer_of(transport.get_extra_info("socket"))
             allowed = policy.allows(peer)
@@ -139,6 +145,9 @@ def protocol(policy: PeerPolicy, *, max_connections: int, stall_timeout: float) 
             self._head.start()
 
         def data_received(self, data: bytes) -> None:
+            if self._refused:
+                self._turn_away()
+                return
             super().data_received(data)
             if self.conn.their_state is h11.IDLE:
                 self._head.start()
@@ -162,10 +171,9 @@ def protocol(policy: PeerPolicy, *, max_connections: int, stall_timeout: float) 
             self.transport.write(_raw_answer("invalid", "that was not an HTTP request", field=None))
             self.transport.close()
 
-        def _turn_away(self, transport: asyncio.Transport) -> None:
-            log.warning("refused a connection: %d are open (api.max_connections)", max_connections)
-            transport.write(_raw_answer("limit", "too many connections", field="api.max_connections"))
-            transport.close()
+        def _turn_away(self) -> None:
+            self.transport.write(_raw_answer("limit", "too many connections", field="api.max_connections"))
+            self.transport.close()
 
     return PeerProtocol
 

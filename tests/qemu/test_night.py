@@ -37,7 +37,10 @@ def top(folder: Path) -> Path:
 
 @pytest.fixture
 def hasty(tmp_path: Path) -> Iterator[AgentProcess]:
-    with reachable(tmp_path), AgentProcess(tmp_path, {**HASTE, "QMP_CALL_TIMEOUT": "2", "QSD_FLUSH_TIMEOUT": "2"}) as agent:
+    with (
+        reachable(tmp_path),
+        AgentProcess(tmp_path, {**HASTE, "QMP_CALL_TIMEOUT": "2", "QSD_FLUSH_TIMEOUT": "2"}) as agent,
+    ):
         yield agent
 
 

@@ -103,6 +103,15 @@ def test_requests_beyond_the_limit_are_refused_while_others_run(serve):
         time.sleep(0.3)
         reply = agent.call("GET", "/healthz")
         assert (reply.status, reply.body["code"], reply.body["field"]) == (429, "limit", "api.max_connections")
+        # Who is slow to ask hears the reason, too, and is no broken pipe; but those who wait to ask are bounded.
+        slow = [UnixConnection(agent.path) for _ in range(3)]
+        for connection in slow:
+            connection.connect()
+        assert slow[2].sock.recv(65536).startswith(b"HTTP/1.1 429 ")
+        slow[0].request("GET", "/healthz")
+        assert slow[0].getresponse().status == 429
+        for connection in slow:
+            connection.close()
         for poll in polls:
             poll.join(5)
         assert agent.call("GET", "/healthz").status == 200

@@ -14,6 +14,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON := .venv/bin/python
 STORIES ?= 600
+# Tests wait more than they work: three at a time are right for two processors.
+WORKERS ?= 3
+PYTEST := $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile
 RUN := .venv/.run
 DEVELOP := .venv/.develop
 
@@ -37,10 +40,10 @@ lint: $(DEVELOP)
 	@.venv/bin/mypy
 
 test: lint
-	@$(PYTHON) -m pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-full: lint
-	@STORIES=$(STORIES) $(PYTHON) -m pytest -q
+	@STORIES=$(STORIES) $(PYTEST)
 
 bench: $(DEVELOP)
 	@$(PYTHON) -m tests.bench

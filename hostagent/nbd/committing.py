@@ -71,7 +71,7 @@ class Commit:
         first, last = chain.layers.index(top), chain.layers.index(base)
         fd, pruned = opened.fds[last], spec.prune_bitmaps
         found, told = await base_bitmaps.look(fd, base, self._timeout, pruned=pruned)
-        free = room(fd)
+        free = await room(fd, self._timeout)
         if base.device:  # it does not grow, and what is free in it is not known: by size alone
             need = min(sum(layer.allocated for layer in moving), top.virtual_size)
             growth = Growth(need if base.format == "raw" else at_most(top.virtual_size))

@@ -71,10 +71,10 @@ class Copy:
         else:
             pools = None if spec.anywhere else self._chains.settings.limits.pools
             target = await self._aside(_new, spec.dest, format_, pools)
-        free = await self._aside(room, Path(spec.dest).parent)
+        left = await room(Path(spec.dest).parent, self._timeout)
         growth = await self._space.of_copy(opened, 1 if spec.shallow else len(source.layers), format_, existing)
-        warnings = judge(spec, growth, free, f"the target {target.path!r}", field="dest")
-        preview = {"space": {"need": growth.need, "free": free}}
+        warnings = judge(spec, growth, left, f"the target {target.path!r}", field="dest")
+        preview = {"space": {"need": growth.need, "free": left}}
         return Plan(source, copy.after(source, spec, target), 0, warnings, preview, target)
 
     async def _device(self, spec: JobSpec, source: OpenChain, format_: str) -> tuple[Target, int]:

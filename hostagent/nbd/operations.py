@@ -161,12 +161,20 @@ def _durable_backing(layer: Layer, fd: int | None) -> str | None:
         os.close(own)
 
 
-def room(folder: Path | int) -> int:
-    """Free bytes on the file system of a folder or a file; all bytes of a block device."""
-    if isinstance(folder, int) and stat.S_ISBLK(os.fstat(folder).st_mode):
-        return os.lseek(folder, 0, os.SEEK_END)
-    found = os.fstatvfs(folder) if isinstance(folder, int) else os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+async def room(place: Path | int, timeout: float) -> int | None:
+    """Free bytes on the file system of a folder or a file; all bytes of a block device. None when it does not say so,
+    as some network file systems, or not within `timeout` seconds."""
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(_room, place), timeout)
+    except TimeoutError:
+        return None
+
+
+def _room(place: Path | int) -> int | None:
+    if isinstance(place, int) and stat.S_ISBLK(os.fstat(place).st_mode):
+        return os.lseek(place, 0, os.SEEK_END)
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize if found.f_blocks else None
 
 
 def at_most(virtual_size: int) -> int:
@@ -175,8 +183,10 @@ def at_most(virtual_size: int) -> int:
     return virtual_size + virtual_size // 4096 + (1 << 20)
 
 
-def preflight(spec: JobSpec, need: int, free: int, where: str) -> tuple[str, ...]:
+def preflight(spec: JobSpec, need: int, free: int | None, where: str) -> tuple[str, ...]:
     """The warning that space may not do; a refusal instead with `--check always`."""
+    if free is None:
+        return (f"it is not known how much is free beside {where}",)
     if need <= free:
         return ()
     text = f"the {spec.operation} may need {need} bytes, and {free} are free beside {where}"

@@ -41,9 +41,9 @@ class Pull:
     async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan:
         chain = opened.chain
         after = pull.after(chain, pull.resolve_base(chain, spec.base))
-        space = _space(opened, after)
-        warnings = preflight(spec, space["need"], space["free"], "the overlay")
-        return Plan(chain, after, chain.top.virtual_size, warnings, {"space": space})
+        need, free = _need(chain, after), await room(opened.fds[0], self._limits.nbd_timeout)
+        warnings = preflight(spec, need, free, "the overlay")
+        return Plan(chain, after, chain.top.virtual_size, warnings, {"space": {"need": need, "free": free}})
 
     def needs(self, job: Job) -> list[Need]:
         top, *below = job.before.layers
@@ -136,13 +136,14 @@ class Pull:
             await chain.remove_internal(reader=len(job.after.layers) > 1)
 
 
-def _space(opened: OpenChain, after: Chain) -> dict[str, int]:
-    """What the pull may write (all that is allocated in the layers it takes in) against what is free. Of an overlay on
-    a device nobody knows how full it is: its whole against the whole device."""
+def _need(chain: Chain, after: Chain) -> int:
+    """Bytes that the pull may write: all that is allocated in the layers it takes in. Of an overlay on a device nobody
+    knows how full it is: its whole."""
+    if chain.top.device:
+        return at_most(chain.top.virtual_size)
     stays = {layer.file for layer in after.layers}
-    need, top = sum(layer.allocated for layer in opened.chain.layers[1:] if layer.file not in stays), opened.chain.top
-    most = at_most(top.virtual_size) if top.device else min(need, top.virtual_size)
-    return {"need": most, "free": room(opened.fds[0])}
+    need = sum(layer.allocated for layer in chain.layers[1:] if layer.file not in stays)
+    return min(need, chain.top.virtual_size)
 
 
 async def _copy_up(work: nbdclient.Slice, stop: asyncio.Event) -> int:

@@ -63,14 +63,14 @@ class Space:
             most = existing.virtual_size
         return Growth(most, max(0, found.data - _held(existing)))
 
-    async def of_commit(self, opened: OpenChain, top: int, base: int, free: int) -> Growth:
+    async def of_commit(self, opened: OpenChain, top: int, base: int, free: int | None) -> Growth:
         """Of the layers from `top` to above `base`, into `base`. It has some of their clusters already: how many is
-        only measured when `free` bytes may not do."""
+        only measured when `free` bytes (None: not known) may not do."""
         target = opened.chain.layers[base]
         try:
             async with self._readable(opened, top, base + 1):
                 most = (await self._of(opened, top, base)).within(target.format)
-                if most <= free:
+                if free is None or most <= free:
                     return Growth(most)
                 cluster = _cluster(opened, base)
                 together = await self._of(opened, top, base + 1, cluster=cluster)
@@ -92,10 +92,12 @@ class Space:
             await self._access.release(holder, trigger="measure")
 
 
-def judge(spec: JobSpec, growth: Growth, free: int, where: str, *, field: str) -> tuple[str, ...]:
+def judge(spec: JobSpec, growth: Growth, free: int | None, where: str, *, field: str) -> tuple[str, ...]:
     """The warning that space may not do, or cannot be known; JobError no_space as said above."""
     if growth.unknown is not None:
         return (f"it is not known whether there is space: {growth.unknown}",)
+    if free is None:
+        return (f"it is not known how much is free beside {where}",)
     if growth.most <= free:
         return ()
     certain = growth.least > free

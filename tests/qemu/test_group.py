@@ -210,7 +210,9 @@ def test_a_target_without_room_fails_all(agent: AgentProcess, disks: Disks, tmp_
         filler = small.folder / "filler"
         filler.write_bytes(bytes(2 * MIB))
         disks.dests[1] = small.folder / "copy.qcow2"
-        group = agent.post("/v1/groups", disks.request(completion="finish"))
+        with pytest.raises(ApiError, match="no_space"):
+            agent.post("/v1/groups", disks.request(completion="finish"))
+        group = agent.post("/v1/groups", disks.request(completion="finish", check="never"))
         jobs = ended(agent, group)
         assert [job["error"]["code"] for job in jobs] == ["group_failed", "no_space", "group_failed"]
         assert str(disks.images[1].top) in jobs[0]["error"]["message"]

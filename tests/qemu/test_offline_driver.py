@@ -18,6 +18,7 @@ from hostagent.daemon import _FileLease, _Owner
 from hostagent.drivers import qsd
 from hostagent.drivers.process import User
 from hostagent.images.chain import ChainLimits
+from hostagent.images.measure import Measure
 from hostagent.images.qemu_img import QemuImg, ToolLimits
 from hostagent.nbd import chains as nbd_chains
 from hostagent.nbd.chains import Chains
@@ -26,6 +27,7 @@ from hostagent.nbd.copying import Copy
 from hostagent.nbd.offline import OfflineDriver
 from hostagent.nbd.prepared import Lease, PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
+from hostagent.nbd.space import Space
 from hostagent.store import Store
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Operation
@@ -90,13 +92,14 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
         daemons=lambda: {},
         observe=lambda trigger, result: None,
     )
+    space = Space(Measure(user=None, limits=ToolLimits(), binary="qemu-img"), ledger)
     return OfflineDriver(
         chains,
         ledger,
         QemuImg(user=None, limits=ToolLimits()),
         pull=Pull(SliceLimits(slice=2 * MIB, requests_in_flight=4, request_size=MIB, nbd_timeout=10.0)),
-        copy=Copy(chains, lambda files, folders, skip: [], 10.0),
-        commit=Commit(lambda files, folders, skip: [], 10.0),
+        copy=Copy(chains, lambda files, folders, skip: [], space, 10.0),
+        commit=Commit(lambda files, folders, skip: [], space, 10.0),
         check_auto=1 << 30,
     )
 

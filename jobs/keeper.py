@@ -77,9 +77,13 @@ class Keeper:
 
     async def warn(self, warnings: Sequence[str]) -> None:
         """What its user must know of the job; each once."""
+        told = self._told(warnings)
+        if told != self.job.warnings:
+            await self.change(warnings=told)
+
+    def _told(self, warnings: Sequence[str]) -> tuple[str, ...]:
         new = tuple(one for one in warnings if one not in self.job.warnings)
-        if new:
-            await self.change(warnings=(*self.job.warnings, *new)[:MAX_WARNINGS])
+        return (*self.job.warnings, *new)[:MAX_WARNINGS]
 
     async def reached(self, cur: int) -> None:
         """An increment is durable up to here."""
@@ -213,8 +217,8 @@ class Keeper:
         state = Revocation.KEPT if kept else Revocation.DONE
         if self._end_seen is not None:
             self._w.observer.revocation_lag(self._w.clock.monotonic() - self._end_seen)
-        await self.change(revocation=state, revoked=revoked, kept=kept)
-        await self.warn(warnings)
+        # In one change: who waited for the revocation has heard all.
+        await self.change(revocation=state, revoked=revoked, kept=kept, warnings=self._told(warnings))
         return True
 
 

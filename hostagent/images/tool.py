@@ -154,7 +154,7 @@ _REASONS = (
     ("prlimit: ", "unavailable", "lower images.tool_cpu and images.tool_memory to what the agent itself may use"),
     ('Failed to get "', "busy", "end the program that has it open"),
     ('Failed to get shared "', "busy", "end the program that has it open for writing"),
-    ("Permission denied", "denied", "let the storage daemon's user open the file"),
+    ("Permission denied", "denied", "let qsd.user read it for the time: `setfacl -m u:USER:r FILE`, then `-x u:USER`"),
     ("Input/output error", "io_error", "see the kernel's log for the storage below it"),
     ("No space left", "no_space", "make space beside the image"),
     ("Cannot allocate memory", "limit", "raise images.tool_memory"),

@@ -98,7 +98,7 @@ class Engine:
     # Doing
 
     async def plan(self, spec: JobSpec) -> Plan:
-        return await self._world.driver.plan(spec)
+        return await self._world.driver.plan(spec, preview=True)
 
     async def create(self, spec: JobSpec, job_id: str | None = None) -> tuple[Job, bool]:
         """The new job; or, when `job_id` was used with the same request before, that one, and False."""
@@ -149,10 +149,10 @@ class Engine:
     async def plan_group(self, specs: Sequence[JobSpec]) -> list[Plan]:
         """What `create_group` would do, with all that it would refuse of the request itself."""
         refuse_unlike(specs, self._world.limits)
-        return await self._plans(specs)
+        return await self._plans(specs, preview=True)
 
-    async def _plans(self, specs: Sequence[JobSpec]) -> list[Plan]:
-        plans = [await self._world.driver.plan(spec) for spec in specs]
+    async def _plans(self, specs: Sequence[JobSpec], *, preview: bool = False) -> list[Plan]:
+        plans = [await self._world.driver.plan(spec, preview=preview) for spec in specs]
         refuse_overlap(specs, plans)
         return plans
 

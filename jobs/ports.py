@@ -88,8 +88,9 @@ class AccessResult:
 class BlockDriver(Protocol):
     """Runs jobs on one kind of target. All but `plan` take a job that is already in the store."""
 
-    async def plan(self, spec: JobSpec) -> Plan:
-        """Look at the image and say what the job would do. Changes nothing."""
+    async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
+        """Look at the image and say what the job would do. Changes nothing. A `preview` is for people: it may take
+        longer to tell how much the job needs, where a job that is to begin only asks whether there is enough."""
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         """Leases, grants, the target's file: all that comes before the image is opened for the job. Idempotent.

@@ -31,7 +31,7 @@ from hostagent.nbd.operations import (
     room,
 )
 from hostagent.nbd.prepared import PreparedChain
-from hostagent.nbd.space import Growth, Space, judge
+from hostagent.nbd.space import Growth, Space, enough, judge
 from jobs import commit
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Job, JobSpec, Layer, Need, Plan
@@ -53,7 +53,7 @@ class Commit:
         self._space = space
         self._timeout = file_timeout
 
-    async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan:
+    async def plan(self, spec: JobSpec, opened: OpenChain, *, preview: bool) -> Plan:
         chain = opened.chain
         top, base = commit.resolve(chain, spec)
         after = commit.after(chain, spec)
@@ -76,7 +76,8 @@ class Commit:
             need = min(sum(layer.allocated for layer in moving), top.virtual_size)
             growth = Growth(need if base.format == "raw" else at_most(top.virtual_size))
         else:
-            growth = await self._space.of_commit(opened, first, last, free)
+            ample = None if preview else enough(top, free)
+            growth = ample or await self._space.of_commit(opened, first, last, free)
         growth = growth.beside(0 if pruned else sum(cost.growth for cost in found))
         warnings = (*judge(spec, growth, free, f"the base {base.path!r}", field="target"), *told)
         space = {"need": growth.need, "free": free}

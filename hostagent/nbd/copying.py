@@ -25,7 +25,7 @@ from hostagent.nbd import device_targets as devices
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.operations import Search, at_most, backing_name, job_name, preflight, refuse_dependents, room
 from hostagent.nbd.prepared import PreparedChain
-from hostagent.nbd.space import Space, judge
+from hostagent.nbd.space import Space, enough, judge
 from hostagent.nbd.uri import server_of
 from jobs import copy
 from jobs.errors import JobError
@@ -44,7 +44,7 @@ class Copy:
         self._space = space
         self._timeout = file_timeout
 
-    async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan:
+    async def plan(self, spec: JobSpec, opened: OpenChain, *, preview: bool) -> Plan:
         assert spec.dest is not None
         source = opened.chain
         device = not is_remote(spec.dest) and await self._aside(devices.is_one, spec.dest)
@@ -57,9 +57,9 @@ class Copy:
             raise JobError("invalid", "a raw image cannot have a backing file", field="format", remedy=remedy)
         if is_remote(spec.dest):
             return Plan(source, source, 0, (), {"space": {}}, _remote(spec))
+        layers = source.layers[: 1 if spec.shallow else None]
         if device:
             target, free = await self._device(spec, opened, format_)
-            layers = source.layers[: 1 if spec.shallow else None]
             need = min(sum(one.allocated for one in layers), source.top.virtual_size)
             need = source.top.virtual_size if format_ == "raw" else at_most(need)
             space = {"need": need, "free": free}
@@ -72,10 +72,11 @@ class Copy:
             pools = None if spec.anywhere else self._chains.settings.limits.pools
             target = await self._aside(_new, spec.dest, format_, pools)
         left = await room(Path(spec.dest).parent, self._timeout)
-        growth = await self._space.of_copy(opened, 1 if spec.shallow else len(source.layers), format_, existing)
+        ample = None if preview else enough(source.top, left)
+        growth = ample or await self._space.of_copy(opened, len(layers), format_, existing)
         warnings = judge(spec, growth, left, f"the target {target.path!r}", field="dest")
-        preview = {"space": {"need": growth.need, "free": left}}
-        return Plan(source, copy.after(source, spec, target), 0, warnings, preview, target)
+        found = {"space": {"need": growth.need, "free": left}}
+        return Plan(source, copy.after(source, spec, target), 0, warnings, found, target)
 
     async def _device(self, spec: JobSpec, source: OpenChain, format_: str) -> tuple[Target, int]:
         """The block device as a target, and its size. It is written over, so it must be empty, or --reuse-external says

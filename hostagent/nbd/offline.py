@@ -73,12 +73,12 @@ class OfflineDriver:
 
     # Before the job
 
-    async def plan(self, spec: JobSpec) -> Plan:
+    async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
         format_ = spec.source_format if spec.operation is model.Operation.COPY else "qcow2"
         with await self._chains.open(spec.target, format=format_, anywhere=spec.anywhere, devices=True) as opened:
             self._chains.refuse_written(opened.chain)
             operation = self._operations[spec.operation]
-            plan = await operation.plan(spec, opened)
+            plan = await operation.plan(spec, opened, preview=preview)
             self._chains.refuse_apart(operation.alone(spec, plan.before), plan.before)
             return self._with_those_who_stay(spec, plan)
 

@@ -28,7 +28,7 @@ class UnreadableError(Exception):
 class Operation(Protocol):
     """One operation. What takes a chain is called under its lock."""
 
-    async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan: ...
+    async def plan(self, spec: JobSpec, opened: OpenChain, *, preview: bool) -> Plan: ...
 
     def needs(self, job: Job) -> list[Need]:
         """What the hypervisor user must be able to open."""

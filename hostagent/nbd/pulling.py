@@ -38,7 +38,7 @@ class Pull:
     def __init__(self, limits: SliceLimits) -> None:
         self._limits = limits
 
-    async def plan(self, spec: JobSpec, opened: OpenChain) -> Plan:
+    async def plan(self, spec: JobSpec, opened: OpenChain, *, preview: bool) -> Plan:
         chain = opened.chain
         after = pull.after(chain, pull.resolve_base(chain, spec.base))
         need, free = _need(chain, after), await room(opened.fds[0], self._limits.nbd_timeout)

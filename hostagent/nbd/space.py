@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from hostagent.images.chain import OpenChain
 from hostagent.images.measure import Measure, Measured
 from hostagent.nbd.offline_bitmaps import KIND, Access
+from hostagent.nbd.operations import at_most
 from jobs.errors import JobError
 from jobs.model import Holder, JobSpec, Layer, Need
 
@@ -90,6 +91,11 @@ class Space:
             yield
         finally:
             await self._access.release(holder, trigger="measure")
+
+
+def enough(top: Layer, free: int | None) -> Growth | None:
+    """Where there is room for all of the disk: a measure takes as long as all else before a job's first byte."""
+    return Growth(most) if free is not None and (most := at_most(top.virtual_size)) <= free else None
 
 
 def judge(spec: JobSpec, growth: Growth, free: int | None, where: str, *, field: str) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ class FakeDriver:
 
     # Before the job
 
-    async def plan(self, spec: JobSpec) -> Plan:
+    async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
         await asyncio.sleep(0)
         image = self.images.get(spec.target)
         if image is None:

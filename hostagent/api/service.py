@@ -257,7 +257,8 @@ class AgentService:
 
     async def inspect_image(self, path: str, format: str | None, *, peer: Peer) -> Json:
         with _about("path"):
-            opened = await self._chains.open(_offline(path, "path"), format=format, anywhere=self._anywhere(peer))
+            image, anywhere = _offline(path, "path"), self._anywhere(peer)
+            opened = await self._chains.open(image, format=format, anywhere=anywhere)
         with opened:
             return views.image(opened.chain, opened.headers)
 

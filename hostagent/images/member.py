@@ -34,13 +34,11 @@ _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class ChainLimits:
-    """`pools` are absolute folders. 200 layers is what libvirt allows, and QEMU opens them in 0.2 s. `devices`:
-    block devices may be among them."""
+    """`pools` are absolute folders. 200 layers is what libvirt allows, and QEMU opens them in 0.2 s."""
 
     pools: tuple[str, ...] = ()
     max_depth: int = 200
     top_anywhere: bool = True
-    devices: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ def _judge(handle: int, wanted: Wanted, limits: ChainLimits, link: Path | None) 
         raise JobError("image_invalid", f"{wanted} lies at {shown(path)}, which is no usable path", value=path)
     if link is None or not _in_pool(link, limits):
         _refuse_place(Path(path), wanted, limits)
-    _refuse_kind(handle, found, path, devices=limits.devices)
+    _refuse_kind(handle, found, path)
     if found.st_nlink > 1:
         raise JobError(
             "outside_pools",
@@ -121,7 +119,7 @@ def _in_pool(path: Path, limits: ChainLimits) -> bool:
     return any(path.is_relative_to(Path(pool).resolve()) for pool in limits.pools)
 
 
-def _refuse_kind(handle: int, found: os.stat_result, path: str, *, devices: bool) -> None:
+def _refuse_kind(handle: int, found: os.stat_result, path: str) -> None:
     mode = found.st_mode
     if stat.S_ISREG(mode):
         if not found.st_blocks and _has_no_storage(handle):
@@ -133,11 +131,6 @@ def _refuse_kind(handle: int, found: os.stat_result, path: str, *, devices: bool
         target = os.readlink("", dir_fd=handle)
         message = f"{path} is a symbolic link, and the last step of an image's path is not followed"
         raise JobError("image_invalid", message, remedy=f"name its target, {shown(target)}, itself", value=path)
-    if stat.S_ISBLK(mode) and not devices:
-        remedy = "use an image in a regular file"
-        raise JobError(
-            "not_supported", f"{path} is a block device, which cannot be used here", remedy=remedy, value=path
-        )
     if stat.S_ISBLK(mode):
         # The same device by another node would have other locks, and another name in the ledger.
         if path != (node := device_node(found.st_rdev)):

@@ -142,11 +142,9 @@ class Chains:
                     holders=[str(user) for user in users],
                 )
 
-    async def open(
-        self, path: str, *, format: str | None = None, anywhere: bool = True, devices: bool = False
-    ) -> OpenChain:
+    async def open(self, path: str, *, format: str | None = None, anywhere: bool = True) -> OpenChain:
         """Read the chain's headers, in a thread and within images.inspect_timeout."""
-        limits = replace(self.settings.limits, top_anywhere=anywhere, devices=devices)
+        limits = replace(self.settings.limits, top_anywhere=anywhere)
         if self._hanging >= INSPECTIONS:
             raise JobError(
                 "limit",
@@ -339,7 +337,7 @@ class Chains:
     async def _adopt(self, record: DaemonRecord) -> None:
         opened = None
         with contextlib.suppress(JobError):
-            opened = await self.open(record.chain.top.path, format=record.chain.top.format, devices=True)
+            opened = await self.open(record.chain.top.path, format=record.chain.top.format)
             if opened.chain.top.file != record.file:
                 opened.close()
                 opened = None

@@ -82,7 +82,7 @@ class Copy:
         """The block device as a target, and its size. It is written over, so it must be empty, or --reuse-external says
         that what it holds may go: a raw one goes whole, a qcow2 image must be there and fit, as in a file."""
         assert spec.dest is not None
-        with await self._chains.open(spec.dest, format="raw", anywhere=spec.anywhere, devices=True) as opened:
+        with await self._chains.open(spec.dest, format="raw", anywhere=spec.anywhere) as opened:
             device, fd = opened.chain.top, opened.fds[0]
             if device.file in {layer.file for layer in source.chain.layers}:
                 raise _unfit(spec.dest, f"is a member of the chain of {source.chain.top.path!r}", "copy somewhere else")
@@ -100,7 +100,7 @@ class Copy:
     async def _existing(self, spec: JobSpec, source: OpenChain, format_: str) -> tuple[Target, Layer]:
         """The target that is there, fit to be written over: of the right size, and on the right backing file."""
         assert spec.dest is not None
-        with await self._chains.open(spec.dest, format=format_, anywhere=spec.anywhere, devices=True) as opened:
+        with await self._chains.open(spec.dest, format=format_, anywhere=spec.anywhere) as opened:
             top, below = opened.chain.top, opened.chain.layers[1:2]
             if top.file in {layer.file for layer in source.chain.layers}:
                 raise _unfit(spec.dest, f"is a member of the chain of {source.chain.top.path!r}", "copy somewhere else")

@@ -124,7 +124,7 @@ class Exports:
                 raise JobError("limit", f"{len(self._active)} exports run already", remedy=remedy)
             began = self._clock.monotonic()
             listening = await asyncio.to_thread(listener, spec.tcp, spec.tls, self._settings.tls)
-            opened = await self._chains.open(spec.image, format=spec.format, anywhere=anywhere, devices=True)
+            opened = await self._chains.open(spec.image, format=spec.format, anywhere=anywhere)
             try:
                 record = spec.record(export_id, opened.chain.top, self._clock.now())
             except JobError:

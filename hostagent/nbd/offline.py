@@ -75,7 +75,7 @@ class OfflineDriver:
 
     async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
         format_ = spec.source_format if spec.operation is model.Operation.COPY else "qcow2"
-        with await self._chains.open(spec.target, format=format_, anywhere=spec.anywhere, devices=True) as opened:
+        with await self._chains.open(spec.target, format=format_, anywhere=spec.anywhere) as opened:
             self._chains.refuse_written(opened.chain)
             operation = self._operations[spec.operation]
             plan = await operation.plan(spec, opened, preview=preview)
@@ -97,7 +97,7 @@ class OfflineDriver:
         chain = self._find(job)
         if job.started is not None and chain is not None and chain.daemon is not None and job.holder in chain.users:
             return {}  # it was prepared before it started; its header may have changed since
-        opened = await self._chains.open(job.before.top.path, format=job.before.top.format, devices=True)
+        opened = await self._chains.open(job.before.top.path, format=job.before.top.format)
         try:
             verify(opened, job.before)
         except JobError:
@@ -126,7 +126,7 @@ class OfflineDriver:
         chain = self._find(job)
         if not wanted or chain is None or chain.writable:
             return ()
-        with await self._chains.open(job.before.top.path, format=job.before.top.format, devices=True) as opened:
+        with await self._chains.open(job.before.top.path, format=job.before.top.format) as opened:
             verify(opened, job.before)
             serving = asyncio.ensure_future(self._serve(chain))  # each takes some 20 ms, and neither needs the other
             serving.add_done_callback(lambda task: task.cancelled() or task.exception())

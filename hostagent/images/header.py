@@ -2,7 +2,8 @@
 
 A header is written by whoever made the image, so it is read here the way a parcel from a stranger is opened: through a
 descriptor that is already open (never by path), with at most two preads of bounded size, and with every offset and
-length checked against what was read. Nothing is followed, nothing is opened, nothing of the image's tables is read.
+length checked against what was read. Nothing is followed, nothing is opened, and nothing of the image's tables is read
+but by `is_empty`.
 
 Whatever is in the file, the answer is a Qcow2Header, None (no qcow2 magic), or a JobError: `image_invalid` when QEMU
 would refuse the header or two readers could read it in two ways, `not_supported` when it asks for something that we do
@@ -26,6 +27,7 @@ NAME_MAX = 1023  # the longest backing file name in the qcow2 specification
 FORMAT_MAX = 15  # QEMU keeps the backing format in char[16]
 EXTENSIONS_MAX = 64  # QEMU writes at most six
 TABLE_MAX = 32 << 20  # QCOW_MAX_L1_SIZE
+TABLE_READ = 1 << 20  # bytes of an L1 table that are read at a time
 SIZE_MAX = (1 << 63) - 1  # off_t
 
 _V2 = struct.Struct(">4sIQIIQIIQ")  # up to l1_table_offset; what follows is not needed here
@@ -65,6 +67,7 @@ class Qcow2Header:
     extended_l2: bool
     bitmaps: BitmapDirectory | None
     bitmaps_lost: bool  # there were some, and a program that knows no bitmaps has changed the image since
+    l1: tuple[int, int] = (0, 0)  # where its L1 table is: an offset in the file, and a number of entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,21 @@ def read_backing(fd: int) -> str | None:
     return None if header is None else header.backing
 
 
+def is_empty(fd: int) -> bool:
+    """Whether the qcow2 image has nothing of its own, so that all of it reads as what it stands on."""
+    header = read_header(fd)
+    if header is None:
+        return False
+    offset, entries = header.l1
+    try:
+        for at in range(0, 8 * entries, TABLE_READ):
+            if any(os.pread(fd, min(TABLE_READ, 8 * entries - at), offset + at)):
+                return False
+    except OSError as error:
+        raise JobError("io_error", f"{_name(fd)} cannot be read: {error.strerror}") from error
+    return True
+
+
 def is_plain(name: str) -> bool:
     """Whether a file name may be shown, logged and stored: no NUL, newline, control character or undecodable byte."""
     return not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name)
@@ -134,6 +152,7 @@ def _read(fd: int) -> Qcow2Header | None:
         extended_l2=bool(fixed.incompatible & _EXTENDED_L2),
         bitmaps=_bitmaps(fd, fixed, extensions.get(_BITMAPS)),
         bitmaps_lost=_BITMAPS in extensions and not fixed.autoclear & _BITMAPS_VALID,
+        l1=(fixed.l1_offset, fixed.l1_entries),
     )
 
 

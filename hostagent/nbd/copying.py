@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hostagent.images.chain import OpenChain
+from hostagent.images.header import is_empty
 from hostagent.nbd import device_targets as devices
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.operations import Search, at_most, backing_name, job_name, preflight, refuse_dependents, room
@@ -111,6 +112,8 @@ class Copy:
             if [layer.file for layer in below] != [layer.file for layer in wanted]:
                 needs = f"the backing file {wanted[0].path!r}" if wanted else "no backing file"
                 raise _unfit(spec.dest, "stands on another image", f"make it anew, with {needs}")
+            if spec.shallow:
+                await self._aside(_refuse_own_data, top.path, opened.fds[0])
             await self._refuse_dependents(top)
             return Target(top.path, top.format, made=False, file=top.file), top
 
@@ -142,6 +145,8 @@ class Copy:
             await self._refuse_dependents(_layer_of(target, _size(job)))  # again: now it is leased
             if target.fresh and (fd := chain.descriptor(target.file)) is not None:
                 await self._aside(devices.refuse_content, target.path, fd)
+            elif job.spec.shallow and (fd := chain.descriptor(target.file)) is not None:
+                await self._aside(_refuse_own_data, target.path, fd)
         if target == job.target:
             return {}
         after = job.after if job.after == job.before else copy.after(job.before, job.spec, target)
@@ -328,6 +333,12 @@ def _new(dest: str, format_: str, pools: Sequence[str] | None) -> Target:
         remedy = "choose another name; to write over an existing image, say --reuse-external"
         raise JobError("conflict", f"{dest!r} exists", field="dest", value=dest, remedy=remedy)
     return Target(str(path), format_, made=True)
+
+
+def _refuse_own_data(dest: str, fd: int) -> None:
+    """A mirror of the top layer alone writes only what that layer has: whatever else the target holds would stay."""
+    if not is_empty(fd):
+        raise _unfit(dest, "has data of its own, which a shallow copy would leave in it", "make it anew, and empty")
 
 
 def _make(target: Target, source: int, size: int) -> Target:

@@ -271,6 +271,37 @@ def test_an_existing_file_is_written_over_when_that_is_said(agent: AgentProcess,
     assert same_content(dest, images.truth, first="raw")
 
 
+def test_a_shallow_copy_is_into_an_empty_image_only(agent: AgentProcess, images: Pair) -> None:
+    dest = overlay(images.folder / "there.qcow2", images.base)
+    subprocess.run(["qemu-io", "-c", "write -q -P 77 0 16M", str(dest)], check=True)
+    with pytest.raises(ApiError) as refused:
+        copy(agent, images.top, dest, reuse_external=True, shallow=True, completion="finish")
+    assert (refused.value.code, refused.value.body["field"]) == ("invalid", "dest")
+    assert "data of its own" in refused.value.body["detail"]
+    dest.unlink()
+    overlay(dest, images.base)
+    assert copy(agent, images.top, dest, reuse_external=True, shallow=True, completion="finish")["state"] == "completed"
+    assert eventually(lambda: storage_daemons(agent) == [])
+    assert same_content(dest, images.truth)
+    assert backing_of(dest) == images.base.name
+
+
+def test_what_comes_into_a_shallow_copys_target_before_its_lease_is_no_part_of_it(
+    tmp_path: Path, images: Pair, folder: Path
+) -> None:
+    other = Pair(folder / "other")
+    dest = overlay(images.folder / "there.qcow2", images.base)
+    with AgentProcess(tmp_path, {**HASTE, "JOBS_WIDTH": "1"}) as agent:
+        first = started(agent, other.top, other.folder / "copy.qcow2", bandwidth=SLOW)
+        spec = {"dest": str(dest), "reuse_external": True, "shallow": True, "completion": "finish"}
+        job: Json = agent.post("/v1/jobs", {"operation": "copy", "target": str(images.top), **spec})
+        subprocess.run(["qemu-io", "-c", "write -q -P 77 0 1M", str(dest)], check=True)
+        agent.post(f"/v1/jobs/{first['id']}/abort")
+        job = agent.until_ended(job["id"])
+    assert (job["state"], job["error"]["code"]) == ("failed", "invalid")
+    assert "data of its own" in job["error"]["message"]
+
+
 def test_an_existing_target_of_an_aborted_copy_is_unusable_and_stays(agent: AgentProcess, images: Pair) -> None:
     dest = images.folder / "there.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(dest), "16M"], check=True)

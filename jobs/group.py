@@ -168,7 +168,10 @@ class Together:
         for _ in range(wanted - width):  # the width was made smaller since they were asked for
             self._w.slots.occupy()
         for turn in self._turns.values():
-            turn.set_result(None)
+            if turn.done():  # cancelled in this moment
+                self._w.slots.give()
+            else:
+                turn.set_result(None)
 
 
 def _failure(why: str) -> Failure:

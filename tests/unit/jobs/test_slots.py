@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from jobs.group import Together
+from jobs.model import Group, State
 from jobs.slots import Slots
 
 
@@ -131,5 +136,33 @@ def test_many_are_let_in_at_once_or_not_at_all_and_in_their_order(steps: list[in
         assert all(task.done() for task in tasks)
         assert served == sorted(served)
         await asyncio.wait_for(slots.take(width), 5)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("ticks", range(6))
+def test_a_member_that_leaves_while_its_group_gets_its_slots_takes_none_away(ticks: int) -> None:
+    async def scenario() -> None:
+        world: Any = SimpleNamespace(slots=Slots(2), limits=SimpleNamespace(width=2))
+        group = Together(world, Group("g", ("a", "b")), {})
+        for name in ("a", "b"):
+            job = SimpleNamespace(id=name, started=None, state=State.QUEUED, intent=None, error=None)
+            member: Any = SimpleNamespace(job=job)
+            group.join(member)
+        await world.slots.take(2)
+        members = [asyncio.create_task(group.slot(name)) for name in ("a", "b")]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        world.slots.give()
+        world.slots.give()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        for member in members:
+            member.cancel()
+            await asyncio.sleep(0)
+        for ended in await asyncio.gather(*members, return_exceptions=True):
+            if ended is None:  # it has its slot, and is to give it back
+                world.slots.give()
+        await asyncio.wait_for(world.slots.take(2), 1)
 
     asyncio.run(scenario())

@@ -9,7 +9,7 @@ operation is in pulling, copying and committing.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import functools
 import logging
 import os
@@ -26,7 +26,7 @@ from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import NAMED, Commit
 from hostagent.nbd.copying import Copy
 from hostagent.nbd.operations import Operation, job_name
-from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.prepared import Leasing, PreparedChain
 from hostagent.nbd.pulling import Pull
 from jobs import model
 from jobs.errors import JobError
@@ -303,9 +303,11 @@ class OfflineDriver:
         except JobError as error:
             return (f"nothing was deleted: whether other images need it cannot be said: {error.message}",)
         kept = {image.on for image in needed}
-        await asyncio.to_thread(_delete, [layer for layer in job.dropped if layer.file not in kept])
+        unneeded = [layer for layer in job.dropped if layer.file not in kept]
+        busy = await asyncio.to_thread(_delete, unneeded, self._chains.leasing)
         paths = {layer.file: layer.path for layer in job.dropped}
-        return tuple(f"{paths[image.on]} was not deleted: {image.path} stands on it" for image in needed[:NAMED])
+        below = [f"{paths[image.on]} was not deleted: {image.path} stands on it" for image in needed[:NAMED]]
+        return (*below, *busy)
 
     async def cancel(self, job: Job, *, force: bool = False) -> None:
         chain = self._find(job)
@@ -391,12 +393,29 @@ class OfflineDriver:
         return chain
 
 
-def _delete(layers: Sequence[Layer]) -> None:
-    """Blocking. Only the very files: what has taken their names meanwhile stays."""
+def _delete(layers: Sequence[Layer], leasing: Leasing) -> list[str]:
+    """Blocking. Only the very files: what has taken their names meanwhile stays; and only while they are nobody's: the
+    job gave up its own leases at its end, which may be long ago. Says what stays, and why."""
+    told = []
     for layer in layers:
         if layer.device:  # its node is not the image
             continue
-        with contextlib.suppress(FileNotFoundError):
-            found = os.lstat(layer.path)
+        try:
+            fd = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                told.append(f"{layer.path} was not deleted: {error.strerror}")
+            continue
+        try:
+            found = os.fstat(fd)
             if FileId(found.st_dev, found.st_ino) == layer.file:
-                Path(layer.path).unlink()
+                lease = leasing(fd, exclusive=True, ours=())
+                try:
+                    Path(layer.path).unlink(missing_ok=True)
+                finally:
+                    lease.release()
+        except (JobError, OSError) as error:
+            told.append(f"{layer.path} was not deleted: {error}")
+        finally:
+            os.close(fd)
+    return told

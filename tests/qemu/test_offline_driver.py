@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.nbd.space import Space
 from hostagent.store import Store
 from jobs.errors import JobError
-from jobs.model import FileId, Holder, Operation
+from jobs.model import FileId, Holder, Operation, Revocation, State
 from jobs.ports import SystemClock
 from tests.contract.driver_suite import MIB, SIZE, Rig, on_a_rig
 from tests.contract.group_suite import GroupSuite
@@ -129,6 +130,22 @@ class TestOfflineDriver(GroupSuite):
         assert refused.value.code == "storage_daemon_died"
         chains.leasing = leasing
         await rig.driver.discard(job)
+
+    @on_a_rig
+    async def test_what_somebody_uses_by_now_is_not_deleted(self, rig: Rig) -> None:
+        job = await rig.job(Operation.COMMIT, top=rig.middle, delete=True)
+        job = replace(job, state=State.COMPLETED, revocation=Revocation.PENDING)  # and the agent was away meanwhile
+        assert [layer.path for layer in job.dropped] == [rig.middle]
+        command = ["qemu-io", "-c", "sleep 60000", rig.middle]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
+            try:
+                assert await asyncio.to_thread(eventually, lambda: open_below(other.pid, Path(rig.middle).parent))
+                (warning,) = await rig.driver.delete_dropped(job)
+            finally:
+                other.kill()
+        assert warning.startswith(f"{rig.middle} was not deleted: ")
+        assert str(other.pid) in warning
+        assert rig.middle in rig.names()
 
     @contextlib.asynccontextmanager
     async def rig(self, folder: Path) -> AsyncIterator[Rig]:

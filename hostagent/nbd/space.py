@@ -59,7 +59,7 @@ class Space:
             return Growth(unknown=error.message)
         most = found.within(format_)
         if existing is None:
-            return Growth(most, most)
+            return Growth(most, found.data)  # a measure has all tables that a qcow2 image may ever need
         if format_ == "raw":  # its holes are filled with zeros
             most = existing.virtual_size
         return Growth(most, max(0, found.data - _held(existing)))

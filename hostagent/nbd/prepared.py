@@ -125,11 +125,13 @@ class PreparedChain:
         """The agent's own read descriptor of a layer, or of a copy's target."""
         if self._target is not None and self._target[0].file == file:
             return self._target[1]
-        if self._opened is None:
+        opened = self._opened  # who looks at files does it in a thread, and the chain may be closed meanwhile
+        if opened is None:
             return None
-        for layer, fd in zip(self._opened.chain.layers, self._opened.fds, strict=True):
-            if layer.file == file:
-                return fd
+        with contextlib.suppress(ValueError):
+            for layer, fd in zip(opened.chain.layers, opened.fds, strict=True):
+                if layer.file == file:
+                    return fd
         return None
 
     def files(self) -> list[FileId]:

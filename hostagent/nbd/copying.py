@@ -448,7 +448,13 @@ def _is_settled(target: Target) -> bool:
 
 
 def _let_its_name_be_all(target: Target) -> None:
-    """The target of a group that is decided needs the unfinished file's name no more. Idempotent."""
+    """The target of a group that is decided needs the unfinished file's name no more. Idempotent. Where somebody took
+    its own name from it meanwhile, that one is all that leads to the copy, and stays."""
+    if not _named(target):
+        if target.part is not None and _leads_to(target.part, target.file):
+            fields = {"path": target.path, "lies_at": target.part}
+            log.warning("a copy that is complete has lost its name", extra={"fields": fields})
+        return
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         folder = _open_folder(target)
         try:

@@ -86,8 +86,8 @@ class Space:
     async def _readable(self, opened: OpenChain, first: int, end: int) -> AsyncIterator[None]:
         holder = Holder(KIND, str(uuid.uuid4()))
         needs = [Need(layer, "r", "qemu-img measure, for a job's space") for layer in opened.chain.layers[first:end]]
-        await self._access.acquire(holder, needs)
         try:
+            await self._access.acquire(holder, needs)
             yield
         finally:
             await self._access.release(holder, trigger="measure")

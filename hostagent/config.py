@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import socket
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,7 @@ class Rule:
     choices: tuple[str, ...] = ()
     unset: str = ""
     usual: str = ""
+    servers: bool = False
 
 
 def setting(
@@ -59,8 +61,9 @@ def setting(
     choices: tuple[str, ...] = (),
     unset: str = "",
     usual: str = "",
+    servers: bool = False,
 ) -> T:
-    return field(default=default, metadata={"rule": Rule(manual, low, high, size, choices, unset, usual)})
+    return field(default=default, metadata={"rule": Rule(manual, low, high, size, choices, unset, usual, servers)})
 
 
 UNSET = Path()
@@ -185,6 +188,13 @@ class Images:
         high=3600,
     )
     qemu_img: str = setting("qemu-img", "The program, a path or a name to look up in PATH.")
+    network: tuple[str, ...] = setting(
+        (),
+        "Servers whose NBD exports may be exported by everybody who may use the agent, for they are reached in its "
+        "name: HOST, HOST:PORT, the path of a socket, or a folder of sockets. Empty is none. In the environment they "
+        "are separated by commas.",
+        servers=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +263,9 @@ class Exports:
     idle_check: float = setting(1.0, "Seconds between two looks for clients and run-out times.", low=0.1, high=60)
     limit: int = setting(2000, "Exports at a time. One more is refused with `limit`.", low=1, high=100000)
     nbd_timeout: float = setting(10.0, "Seconds for the agent's own NBD calls.", low=0.1, high=600)
+    open_timeout: int = setting(
+        5, "Seconds until a network image's server must have let the storage daemon in.", low=1, high=600
+    )
     retention_count: int = setting(1000, "Ended exports that are kept; the oldest go first.", low=0, high=1000000)
 
 
@@ -491,7 +504,7 @@ def _from_text(section: str, key: str, text: str) -> object:
     """A value of the environment or the command line, as TOML would have given it."""
     default, rule = _rules(section)[key]
     if isinstance(default, tuple):
-        return [item for item in text.split(":") if item]  # as in PATH
+        return [item for item in text.split("," if rule.servers else ":") if item]  # as in PATH
     if isinstance(default, int) and not rule.size:
         return int(text) if text.strip().lstrip("-").isdecimal() and len(text) < 20 else text
     if isinstance(default, float):
@@ -538,8 +551,9 @@ def _checked(section: str, key: str, raw: object, source: str) -> Any:
         except AgentError as problem:
             raise _wrong(name, raw, source, 'a size in bytes, or text like "64MiB"') from problem
     if isinstance(default, tuple):
-        if not isinstance(raw, list) or not all(_is_absolute(item) for item in raw):
-            raise _wrong(name, raw, source, "a list of absolute paths")
+        fits, what = (_is_server, "servers (HOST, HOST:PORT) and absolute paths") if rule.servers else _PATHS
+        if not isinstance(raw, list) or not all(fits(item) for item in raw):
+            raise _wrong(name, raw, source, f"a list of {what}")
         return tuple(raw)
     if isinstance(default, Path):
         if raw == "" and default == UNSET and not rule.unset:
@@ -556,6 +570,17 @@ def _checked(section: str, key: str, raw: object, source: str) -> Any:
 
 def _is_absolute(raw: object) -> bool:
     return isinstance(raw, str) and raw.startswith("/") and "\0" not in raw
+
+
+def _is_server(raw: object) -> bool:
+    if _is_absolute(raw):
+        return True
+    found = _SERVER.fullmatch(raw) if isinstance(raw, str) else None
+    return found is not None and int(found["port"] or 1) in range(1, 1 << 16)
+
+
+_SERVER = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9][a-z0-9._-]*)(:(?P<port>[0-9]{1,5}))?", re.ASCII | re.IGNORECASE)
+_PATHS = (_is_absolute, "absolute paths")
 
 
 def _number(name: str, raw: object, source: str, *, default: float, rule: Rule) -> float:

@@ -70,6 +70,7 @@ from hostagent.nbd.claims import Claims
 from hostagent.nbd.committing import Commit
 from hostagent.nbd.copying import Copy
 from hostagent.nbd.exports import Exports
+from hostagent.nbd.network import Settings as NetworkSettings
 from hostagent.nbd.offline import OfflineDriver
 from hostagent.nbd.offline_bitmaps import Bitmaps
 from hostagent.nbd.operations import job_id
@@ -234,6 +235,7 @@ class Agent:
             unresponsive_kill=config.qsd.unresponsive_kill,
             socket_gid=self._group,
             inspect_timeout=config.images.inspect_timeout,
+            network=NetworkSettings(config.images.network, config.exports.open_timeout),
         )
         chains = Chains(settings, self._store, _FileLease, self._clock)
         chains.sink = self

@@ -65,7 +65,7 @@ class AccessFile:
 
 
 class Part(NamedTuple):
-    """A part of a raw image, in bytes."""
+    """A part of a raw image, in bytes. A size of 0 is all that follows: of a network image that is not open yet."""
 
     offset: int
     size: int

@@ -55,11 +55,20 @@ class Revocation(StrEnum):
     FAILED = "failed"
 
 
+NETWORK = -(1 << 62)
+"""In place of a device number: of an image that another host or program serves. No file system has it."""
+
+
 class FileId(NamedTuple):
-    """A file's identity: what stays when a path is swapped. Device number and inode, as in stat(2)."""
+    """A file's identity: what stays when a path is swapped. Device number and inode, as in stat(2); of a network image
+    NETWORK, and a number for its URI."""
 
     dev: int
     ino: int
+
+    @property
+    def network(self) -> bool:
+        return self.dev == NETWORK
 
     def __str__(self) -> str:
         return f"{self.dev}:{self.ino}"

@@ -175,7 +175,10 @@ class Ledger:
     # The converger
 
     async def _settle(self, file: FileId, trigger: str, *, strict: bool = False) -> AccessResult:
-        """One file. `strict` raises what stands in the way of a grant."""
+        """One file. `strict` raises what stands in the way of a grant. A network image is its server's to give and to
+        take: there is nothing to do here, and nothing to say of it."""
+        if file.network:
+            return AccessResult("", AccessVerdict.UNCHANGED, "a network image: access is its server's to give and take")
         try:
             rows = await self._rows(file)
             known = await self._entry(file, rows)

@@ -58,7 +58,7 @@ class JobCreate(Request):
     check: Literal["auto", "always", "never"] | None = None
     labels: Labels | None = None
     dry_run: Annotated[bool | None, Field(description="Say what would happen, change nothing.")] = None
-    dest: Annotated[Text | None, Field(description="Copy: where to, an absolute path.")] = None
+    dest: Annotated[Text | None, Field(description="Copy: where to, an absolute path or an NBD URI.")] = None
     format: Annotated[Literal["raw", "qcow2"] | None, Field(description="Copy: the target's; default the image's.")] = (
         None
     )
@@ -126,7 +126,13 @@ class DrainBody(Request):
 
 
 class ExportCreate(Request):
-    image: Annotated[Text, Field(description="An absolute path of an offline image.")]
+    image: Annotated[
+        Text,
+        Field(
+            description="An absolute path of an offline image; or nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH,"
+            " whose server images.network lists: exported as raw, without bitmaps and TCP."
+        ),
+    ]
     id: Id | None = None
     format: Literal["raw", "qcow2"] | None = None
     shallow: Annotated[bool | None, Field(description="Only this layer, not its backing chain.")] = None

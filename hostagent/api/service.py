@@ -25,11 +25,11 @@ from hostagent.drain import Drain
 from hostagent.images.bitmap_changes import Add, Change, Merge, Remove
 from hostagent.nbd import serving
 from hostagent.nbd.chains import Chains
-from hostagent.nbd.copying import is_remote
 from hostagent.nbd.export_spec import ExportSpec
 from hostagent.nbd.exports import Exports
 from hostagent.nbd.offline_bitmaps import Bitmaps, Found
 from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.uri import is_uri
 from hostagent.nbd.watch import Watch
 from hostagent.records import AccessFile, ExportRecord
 from hostagent.store import Store
@@ -207,7 +207,7 @@ class AgentService:
     async def start_export(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
         self._has_room()
         asked = ExportSpec(
-            image=_offline(spec["image"], "image"),
+            image=spec["image"] if is_uri(spec["image"]) else _offline(spec["image"], "image"),
             format=spec.get("format"),
             shallow=bool(spec.get("shallow")),
             writable=bool(spec.get("writable")),
@@ -427,7 +427,7 @@ class AgentService:
             "image": chain.path,
             "exports": sum(1 for user in chain.users if user.kind == "export"),
             "job": next((user.removeprefix("job:") for user in users if user.startswith("job:")), None),
-            "writable": bool(chain.writable),
+            "writable": bool(chain.writable) or chain.writer is not None,
         }
 
     async def ready(self) -> Json:
@@ -544,7 +544,7 @@ def _group_specs(spec: Json, anywhere: bool) -> list[JobSpec]:
 
 
 def _dest(dest: str) -> str:
-    return dest if is_remote(dest) else _offline(dest, "dest")
+    return dest if is_uri(dest) else _offline(dest, "dest")
 
 
 _FIELDS_OF = {
@@ -558,6 +558,8 @@ _FIELDS = set().union(*_FIELDS_OF.values())
 def _offline(target: str, field: str) -> str:
     if target.startswith("/"):
         return target
+    if "://" in target:
+        raise _network(target, field)
     domain, slash, disk = target.partition("/")
     if domain and slash and disk and not domain.startswith("."):
         raise JobError(
@@ -568,6 +570,15 @@ def _offline(target: str, field: str) -> str:
             remedy="give the absolute path of an image that no guest uses",
         )
     raise JobError("invalid", f"{target!r} is no target", field=field, value=target, remedy="give an absolute path")
+
+
+def _network(target: str, field: str) -> JobError:
+    """The URI is not repeated: it may have a password."""
+    if field == "image":
+        remedy = "write nbd://HOST:PORT/NAME or nbd+unix:///NAME?socket=PATH"
+        return JobError("not_supported", "URIs of this kind cannot be exported", field=field, remedy=remedy)
+    remedy = "a network image can be exported, and be where a copy goes; copy it into a file for anything else"
+    return JobError("not_supported", "a network image cannot be used here", field=field, remedy=remedy)
 
 
 def _id(spec: Json) -> str | None:

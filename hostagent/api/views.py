@@ -148,6 +148,9 @@ def drain(
 
 
 def grant(row: AccessRow, file: AccessFile | None) -> Json:
+    state, detail = (file.verdict, file.reason) if file else ("pending", None)
+    if row.file.network:
+        state, detail = "granted", "its server says who may open it: nothing was given here, nothing will be revoked"
     return {
         "id": row.id,
         "path": row.path,
@@ -156,8 +159,8 @@ def grant(row: AccessRow, file: AccessFile | None) -> Json:
         "since": time(row.since),
         "reason": row.reason,
         "access": file.access if file else "none",
-        "state": file.verdict if file else "pending",
-        "detail": file.reason if file else None,
+        "state": state,
+        "detail": detail,
     }
 
 

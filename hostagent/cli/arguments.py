@@ -41,7 +41,7 @@ def socket_path(args: argparse.Namespace) -> Path:
 
 
 def target(text: str) -> str:
-    """`DOMAIN/DISK` and absolute paths as they are; `./x` and `../x` below the present folder."""
+    """`DOMAIN/DISK`, URIs and absolute paths as they are; `./x` and `../x` below the present folder."""
     if "\0" in text or not text:
         raise argparse.ArgumentTypeError("a target cannot be empty or have a NUL in it")
     if text.startswith(("./", "../")):
@@ -64,7 +64,7 @@ def path(text: str) -> str:
 
 
 def dest(text: str) -> str:
-    """Where a copy goes: a path, or an NBD URI."""
+    """Where a copy goes, or what is granted: a path, or an NBD URI."""
     return text if text.startswith(("nbd://", "nbd+unix://")) else path(text)
 
 

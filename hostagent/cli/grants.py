@@ -17,7 +17,7 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     noun = nouns.add_parser("grant", help="who may open which file", parents=[common])
     verbs = noun.add_subparsers(dest="verb", metavar="VERB", required=True)
     listing = verbs.add_parser("list", help="grants, and files that could not be closed", parents=[common])
-    listing.add_argument("--path", metavar="P", type=arguments.path, help="only those of this file")
+    listing.add_argument("--path", metavar="P", type=arguments.dest, help="only those of this file")
     listing.add_argument("--holder", metavar="H", help="only those of this holder, as job:ID or export:ID")
     listing.set_defaults(run=_list)
     show = verbs.add_parser("show", help="one grant", parents=[common])

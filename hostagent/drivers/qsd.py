@@ -394,19 +394,23 @@ class StorageDaemon:
         link = below.format_node if below else None
         await self.execute("blockdev-add", **_format_options(node, link, writable=True), **sparse)
 
-    async def add_remote(self, node: Node, server: Mapping[str, Any], name: str, timeout: float) -> None:
-        """Open an NBD export for writing. A server that goes away is an error at once; one that does not answer is one
-        after `timeout` seconds, while it is opened."""
+    async def add_remote(
+        self, node: Node, server: Mapping[str, Any], name: str, timeout: float, *, writable: bool = True
+    ) -> None:
+        """Open an NBD export. A server that goes away is an error at once; one that does not answer is one after
+        `timeout` seconds, while it is opened: nothing else is answered meanwhile."""
         await self.execute(
             "blockdev-add",
+            timeout + self._settings.call_timeout,
             driver="nbd",
             node_name=node.file_node,
             server=dict(server),
             export=name,
+            read_only=not writable,
             reconnect_delay=0,
-            open_timeout=max(1, round(min(timeout, self._settings.call_timeout / 2))),
+            open_timeout=max(1, round(timeout)),
         )
-        await self.execute("blockdev-add", **_format_options(node, None, writable=True))
+        await self.execute("blockdev-add", **_format_options(node, None, writable=writable))
 
     async def _create(self, job_id: str, options: Mapping[str, Any]) -> None:
         """Write a new image's metadata (blockdev-create, a job). It is small: bounded by qmp.call_timeout."""
@@ -731,8 +735,8 @@ def _format_options(node: Node, below: str | None, *, writable: bool) -> dict[st
     }
     if node.layer.format != "raw":
         options["backing"] = below
-    elif node.part is not None:
-        options |= node.part._asdict()
+    elif node.part is not None:  # 0 is what QEMU takes for unsaid: from the beginning, and to the end
+        options |= {key: value for key, value in node.part._asdict().items() if value}
     return options
 
 

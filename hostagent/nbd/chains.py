@@ -12,22 +12,27 @@ import functools
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from hostagent.drivers import process, qsd
+from hostagent.drivers.qmp import Refused
 from hostagent.drivers.qsd import Places, StorageDaemon
 from hostagent.images.chain import ChainLimits, OpenChain, open_chain
+from hostagent.nbd import network
 from hostagent.nbd.prepared import Apart, Key, Leasing, PreparedChain
+from hostagent.nbd.uri import server_of
+from hostagent.nbd.uri_leases import UriLeases
 from hostagent.records import DaemonRecord, Node
 from jobs.errors import JobError
-from jobs.model import Chain, FileId, Holder
+from jobs.model import Chain, FileId, Holder, Layer
 from jobs.ports import Clock
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 INSPECTIONS = 16
 """Chains that are read at a time."""
@@ -64,6 +69,7 @@ class Settings:
     unresponsive_kill: float
     socket_gid: int | None
     inspect_timeout: float
+    network: network.Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,7 @@ class Chains:
     def __init__(self, settings: Settings, store: DaemonStore, leasing: Leasing, clock: Clock) -> None:
         self.settings = settings
         self.leasing = leasing
+        self.uris = UriLeases(self.users_of)
         self._store = store
         self._clock = clock
         self._chains: dict[Key, PreparedChain] = {}
@@ -103,8 +110,8 @@ class Chains:
         """The chain that this storage daemon serves, whatever its top is by now."""
         return next((chain for chain in self._chains.values() if chain.daemon and chain.daemon.id == daemon_id), None)
 
-    def users_of(self, file: FileId, *, besides: PreparedChain) -> list[str]:
-        """Who uses the file by another chain."""
+    def users_of(self, file: FileId, *, besides: PreparedChain | None = None) -> list[str]:
+        """Who uses the file, by another chain."""
         chains = [chain for chain in self._chains.values() if chain is not besides]
         found = {user for chain in chains if chain.uses(file) for user in chain.users}
         return sorted(str(user) for user in found)
@@ -145,6 +152,16 @@ class Chains:
     async def open(self, path: str, *, format: str | None = None, anywhere: bool = True) -> OpenChain:
         """Read the chain's headers, in a thread and within images.inspect_timeout."""
         limits = replace(self.settings.limits, top_anywhere=anywhere)
+        read = functools.partial(open_chain, path, limits=limits, format=format)
+        return await self._inspected(path, read, late=OpenChain.close)
+
+    async def network_layer(self, uri: str) -> Layer:
+        """The network image, if its server may be reached. Nobody is asked yet."""
+        look = functools.partial(network.network_layer, uri, self.settings.network.servers)
+        return await self._inspected(uri, look, late=lambda layer: None)
+
+    async def _inspected(self, path: str, work: Callable[[], T], *, late: Callable[[T], None]) -> T:
+        """What a look at the file says, in a thread; what comes when nobody waits any more goes to `late`."""
         if self._hanging >= INSPECTIONS:
             raise JobError(
                 "limit",
@@ -152,13 +169,13 @@ class Chains:
                 remedy="look at the host's storage (dmesg); reading goes on when it answers again",
             )
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._inspectors, functools.partial(open_chain, path, limits=limits, format=format))
+        looking = loop.run_in_executor(self._inspectors, work)
         try:
-            return await asyncio.wait_for(asyncio.shield(work), self.settings.inspect_timeout)
+            return await asyncio.wait_for(asyncio.shield(looking), self.settings.inspect_timeout)
         except BaseException as error:
-            if not work.done():
+            if not looking.done():
                 self._hanging += 1
-                work.add_done_callback(self._came_late)
+                looking.add_done_callback(functools.partial(self._came_late, late))
             if not isinstance(error, TimeoutError):
                 raise
             raise JobError(
@@ -167,11 +184,11 @@ class Chains:
                 remedy="see whether its storage hangs",
             ) from None
 
-    def _came_late(self, work: asyncio.Future[OpenChain]) -> None:
+    def _came_late(self, late: Callable[[T], None], work: asyncio.Future[T]) -> None:
         """Nobody waits any more for what was opened."""
         self._hanging -= 1
         if not work.cancelled() and work.exception() is None:
-            work.result().close()
+            late(work.result())
 
     @contextlib.asynccontextmanager
     async def joined(
@@ -204,6 +221,18 @@ class Chains:
                 finally:
                     chain.lock.release()
 
+    @contextlib.asynccontextmanager
+    async def connected(self, layer: Layer, apart: Apart) -> AsyncIterator[PreparedChain]:
+        """A new chain of a network image, for one export alone; locked, and closed when left unused."""
+        chain = PreparedChain(self, None, Chain((layer,)), shallow=False, apart=apart)
+        async with chain.lock:
+            self._chains[chain.key] = chain
+            try:
+                yield chain
+            finally:
+                if not chain.users and self._chains.get(chain.key) is chain:
+                    await chain.close_at_once()
+
     # What the chains call
 
     async def start(self, chain: PreparedChain) -> None:
@@ -220,7 +249,8 @@ class Chains:
         try:
             for fd in chain.descriptors():
                 descriptors.append(os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC))
-            nodes = [Node(layer, n, descriptors[n]) for n, layer in enumerate(chain.layers)]
+            numbers = descriptors or [-1]  # a network image has no file
+            nodes = [Node(layer, n, numbers[n]) for n, layer in enumerate(chain.layers)]
             if chain.apart is not None:
                 nodes[0] = replace(nodes[0], part=chain.apart.part)
             await daemon.launch(descriptors)
@@ -232,10 +262,10 @@ class Chains:
             for fd in descriptors:
                 os.close(fd)
         chain.daemon, chain.nodes = daemon, nodes
-        chain.handed = dict(zip(chain.files(), descriptors, strict=True))
+        chain.handed = dict(zip(chain.files(), descriptors, strict=not chain.file.network))
         try:
             await self.remember(chain)
-            await chain.ask(daemon.open_chain(nodes))
+            await chain.ask(_opening(daemon, nodes, chain.apart))
         except BaseException:
             await daemon.kill()  # nobody uses it yet
             await daemon.detach()
@@ -335,12 +365,7 @@ class Chains:
         )
 
     async def _adopt(self, record: DaemonRecord) -> None:
-        opened = None
-        with contextlib.suppress(JobError):
-            opened = await self.open(record.chain.top.path, format=record.chain.top.format)
-            if opened.chain.top.file != record.file:
-                opened.close()
-                opened = None
+        opened = None if record.file.network else await self._opened_again(record)
         apart = Apart(record.apart) if record.apart else None
         chain = PreparedChain(self, opened, record.chain, shallow=record.shallow, apart=apart)
         daemon = self._daemon(chain, record.id, self._places(record.id))
@@ -349,7 +374,7 @@ class Chains:
         await daemon.adopt(record.pid)
         files = {node.layer.file for node in (*record.nodes, *record.beside)}
         modes = await asyncio.to_thread(daemon.open_modes, files)
-        if record.file not in modes:
+        if record.file not in modes and not record.file.network:
             await self._give_up(chain, daemon)
             return
         chain.nodes = _open(record.nodes, modes)
@@ -362,6 +387,15 @@ class Chains:
         if not daemon.connected:
             self.suspect(chain)
         log.info("storage daemon adopted", extra={"fields": {"daemon": record.id, "pid": record.pid}})
+
+    async def _opened_again(self, record: DaemonRecord) -> OpenChain | None:
+        """The daemon's files, if they can be read and its top still has its name."""
+        with contextlib.suppress(JobError):
+            opened = await self.open(record.chain.top.path, format=record.chain.top.format)
+            if opened.chain.top.file == record.file:
+                return opened
+            opened.close()
+        return None
 
     async def _give_up(self, chain: PreparedChain, daemon: StorageDaemon) -> None:
         """The agent was killed before this daemon had opened its chain: it holds nothing, and serves nobody."""
@@ -462,6 +496,19 @@ class Chains:
             apart=chain.apart.export if chain.apart else "",
             created=self._clock.now(),
         )
+
+
+async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | None) -> None:
+    """Open the chain's layers, or the network image that stands in their place."""
+    if apart is None or apart.remote is None:
+        await daemon.open_chain(nodes)
+        return
+    remote = apart.remote
+    server, name = server_of(remote.uri, "image")
+    try:
+        await daemon.add_remote(nodes[0], server, name, remote.timeout, writable=remote.writable)
+    except Refused as error:
+        raise network.refused(remote.uri, error) from error
 
 
 def _alone(chain: PreparedChain) -> set[FileId]:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from hostagent.nbd.operations import Search, refuse_dependents
 from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.uri import file_of, is_uri
 from hostagent.records import AccessRow
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Job, Layer
@@ -43,6 +44,10 @@ class Claims:
     async def claim(self, holder: Holder, chain: PreparedChain) -> None:
         """Take the top's exclusive lease for `holder`; a JobError busy that names who is in the way."""
         top = chain.layers[0]
+        if top.file.network:  # NBD has no locks, and no header names it: there is nobody else to ask
+            await chain.lease(exclusive=(top.file,))
+            self._refuse(top, [str(job.holder) for job in self._jobs() if _goes_to(job, top.file)])
+            return
         self._refuse(top, [str(user) for user in chain.users if user != holder])
         await self._refuse_needs(holder, top)
         await chain.lease(exclusive=(top.file,))
@@ -77,6 +82,10 @@ class Claims:
             remedy="end them first, or export it read-only",
             holders=list(others[:8]),
         )
+
+
+def _goes_to(job: Job, file: FileId) -> bool:
+    return job.target is not None and is_uri(job.target.path) and file_of(job.target.path) == file
 
 
 def _files(job: Job) -> set[FileId]:

@@ -24,10 +24,11 @@ from hostagent.images.chain import OpenChain
 from hostagent.images.header import is_empty
 from hostagent.nbd import device_targets as devices
 from hostagent.nbd.chains import Chains
+from hostagent.nbd.network import closed_server
 from hostagent.nbd.operations import Search, at_most, backing_name, job_name, preflight, refuse_dependents, room
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.space import Space, enough, judge
-from hostagent.nbd.uri import server_of
+from hostagent.nbd.uri import file_of, is_uri, normal, server_of
 from jobs import copy
 from jobs.errors import JobError
 from jobs.model import Chain, Completion, FileId, Job, JobSpec, Layer, Need, Plan, Target
@@ -48,7 +49,7 @@ class Copy:
     async def plan(self, spec: JobSpec, opened: OpenChain, *, preview: bool) -> Plan:
         assert spec.dest is not None
         source = opened.chain
-        device = not is_remote(spec.dest) and await self._aside(devices.is_one, spec.dest)
+        device = not is_uri(spec.dest) and await self._aside(devices.is_one, spec.dest)
         if spec.shallow and len(source.layers) == 1:
             remedy = "copy it without --shallow"
             raise JobError("invalid", f"{source.top.path!r} has no backing file", field="shallow", remedy=remedy)
@@ -56,8 +57,10 @@ class Copy:
         if spec.shallow and format_ == "raw":
             remedy = "copy into qcow2, or without --shallow"
             raise JobError("invalid", "a raw image cannot have a backing file", field="format", remedy=remedy)
-        if is_remote(spec.dest):
-            return Plan(source, source, 0, (), {"space": {}}, _remote(spec))
+        if is_uri(spec.dest):
+            target = _remote(spec)
+            self._chains.uris.refuse(_remote_layer(target.path, source.top.virtual_size), exclusive=True)
+            return Plan(source, source, 0, (), {"space": {}}, target)
         layers = source.layers[: 1 if spec.shallow else None]
         if device:
             target, free = await self._device(spec, opened, format_)
@@ -155,6 +158,8 @@ class Copy:
     async def _hold(self, job: Job, chain: PreparedChain) -> None:
         """Lease the target, again after a restart: what we have of it is what gets its name."""
         assert job.target is not None
+        if is_uri(job.target.path):
+            await chain.take_server(_remote_layer(job.target.path, _size(job)))
         if job.target.file is not None and chain.descriptor(job.target.file) is None:
             fd = await self._aside(_open, job.target)
             await chain.take_target(_layer_of(job.target, _size(job)), fd)
@@ -169,14 +174,14 @@ class Copy:
         path, new = job.target.part or job.target.path, job.target.made or job.target.fresh
         try:
             if job.target.file is None:
-                node = await chain.open_remote(Layer(path, "raw", copy.NOT_YET, _size(job), 0), self._timeout)
+                node = await chain.open_remote(_remote_layer(path, _size(job)), self._timeout)
             else:
                 node = await chain.open_target(path, below=below, new=new, backing=backing)
         except JobError as error:
             if "permission denied" not in error.message.lower():
                 raise
             if job.target.file is None:
-                raise _closed_server(job.target.path) from error
+                raise closed_server(job.target.path, field="dest") from error
             folder = str(Path(path).parent)
             message = f"the hypervisor user cannot pass through {folder!r} to the target"
             remedy = f"let it: chmod o+x {shlex.quote(folder)} (and the folders above)"
@@ -263,11 +268,6 @@ class Copy:
             raise JobError("timeout", "the target's storage does not answer", remedy="see whether it hangs") from None
 
 
-def is_remote(dest: str) -> bool:
-    """Whether a target is an NBD URI."""
-    return dest.startswith(("nbd://", "nbd+unix://"))
-
-
 def _remote(spec: JobSpec) -> Target:
     """An export of another host or program. Nothing can go over to it, and nobody but the hypervisor proves it."""
     assert spec.dest is not None
@@ -280,20 +280,8 @@ def _remote(spec: JobSpec) -> Target:
     return Target(spec.dest, "raw", made=False)
 
 
-def _closed_server(uri: str) -> JobError:
-    """The hypervisor user may not connect; whose socket it is says who can let it."""
-    server, _ = server_of(uri)
-    where, remedy = "the server", "see what the server allows"
-    if (path := server.get("path")) is not None:
-        try:
-            found = Path(path).stat()
-            where = f"{path!r} (uid {found.st_uid}, gid {found.st_gid}, mode {found.st_mode & 0o7777:04o})"
-        except OSError:
-            where = repr(path)
-        plain = shlex.quote(path)
-        remedy = f"let it read and write the socket (setfacl -m u:USER:rw {plain}), and pass through the folders above"
-    message = f"the hypervisor user may not connect to {where}"
-    return JobError("access_refused", message, field="dest", value=uri, remedy=remedy)
+def _remote_layer(uri: str, size: int) -> Layer:
+    return Layer(normal(uri), "raw", file_of(uri), size, 0)
 
 
 def _size(job: Job) -> int:

@@ -39,7 +39,31 @@ class ExportSpec:
         if self.writable and self.shallow and top.backing is not None:
             message = f"{top.path!r} stands on {top.backing!r}: written alone, it would hide data of that"
             raise _invalid("shallow", self.shallow, message, "export it with its backing chain")
-        part = self._part(top)
+        return self._record(export_id, top, now, self._part(top))
+
+    def refuse_local_options(self) -> None:
+        """Raises JobError for what a network image cannot have."""
+        if self.format not in (None, "raw"):
+            message = f"a network image is exported as raw: no header is read from a server, and {self.format} has one"
+            remedy = "export it as raw, and let the client open the format; or copy it into a file first"
+            raise JobError("not_supported", message, field="format", value=self.format, remedy=remedy)
+        for name in ("shallow", "bitmaps", "tcp", "tls"):
+            if value := getattr(self, name):
+                message = f"a network image cannot be exported with {name}"
+                raise JobError("not_supported", message, field=name, value=value, remedy="leave it out")
+
+    def network_record(self, export_id: str, image: Layer, now: datetime) -> ExportRecord:
+        """Raises JobError invalid when no image has such a part; whether this one has it is known when it is opened."""
+        part = None
+        if self.offset is not None or self.size is not None:
+            part = Part(self.offset or 0, self.size or 0)
+            for field_, value in (("offset", part.offset), ("size", part.size)):
+                _refuse_fraction(field_, value)
+            if self.size == 0:
+                raise _invalid("size", 0, "a part of 0 bytes", "say a part of the image")
+        return self._record(export_id, image, now, part)
+
+    def _record(self, export_id: str, top: Layer, now: datetime, part: Part | None) -> ExportRecord:
         return ExportRecord(
             id=export_id,
             image=self.image,
@@ -72,8 +96,7 @@ class ExportSpec:
         offset = self.offset or 0
         size = top.virtual_size - offset if self.size is None else self.size
         for field_, value in (("offset", offset), ("size", size)):
-            if value % SECTOR:
-                raise _invalid(field_, value, f"{field_} {value} is no multiple of {SECTOR}", "say one that is")
+            _refuse_fraction(field_, value)
         if size <= 0 or offset + size > top.virtual_size:
             message = f"{size} bytes at {offset} are not within the {top.virtual_size} bytes of {top.path!r}"
             raise _invalid(name, offset if name == "offset" else size, message, "say a part of the image")
@@ -106,6 +129,11 @@ def apart(record: ExportRecord, listener: TlsListener | None) -> Apart | None:
     if record.part is None and record.max_clients is None and not record.bitmaps and listener is None:
         return None
     return Apart(record.id, record.max_clients, record.part, listener)
+
+
+def _refuse_fraction(name: str, value: int) -> None:
+    if value % SECTOR:
+        raise _invalid(name, value, f"{name} {value} is no multiple of {SECTOR}", "say one that is")
 
 
 def _invalid(name: str, value: object, message: str, remedy: str) -> JobError:

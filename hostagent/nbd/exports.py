@@ -25,10 +25,12 @@ from hostagent.nbd.bitmaps import add_export, find_served
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.claims import Claims
 from hostagent.nbd.export_spec import ExportSpec, apart
+from hostagent.nbd.network import Remote
 from hostagent.nbd.offline import Grants
-from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.prepared import Apart, PreparedChain
 from hostagent.nbd.serving import clients, connections, reached
 from hostagent.nbd.tls import TlsSettings, listener
+from hostagent.nbd.uri import is_uri
 from hostagent.records import ExportRecord
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Need
@@ -123,22 +125,37 @@ class Exports:
                 remedy = "stop some, or raise exports.limit"
                 raise JobError("limit", f"{len(self._active)} exports run already", remedy=remedy)
             began = self._clock.monotonic()
-            listening = await asyncio.to_thread(listener, spec.tcp, spec.tls, self._settings.tls)
-            opened = await self._chains.open(spec.image, format=spec.format, anywhere=anywhere)
-            try:
-                record = spec.record(export_id, opened.chain.top, self._clock.now())
-            except JobError:
-                opened.close()
-                raise
-            files = [layer.file for layer in opened.chain.layers]
-            try:
-                async with self._chains.joined(opened, shallow=spec.shallow, apart=apart(record, listening)) as chain:
-                    record = await self._serve(record, chain)
-            except BaseException:
-                await self._access.converge(files, trigger="export")  # now that the chain is closed again
-                raise
+            if is_uri(spec.image):
+                record = await self._start_network(spec, export_id)
+            else:
+                record = await self._start_local(spec, export_id, anywhere=anywhere)
             self._started(self._clock.monotonic() - began)
             return record, True
+
+    async def _start_local(self, spec: ExportSpec, export_id: str, *, anywhere: bool) -> ExportRecord:
+        listening = await asyncio.to_thread(listener, spec.tcp, spec.tls, self._settings.tls)
+        opened = await self._chains.open(spec.image, format=spec.format, anywhere=anywhere)
+        try:
+            record = spec.record(export_id, opened.chain.top, self._clock.now())
+        except JobError:
+            opened.close()
+            raise
+        files = [layer.file for layer in opened.chain.layers]
+        try:
+            async with self._chains.joined(opened, shallow=spec.shallow, apart=apart(record, listening)) as chain:
+                return await self._serve(record, chain)
+        except BaseException:
+            await self._access.converge(files, trigger="export")  # now that the chain is closed again
+            raise
+
+    async def _start_network(self, spec: ExportSpec, export_id: str) -> ExportRecord:
+        spec.refuse_local_options()
+        layer = await self._chains.network_layer(spec.image)
+        record = spec.network_record(export_id, layer, self._clock.now())
+        remote = Remote(layer.path, record.writable, self._chains.settings.network.open_timeout)
+        own = Apart(record.id, record.max_clients, record.part, remote=remote)
+        async with self._chains.connected(layer, own) as chain:
+            return await self._serve(record, chain)
 
     async def _serve(self, record: ExportRecord, chain: PreparedChain) -> ExportRecord:
         """Persist, lease, grant, open, export, shake hands; undone in reverse when a step fails. Holds the lock."""
@@ -196,15 +213,36 @@ class Exports:
             async with chain.lock:
                 if record.writable and not force:
                     await self._flush(record, chain)
-                if not await chain.ask(chain.daemon.remove_export(record.id, hard=force)):
+                try:
+                    removed = await chain.ask(chain.daemon.remove_export(record.id, hard=force))
+                except JobError as error:
+                    if force and record.file.network and error.code == "unresponsive":
+                        return await self._cut(record, chain, reason)
+                    raise
+                if not removed:
                     raise await self._in_use(record)
                 record = await self._ended(record, chain, reason, force=force)
-                try:
-                    await chain.release(record.holder)
-                except JobError as error:
-                    log.warning("the storage daemon lives on", extra={"fields": {"error": error.message}})
+                await self._leave(record, chain)
             await self._access.converge(files, trigger="export")
             return record
+
+    async def _leave(self, record: ExportRecord, chain: PreparedChain) -> None:
+        if record.file.network:  # all is with its server, or given up
+            chain.leave(record.holder)
+            await chain.close_at_once()
+            return
+        try:
+            await chain.release(record.holder)
+        except JobError as error:
+            log.warning("the storage daemon lives on", extra={"fields": {"error": error.message}})
+
+    async def _cut(self, record: ExportRecord, chain: PreparedChain, reason: str) -> ExportRecord:
+        """End an export by force, with its own storage daemon, which waits for a server that may never answer."""
+        await chain.kill()
+        if not record.writable:
+            return await self._end(record, "stopped", reason, ExportEventKind.STOPPED)
+        reason = f"{reason}; its server does not answer: what clients had not flushed is lost"
+        return await self._end(record, "lost", reason, ExportEventKind.LOST)
 
     async def _ended(self, record: ExportRecord, chain: PreparedChain, reason: str, *, force: bool) -> ExportRecord:
         """Record the end of an export that is not served any more; of a writable one when all is durable.
@@ -216,6 +254,7 @@ class Exports:
                 await chain.close_for_writing()
         except JobError as error:
             if not force:
+                await self._spoil(record, error)
                 raise
             reason = f"{reason}; what clients had not flushed is lost: {error.message}"
             return await self._end(record, "lost", reason, ExportEventKind.LOST)
@@ -226,16 +265,23 @@ class Exports:
 
         Trying again is no use: after one failed fdatasync nobody knows what is on the disk, and QEMU says so for ever.
         """
+        if record.file.network and record.reason is not None:
+            raise _unwritten(record, record.reason)
         try:
             await chain.flush(chain.file)
         except Refused as error:
-            raise JobError(
-                "io_error",
-                f"what clients wrote to {record.path!r} cannot be made durable: {error.text}",
-                field="id",
-                value=record.id,
-                remedy="the export goes on: copy out what is needed; --force gives up what was not flushed",
-            ) from error
+            await self._spoil(record, error)
+            raise _unwritten(record, error.text) from error
+
+    async def _spoil(self, record: ExportRecord, error: JobError) -> None:
+        """Remember that a network image was not flushed: QEMU connects again to a server that came back, and flushes
+        what it has written since, whatever became of the rest."""
+        if record.file.network and record.reason is None:
+            reason = f"what clients wrote is perhaps lost: {error.message}"
+            spoilt = replace(record, reason=reason, revision=record.revision + 1)
+            await self._store.put_export(spoilt)
+            self._active[record.id] = spoilt
+            self._changed(spoilt)
 
     async def _in_use(self, record: ExportRecord) -> JobError:
         found = await asyncio.to_thread(clients, record)
@@ -304,6 +350,8 @@ class Exports:
                 chain.users.add(record.holder)
                 if record.writable:
                     chain.writer = record.holder
+                if record.file.network:  # nobody can have asked for it yet
+                    await chain.lease(exclusive=(chain.file,) if record.writable else ())
                 self._keep(record if record.file == chain.file else self._on(chain, record))
                 continue
             if chain is not None and chain.daemon is not None:
@@ -360,6 +408,16 @@ class Exports:
 def _needs(record: ExportRecord, chain: PreparedChain) -> list[Need]:
     reads = [Need(layer, "r", f"export {record.id} serves it") for layer in chain.layers]
     return [reads[0]._replace(mode="rw"), *reads[1:]] if record.writable else reads
+
+
+def _unwritten(record: ExportRecord, why: str) -> JobError:
+    return JobError(
+        "io_error",
+        f"what clients wrote to {record.path!r} cannot be made durable: {why}",
+        field="id",
+        value=record.id,
+        remedy="the export goes on: copy out what is needed; --force gives up what was not flushed",
+    )
 
 
 def _event(record: ExportRecord, kind: ExportEventKind) -> ExportEvent:

@@ -21,6 +21,7 @@ from hostagent.drivers.qmp import Refused
 from hostagent.drivers.qsd import Link, StorageDaemon
 from hostagent.drivers.tls import TlsListener
 from hostagent.images.chain import OpenChain
+from hostagent.nbd.network import Remote
 from hostagent.nbd.uri import server_of
 from hostagent.records import Node, Part
 from jobs.errors import JobError
@@ -42,12 +43,13 @@ READER = "hostagent-reader"
 @dataclass(frozen=True, slots=True)
 class Apart:
     """What makes an export need a storage daemon of its own: QEMU has one listener, with one limit, for all exports,
-    and loses its head over a job that ends under an exported bitmap."""
+    loses its head over a job that ends under an exported bitmap, and waits for a network image's server."""
 
     export: str
     max_clients: int | None = None
     part: Part | None = None
     listener: TlsListener | None = None
+    remote: Remote | None = None
 
 
 class Lease(Protocol):
@@ -99,6 +101,8 @@ class PreparedChain:
         self._opened = opened
         self._leases: dict[FileId, Lease] = {}
         self._target: tuple[Layer, int] | None = None
+        self._server: Layer | None = None
+        """The network image that a copy goes into."""
         self._probing: asyncio.Task[None] | None = None
 
     @property
@@ -144,7 +148,7 @@ class PreparedChain:
 
     def uses(self, file: FileId) -> bool:
         """Whether the file is a layer, or a copy's target."""
-        return file in self.files()
+        return file in self.files() or (self._server is not None and self._server.file == file)
 
     def take_over(self, opened: OpenChain) -> None:
         """The same files, opened once more by somebody who joins: kept where we have none, else closed.
@@ -199,7 +203,7 @@ class PreparedChain:
     async def lease(self, *, exclusive: Collection[FileId] = ()) -> None:
         """Shared leases on all layers, exclusive ones as asked. A JobError busy has changed nothing."""
         self._refuse_when_dead()
-        if self._opened is None:
+        if self._opened is None and not self.file.network:
             raise JobError("unavailable", f"the files of {self.path!r} could not be opened", remedy="see the log")
         taken: list[FileId] = []
         raised: list[FileId] = []
@@ -246,6 +250,9 @@ class PreparedChain:
         )
 
     async def _take(self, layer: Layer, *, exclusive: bool) -> None:
+        if layer.file.network:
+            self._leases[layer.file] = self._registry.uris.take(layer, exclusive=exclusive)
+            return
         fd = self.descriptor(layer.file)
         assert fd is not None
         own, leasing, ours = os.dup(fd), self._registry.leasing, self._ours  # when the daemon dies ours are closed
@@ -283,8 +290,11 @@ class PreparedChain:
         return JobError("storage_daemon_died", f"the storage daemon of {self.path!r} ended")
 
     async def open_for_writing(self, files: Collection[FileId]) -> None:
-        """Open these layers for writing, all in one step; their leases are exclusive already."""
+        """Open these layers for writing, all in one step; their leases are exclusive already. A network image is open
+        as its export needs it from the beginning on."""
         await self.serve()
+        if self.file.network:
+            return
         links = [
             link for link in self._links if link[0].layer.file in files and link[0].layer.file not in self.writable
         ]
@@ -313,7 +323,11 @@ class PreparedChain:
                 await self.ask(self.daemon.flush(node, below))
 
     async def close_for_writing(self) -> None:
-        """Read-only again, and shared leases. Flushes."""
+        """Read-only again, and shared leases. Flushes. A network image stays as it was opened, and is flushed only."""
+        if self.file.network:
+            if self.writer is not None:
+                await self.flush(self.file)
+            return
         if self.daemon is not None:
             await self._reopen([link for link in self._links if link[0].layer.file in self.writable], writable=False)
         for layer in self.layers:
@@ -379,14 +393,21 @@ class PreparedChain:
         await self.ask(daemon.add_target(node, below, new=new, backing=backing))
         return node
 
+    async def take_server(self, layer: Layer) -> None:
+        """The exclusive lease on a target that is a network image. Idempotent."""
+        if self._server is None:
+            await self._take(layer, exclusive=True)
+            self._server = layer
+
     async def open_remote(self, layer: Layer, timeout: float) -> Node:
-        """Open an NBD export as the target; `timeout` seconds to connect."""
+        """Open an NBD export as the target; `timeout` seconds to connect, in which no client here is served."""
         daemon = await self.serve()
         await self.close_beside()
         node = Node(layer, 1 + max(node.index for node in self.nodes), -1)
         self.beside = [node]
         await self._registry.remember(self)
         server, name = server_of(layer.path)
+        timeout = min(timeout, self._registry.settings.qsd.call_timeout / 2)
         await self.ask(daemon.add_remote(node, server, name, timeout))
         return node
 
@@ -405,6 +426,10 @@ class PreparedChain:
 
     def give_up_target(self) -> None:
         """Give up the target's lease and descriptor. Idempotent."""
+        if self._server is not None:
+            if lease := self._leases.pop(self._server.file, None):
+                lease.release()
+            self._server = None
         if self._target is not None:
             layer, fd = self._target
             self._target = None
@@ -484,6 +509,24 @@ class PreparedChain:
                 f"storage daemon {self.daemon.id} (pid {self.daemon.pid}) does not end",
                 remedy="its storage may hang; it ends by itself when that answers again",
             )
+        await self._registry.closed(self)
+
+    async def close_at_once(self) -> None:
+        """Close the chain of a network image, of which nothing is needed any more: a daemon whose server is silent may
+        never end by itself, and is killed."""
+        try:
+            await self.close()
+        except JobError:
+            await self.kill()
+
+    async def kill(self) -> None:
+        """End the daemon, whatever it holds."""
+        self.closed = True
+        if self.daemon is not None:
+            await self.daemon.kill()
+            if self.daemon.alive:
+                self.closed = False
+                raise JobError("unresponsive", f"storage daemon {self.daemon.id} (pid {self.pid}) cannot be killed")
         await self._registry.closed(self)
 
     def let_go(self) -> asyncio.Future[None]:

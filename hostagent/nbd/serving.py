@@ -27,7 +27,8 @@ async def reached(
         return replace(record, host=listener.host, port=daemon.port, uri=tls.uri(address, record.id, settings))
     socket = str(daemon.places.socket)
     size = await asyncio.to_thread(nbdclient.handshake, socket, record.id, timeout)
-    return replace(record, size=size, socket=socket, uri=f"nbd+unix:///{record.id}?socket={socket}")
+    part = record.part._replace(size=size) if record.part else None
+    return replace(record, size=size, part=part, socket=socket, uri=f"nbd+unix:///{record.id}?socket={socket}")
 
 
 def clients(record: ExportRecord) -> list[sockdiag.Client]:

@@ -1,26 +1,73 @@
-"""NBD URIs, as in the NBD project's doc/uri.md: nbd://host[:port]/name and nbd+unix:///name?socket=/path."""
+"""NBD URIs, as in the NBD project's doc/uri.md: nbd://host[:port]/name and nbd+unix:///name?socket=/path.
+
+The same export can be spelled in many ways. `normal` is the one by which it is known here, and `file_of` makes an
+identity of that, so that leases and the ledger treat it like a file. Two names of one host, or two links to one socket,
+are two servers: NBD has no way to tell. NBD has no passwords either, so a URI with one is refused, and never repeated.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from jobs.errors import JobError
+from jobs.model import NETWORK, FileId
 
 PORT = 10809
+SCHEMES = ("nbd://", "nbd+unix://")
+_AUTHORITY = re.compile(r"[^/?#]*")
+_IDENTITY = (1 << 63) - 1
 
 
-def server_of(uri: str) -> tuple[dict[str, Any], str]:
-    """QEMU's `server` option (SocketAddress), and the export's name. Raises JobError `invalid`."""
-    try:
-        parts = urlsplit(uri)
-        name = unquote(parts.path.removeprefix("/"))
-        if parts.scheme == "nbd+unix":
-            (path,) = parse_qs(parts.query, strict_parsing=True)["socket"]
-            return {"type": "unix", "path": path}, name
-        if parts.scheme == "nbd" and parts.hostname:
-            return {"type": "inet", "host": parts.hostname, "port": str(parts.port or PORT)}, name
-    except (ValueError, KeyError):
-        pass
+def is_uri(text: str) -> bool:
+    """Whether it is meant for an NBD URI, right or wrong."""
+    return text.startswith(SCHEMES)
+
+
+def server_of(uri: str, field: str = "dest") -> tuple[dict[str, Any], str]:
+    """QEMU's `server` option (SocketAddress), and the export's name. Raises JobError `invalid`, about `field`."""
     remedy = "write nbd://HOST:PORT/NAME or nbd+unix:///NAME?socket=PATH"
-    raise JobError("invalid", f"{uri!r} is no NBD URI that can be used here", field="dest", value=uri, remedy=remedy)
+    authority = _AUTHORITY.match(uri.partition("://")[2])
+    if authority is not None and "@" in authority[0]:
+        raise JobError("invalid", "an NBD URI has neither a user nor a password", field=field, remedy=remedy)
+    try:
+        if uri.isprintable():  # urlsplit would drop newlines
+            return _parsed(urlsplit(uri))
+    except ValueError:
+        pass
+    raise JobError("invalid", f"{uri!r} is no NBD URI that can be used here", field=field, value=uri, remedy=remedy)
+
+
+def normal(uri: str) -> str:
+    """The one spelling of what the URI leads to."""
+    server, name = server_of(uri)
+    if server["type"] == "unix":
+        return f"nbd+unix:///{quote(name)}?socket={quote(server['path'])}"
+    host = f"[{server['host']}]" if ":" in server["host"] else server["host"]
+    return f"nbd://{host}:{server['port']}/{quote(name)}"
+
+
+def file_of(uri: str) -> FileId:
+    """What stands for a device and an inode number."""
+    digest = hashlib.sha256(normal(uri).encode()).digest()
+    return FileId(NETWORK, int.from_bytes(digest[:8], "big") & _IDENTITY)
+
+
+def _parsed(parts: SplitResult) -> tuple[dict[str, Any], str]:
+    """Raises ValueError for what means nothing to us, rather than to leave it out."""
+    name = unquote(parts.path.removeprefix("/"), errors="strict")
+    query = parse_qsl(parts.query.replace("+", "%2B"), strict_parsing=True, errors="strict") if parts.query else []
+    if parts.fragment or not name.isprintable():
+        raise ValueError(parts)
+    if parts.scheme == "nbd" and parts.hostname and not query:
+        port = PORT if parts.port is None else parts.port
+        return {"type": "inet", "host": parts.hostname, "port": str(port)}, name
+    ((key, path),) = query
+    if parts.scheme != "nbd+unix" or parts.netloc or key != "socket" or not path.isprintable():
+        raise ValueError(parts)
+    if not path.startswith("/") or ".." in PurePosixPath(path).parts:
+        raise ValueError(path)
+    return {"type": "unix", "path": str(PurePosixPath("/", path.lstrip("/")))}, name

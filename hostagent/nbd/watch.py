@@ -51,8 +51,9 @@ class Watch:
 
     async def _look_at(self, chain: PreparedChain) -> list[Drift]:
         layers = tuple(chain.layers)
+        files = [layer for layer in layers if not layer.file.network]
         # Growth is no sign here: each layer was perhaps written by a job or a client of ours since it was opened.
-        look = partial(find_drift, layers, chain.descriptor, written=[layer.file for layer in layers])
+        look = partial(find_drift, files, chain.descriptor, written=[layer.file for layer in layers])
         found: list[Drift] = []
         with contextlib.suppress(OSError, ValueError):  # a chain that was closed in this moment
             found = await asyncio.get_running_loop().run_in_executor(self._thread, look)

@@ -74,7 +74,8 @@ class Part(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class ExportRecord:
     """An NBD export. States: starting, running, stopped, lost. `size` is what clients see; `tcp` and `tls` are
-    as asked, `host` and `port` what the storage daemon listens on."""
+    as asked, `host` and `port` what the storage daemon listens on. `connection` is its socket to the server of a
+    network image (an inode number), from the beginning on."""
 
     id: str
     image: str
@@ -91,6 +92,7 @@ class ExportRecord:
     bitmaps: tuple[str, ...] = ()
     tcp: str | None = None
     tls: str | None = None
+    connection: int = 0
     host: str = ""
     port: int | None = None
     socket: str = ""

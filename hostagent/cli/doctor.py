@@ -92,7 +92,9 @@ def _agent(client: Client) -> Iterator[Finding]:
     yield from _ready(state)
     try:
         yield from _host(client.get("/v1/host").data)
-        yield from _kept(client)
+        grants = list(client.items("/v1/grants", {}))
+        yield from _kept(grants)
+        yield from _network(grants)
     except CliError as error:
         yield fail("agent", error.message, error.remedy)
 
@@ -154,9 +156,9 @@ def _unstick(daemon: Json) -> str:
     return f"look at its storage (`dmesg`); it writes nothing, and `kill -9 {daemon['pid']}` only cuts its readers off"
 
 
-def _kept(client: Client) -> Iterator[Finding]:
+def _kept(grants: list[Json]) -> Iterator[Finding]:
     """Files that nobody needs any longer and that the hypervisor user can still open, by rights that are not ours."""
-    kept = [grant for grant in client.items("/v1/grants", {}) if grant.get("state") == "kept"]
+    kept = [grant for grant in grants if grant.get("state") == "kept"]
     for grant in kept[:MOST_GRANTS]:
         text = f"{grant['path']} can still be opened: {grant.get('detail') or grant.get('reason')}"
         yield warn("kept files", text, "chmod or chgrp it, if guests must not read it")
@@ -164,3 +166,11 @@ def _kept(client: Client) -> Iterator[Finding]:
         yield warn("kept files", f"and {len(kept) - MOST_GRANTS} more", "`hostagent grant list`")
     if not kept:
         yield ok("kept files", "none: what was revoked cannot be opened")
+
+
+def _network(grants: list[Json]) -> Iterator[Finding]:
+    """Network images: nothing that is said of access holds for them."""
+    used = {grant["path"] for grant in grants if grant.get("access") == "none" and grant.get("state") == "granted"}
+    if used:
+        text = "who may open them is for their servers to say, and is never revoked here"
+        yield ok("network images", f"{counted(len(used), 'image')} in use: {text}")

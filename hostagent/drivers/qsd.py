@@ -634,6 +634,16 @@ class StorageDaemon:
                         found.add(int(entry))
         return found
 
+    def sockets(self) -> set[int]:
+        """The inode numbers of the process's sockets: a connection that was made anew is another one. Blocking."""
+        found = set()
+        for entry in _entries(Path(f"/proc/{self.pid}/fd")):
+            with contextlib.suppress(OSError):
+                name = str(Path(f"/proc/{self.pid}/fd/{entry}").readlink())
+                if name.startswith("socket:["):
+                    found.add(int(name[len("socket:[") : -1]))
+        return found
+
     def open_modes(self, files: Collection[FileId]) -> dict[FileId, bool]:
         """Which of `files` the process has open for data, and whether for writing. Blocking.
 

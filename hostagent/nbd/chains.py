@@ -231,7 +231,7 @@ class Chains:
                 yield chain
             finally:
                 if not chain.users and self._chains.get(chain.key) is chain:
-                    await chain.close_at_once()
+                    await chain.close()
 
     # What the chains call
 
@@ -265,7 +265,7 @@ class Chains:
         chain.handed = dict(zip(chain.files(), descriptors, strict=not chain.file.network))
         try:
             await self.remember(chain)
-            await chain.ask(_opening(daemon, nodes, chain.apart))
+            chain.connection = await chain.ask(_opening(daemon, nodes, chain.apart))
         except BaseException:
             await daemon.kill()  # nobody uses it yet
             await daemon.detach()
@@ -380,7 +380,7 @@ class Chains:
         chain.nodes = _open(record.nodes, modes)
         chain.beside = _open(record.beside, modes)
         chain.layers = [node.layer for node in chain.nodes]
-        chain.writable = {layer.file for layer in chain.layers if modes[layer.file]}
+        chain.writable = {layer.file for layer in chain.layers if modes.get(layer.file)}
         chain.published = True  # it may have been
         if opened is not None:
             await self._lease_again(chain)
@@ -498,17 +498,23 @@ class Chains:
         )
 
 
-async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | None) -> None:
-    """Open the chain's layers, or the network image that stands in their place."""
+async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | None) -> int:
+    """Open the chain's layers, or the network image that stands in their place: then the socket to its server."""
     if apart is None or apart.remote is None:
         await daemon.open_chain(nodes)
-        return
+        return 0
     remote = apart.remote
     server, name = server_of(remote.uri, "image")
+    before = await asyncio.to_thread(daemon.sockets)
     try:
         await daemon.add_remote(nodes[0], server, name, remote.timeout, writable=remote.writable)
     except Refused as error:
         raise network.refused(remote.uri, error) from error
+    made = await asyncio.to_thread(daemon.sockets) - before
+    if len(made) != 1:  # nobody else can connect to the daemon yet
+        remedy = "see that the server does not break connections, and try again"
+        raise JobError("unavailable", f"{remote.uri!r} was opened and lost at once", field="image", remedy=remedy)
+    return made.pop()
 
 
 def _alone(chain: PreparedChain) -> set[FileId]:

@@ -222,19 +222,12 @@ class Exports:
                 if not removed:
                     raise await self._in_use(record)
                 record = await self._ended(record, chain, reason, force=force)
-                await self._leave(record, chain)
+                try:
+                    await chain.release(record.holder)
+                except JobError as error:
+                    log.warning("the storage daemon lives on", extra={"fields": {"error": error.message}})
             await self._access.converge(files, trigger="export")
             return record
-
-    async def _leave(self, record: ExportRecord, chain: PreparedChain) -> None:
-        if record.file.network:  # all is with its server, or given up
-            chain.leave(record.holder)
-            await chain.close_at_once()
-            return
-        try:
-            await chain.release(record.holder)
-        except JobError as error:
-            log.warning("the storage daemon lives on", extra={"fields": {"error": error.message}})
 
     async def _cut(self, record: ExportRecord, chain: PreparedChain, reason: str) -> ExportRecord:
         """End an export by force, with its own storage daemon, which waits for a server that may never answer."""
@@ -252,6 +245,8 @@ class Exports:
         try:
             if record.writable:
                 await chain.close_for_writing()
+                if record.file.network and record.reason is not None:
+                    raise _unwritten(record, record.reason)
         except JobError as error:
             if not force:
                 await self._spoil(record, error)
@@ -269,13 +264,14 @@ class Exports:
             raise _unwritten(record, record.reason)
         try:
             await chain.flush(chain.file)
-        except Refused as error:
+        except JobError as error:
+            if not isinstance(error, Refused) and error.code != "io_error":
+                raise
             await self._spoil(record, error)
-            raise _unwritten(record, error.text) from error
+            raise _unwritten(record, error.message) from error
 
     async def _spoil(self, record: ExportRecord, error: JobError) -> None:
-        """Remember that a network image was not flushed: QEMU connects again to a server that came back, and flushes
-        what it has written since, whatever became of the rest."""
+        """Remember that a network image was not flushed: its server may say later that it was."""
         if record.file.network and record.reason is None:
             reason = f"what clients wrote is perhaps lost: {error.message}"
             spoilt = replace(record, reason=reason, revision=record.revision + 1)
@@ -350,7 +346,8 @@ class Exports:
                 chain.users.add(record.holder)
                 if record.writable:
                     chain.writer = record.holder
-                if record.file.network:  # nobody can have asked for it yet
+                if record.file.network:
+                    chain.connection = record.connection
                     await chain.lease(exclusive=(chain.file,) if record.writable else ())
                 self._keep(record if record.file == chain.file else self._on(chain, record))
                 continue

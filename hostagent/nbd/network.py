@@ -82,8 +82,8 @@ def refused(uri: str, error: Refused) -> JobError:
 
 
 _REFUSALS = (
-    ("offset (", "invalid", "offset", "say a part of the image"),
     ("sum of offset", "invalid", "size", "say a part of the image"),
+    ("offset (", "invalid", "offset", "say a part of the image"),
     ("export not available", "not_found", "image", "see what the server exports: nbdinfo --list"),
     ("permission denied", "denied", "writable", "the server does not let it be written: export it read-only"),
 )

@@ -103,6 +103,8 @@ class PreparedChain:
         self._target: tuple[Layer, int] | None = None
         self._server: Layer | None = None
         """The network image that a copy goes into."""
+        self.connection = 0
+        """The daemon's socket to the server of the network image that the chain is (its inode number)."""
         self._probing: asyncio.Task[None] | None = None
 
     @property
@@ -317,10 +319,15 @@ class PreparedChain:
 
     async def flush(self, file: FileId) -> None:
         """Make everything durable that was written to this layer. Only a layer whose backing link is as it was: QEMU
-        aborts when a reopening would change one that a job has put its filter into."""
+        aborts when a reopening would change one that a job has put its filter into.
+
+        QEMU connects again to a server that went away, and flushes then what it wrote to the new one, whatever became
+        of the rest. So of a network image nothing is durable but over the first connection: JobError io_error."""
         for node, below in self._links:
             if node.layer.file == file and self.daemon is not None:
                 await self.ask(self.daemon.flush(node, below))
+                if file.network and self.connection not in await asyncio.to_thread(self.daemon.sockets):
+                    raise JobError("io_error", "its server went away since the export began")
 
     async def close_for_writing(self) -> None:
         """Read-only again, and shared leases. Flushes. A network image stays as it was opened, and is flushed only."""
@@ -499,9 +506,13 @@ class PreparedChain:
             await self.close()
 
     async def close(self) -> None:
-        """End the daemon and give up the leases. A daemon that does not end keeps both, and is reported."""
+        """End the daemon and give up the leases. A daemon that does not end keeps both, and is reported; that of a
+        network image is killed then: its server is silent, and all that it had for it is flushed, or given up."""
         self.closed = True
         if self.daemon is not None and not await self.daemon.quit():
+            if self.file.network:
+                await self.kill()
+                return
             self.closed = False
             self._registry.suspect(self)
             raise JobError(
@@ -510,14 +521,6 @@ class PreparedChain:
                 remedy="its storage may hang; it ends by itself when that answers again",
             )
         await self._registry.closed(self)
-
-    async def close_at_once(self) -> None:
-        """Close the chain of a network image, of which nothing is needed any more: a daemon whose server is silent may
-        never end by itself, and is killed."""
-        try:
-            await self.close()
-        except JobError:
-            await self.kill()
 
     async def kill(self) -> None:
         """End the daemon, whatever it holds."""

@@ -19,7 +19,7 @@ async def reached(
     """Shake hands with the export, which has just been added; the record that says where it is."""
     daemon = chain.daemon
     assert daemon is not None
-    record = replace(record, daemon=daemon.id, pid=daemon.pid)
+    record = replace(record, daemon=daemon.id, pid=daemon.pid, connection=chain.connection)
     listener = chain.apart.listener if chain.apart else None
     if listener is not None and daemon.port is not None:
         address = (listener.host, daemon.port)

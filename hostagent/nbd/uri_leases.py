@@ -7,6 +7,7 @@ taken again at start, before anybody can ask for one.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 from jobs.errors import JobError
@@ -14,7 +15,7 @@ from jobs.model import FileId, Layer
 
 
 class UriLease:
-    """One of them; like access.leases.Lease to who has it. It waits for nothing."""
+    """One of them; like access.leases.Lease to who has it. Thread-safe, and waits for nothing."""
 
     def __init__(self, leases: UriLeases, layer: Layer, *, exclusive: bool) -> None:
         """Made by `UriLeases.take`."""
@@ -23,8 +24,9 @@ class UriLease:
         self.is_exclusive = exclusive
 
     def exclude(self, *, ours: Sequence[int]) -> None:
-        self._leases.refuse(self.layer, exclusive=True, besides=self)
-        self.is_exclusive = True
+        with self._leases.guard:
+            self._leases.refuse(self.layer, exclusive=True, besides=self)
+            self.is_exclusive = True
 
     def share(self, *, ours: Sequence[int]) -> None:
         self.is_exclusive = False
@@ -38,18 +40,21 @@ class UriLeases:
     def __init__(self, users: Callable[[FileId], list[str]]) -> None:
         """`users` are who uses the image, for people."""
         self._users = users
+        self.guard = threading.RLock()
         self._held: dict[FileId, list[UriLease]] = {}
 
     def take(self, layer: Layer, *, exclusive: bool) -> UriLease:
         """A lease, or a JobError busy."""
-        self.refuse(layer, exclusive=exclusive)
-        lease = UriLease(self, layer, exclusive=exclusive)
-        self._held.setdefault(layer.file, []).append(lease)
-        return lease
+        with self.guard:
+            self.refuse(layer, exclusive=exclusive)
+            lease = UriLease(self, layer, exclusive=exclusive)
+            self._held.setdefault(layer.file, []).append(lease)
+            return lease
 
     def refuse(self, layer: Layer, *, exclusive: bool, besides: UriLease | None = None) -> None:
         """Raise busy when such a lease cannot be had."""
-        others = [lease for lease in self._held.get(layer.file, ()) if lease is not besides]
+        with self.guard:
+            others = [lease for lease in self._held.get(layer.file, ()) if lease is not besides]
         if any(exclusive or lease.is_exclusive for lease in others):
             written = any(lease.is_exclusive for lease in others)
             users = self._users(layer.file)
@@ -63,8 +68,9 @@ class UriLeases:
             )
 
     def forget(self, lease: UriLease) -> None:
-        held = self._held.get(lease.layer.file, [])
-        if lease in held:
-            held.remove(lease)
-        if not held:
-            self._held.pop(lease.layer.file, None)
+        with self.guard:
+            held = self._held.get(lease.layer.file, [])
+            if lease in held:
+                held.remove(lease)
+            if not held:
+                self._held.pop(lease.layer.file, None)

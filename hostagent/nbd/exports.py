@@ -265,14 +265,14 @@ class Exports:
         try:
             await chain.flush(chain.file)
         except JobError as error:
-            if not isinstance(error, Refused) and error.code != "io_error":
+            if not _is_failure(error):
                 raise
             await self._spoil(record, error)
             raise _unwritten(record, error.message) from error
 
     async def _spoil(self, record: ExportRecord, error: JobError) -> None:
         """Remember that a network image was not flushed: its server may say later that it was."""
-        if record.file.network and record.reason is None:
+        if record.file.network and record.reason is None and _is_failure(error):
             reason = f"what clients wrote is perhaps lost: {error.message}"
             spoilt = replace(record, reason=reason, revision=record.revision + 1)
             await self._store.put_export(spoilt)
@@ -346,15 +346,22 @@ class Exports:
                 chain.users.add(record.holder)
                 if record.writable:
                     chain.writer = record.holder
-                if record.file.network:
-                    chain.connection = record.connection
-                    await chain.lease(exclusive=(chain.file,) if record.writable else ())
                 self._keep(record if record.file == chain.file else self._on(chain, record))
+                if record.file.network:
+                    await self._connected_still(record, chain)
                 continue
             if chain is not None and chain.daemon is not None:
                 with contextlib.suppress(JobError):
                     await chain.ask(chain.daemon.remove_export(record.id, hard=True))
             await self._end(record, "lost", "it was not served any more when the agent came back", ExportEventKind.LOST)
+
+    async def _connected_still(self, record: ExportRecord, chain: PreparedChain) -> None:
+        """What is known of a network image's chain, and its lease; nobody can have asked for that yet."""
+        chain.connection = record.connection
+        try:
+            await chain.lease(exclusive=(chain.file,) if record.writable else ())
+        except JobError as error:
+            log.warning("a lease was lost", extra={"fields": {"path": chain.path, "error": error.message}})
 
     async def _still_served(self, chain: PreparedChain, record: ExportRecord) -> bool:
         assert chain.daemon is not None
@@ -405,6 +412,11 @@ class Exports:
 def _needs(record: ExportRecord, chain: PreparedChain) -> list[Need]:
     reads = [Need(layer, "r", f"export {record.id} serves it") for layer in chain.layers]
     return [reads[0]._replace(mode="rw"), *reads[1:]] if record.writable else reads
+
+
+def _is_failure(error: JobError) -> bool:
+    """Whether it says that something was not flushed, and not only that it took too long."""
+    return isinstance(error, Refused) or error.code == "io_error"
 
 
 def _unwritten(record: ExportRecord, why: str) -> JobError:

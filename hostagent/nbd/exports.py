@@ -350,7 +350,7 @@ class Exports:
                 if record.file.network:
                     await self._connected_still(record, chain)
                 continue
-            if chain is not None and chain.daemon is not None:
+            if chain is not None and chain.daemon is not None and not record.file.network:  # whose own daemon ends now
                 with contextlib.suppress(JobError):
                     await chain.ask(chain.daemon.remove_export(record.id, hard=True))
             await self._end(record, "lost", "it was not served any more when the agent came back", ExportEventKind.LOST)

@@ -520,6 +520,33 @@ def test_a_server_that_is_silent_from_the_beginning_holds_up_nobody(
         stop(agent, start(agent, uri, writable=True))
 
 
+def test_an_agent_that_is_killed_while_it_waits_for_a_silent_server_leaves_nothing(
+    tmp_path: Path, folder: Path
+) -> None:
+    with (
+        AgentProcess(tmp_path, {**SETTINGS, "EXPORTS_OPEN_TIMEOUT": "8"}) as agent,
+        served(folder) as (uri, _, server),
+    ):
+        server.send_signal(signal.SIGSTOP)
+        asking = subprocess.Popen(
+            [*HOSTAGENT, "--socket", str(agent.socket), "export", "start", uri],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            assert eventually(agent.daemons)
+            assert eventually(lambda: len(agent.get("/v1/grants")["items"]) == 1)
+            agent.kill()
+        finally:
+            asking.kill()
+            asking.wait(PATIENCE)
+        agent.start(timeout=2 * PATIENCE)
+        assert eventually(lambda: agent.daemons() == [])
+        assert agent.get("/v1/grants")["items"] == []
+        assert {export["state"] for export in agent.get("/v1/exports")["items"]} <= {"lost"}
+        server.send_signal(signal.SIGCONT)
+        stop(agent, start(agent, uri, writable=True))
+
+
 @pytest.mark.parametrize("writable", [False, True])
 def test_a_server_that_falls_silent_holds_up_nobody_and_force_ends_it(
     tmp_path: Path, folder: Path, images: Pair, writable: bool

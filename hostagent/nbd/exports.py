@@ -38,6 +38,8 @@ from jobs.ports import Clock
 
 log = logging.getLogger(__name__)
 
+SPOILT = "an earlier flush failed"
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -246,7 +248,7 @@ class Exports:
             if record.writable:
                 await chain.close_for_writing()
                 if record.file.network and record.reason is not None:
-                    raise _unwritten(record, record.reason)
+                    raise JobError("io_error", SPOILT)
         except JobError as error:
             if not force:
                 await self._spoil(record, error)
@@ -261,7 +263,7 @@ class Exports:
         Trying again is no use: after one failed fdatasync nobody knows what is on the disk, and QEMU says so for ever.
         """
         if record.file.network and record.reason is not None:
-            raise _unwritten(record, record.reason)
+            raise _unwritten(record, SPOILT)
         try:
             await chain.flush(chain.file)
         except JobError as error:

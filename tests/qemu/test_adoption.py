@@ -271,7 +271,7 @@ def test_queued_jobs_and_ended_ones_are_there_after_a_restart(tmp_path: Path, fo
     tops = [overlay(folder / f"top{n}.qcow2", base) for n in range(3)]
     with AgentProcess(tmp_path, {**SETTINGS, "JOBS_WIDTH": "1"}) as agent:
         done = agent.until_ended(agent.pull(tops[0])["id"])
-        running, queued = agent.pull(tops[1], bandwidth=2 * MIB), agent.pull(tops[2])
+        running, queued = agent.pull(tops[1], bandwidth=MIB // 8), agent.pull(tops[2])
         agent.until(running["id"], lambda j: j["cursor"]["cur"] > 0)
         agent.kill()
         agent.start()

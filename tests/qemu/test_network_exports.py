@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, Json, raw_image, reachable
+from tests.harness import MIB, AgentProcess, ApiError, Json, raw_image, reachable
 from tests.qemu.faults import HASTE, PATIENCE, ROOT, Pair, eventually
 from tests.qemu.remote_storage import nbd_server, needs_nbdkit
 from tests.qemu.test_apart_exports import bytes_of
@@ -91,6 +91,22 @@ def start(agent: AgentProcess, uri: str, **spec: Any) -> Json:
 
 def asked(agent: AgentProcess, uri: str, **spec: Any) -> Any:
     return refusal(agent, "POST", "/v1/exports", {"image": uri, **spec})
+
+
+def start_when_free(agent: AgentProcess, uri: str) -> Json:
+    """A writable export, once the job that is told to have ended has let go of its lease: a moment later."""
+
+    def attempt() -> Json | None:
+        try:
+            return start(agent, uri, writable=True)
+        except ApiError as error:
+            assert error.code == "busy", error
+            time.sleep(0.05)
+            return None
+
+    export = eventually(attempt)
+    assert export
+    return dict(export)
 
 
 def connected(uri: str) -> Any:
@@ -371,7 +387,7 @@ def test_a_copy_and_an_export_keep_out_of_each_others_way(agent: AgentProcess, f
         agent.patch(f"/v1/jobs/{job['id']}", {"bandwidth": 0})
         assert agent.until_ended(job["id"])["state"] == "completed"
         assert disk.read_bytes() == source.read_bytes()
-        stop(agent, start(agent, uri, writable=True))
+        stop(agent, start_when_free(agent, uri))
 
 
 def test_a_copy_that_failed_or_was_aborted_gives_the_uri_back(agent: AgentProcess, folder: Path) -> None:
@@ -382,7 +398,7 @@ def test_a_copy_that_failed_or_was_aborted_gives_the_uri_back(agent: AgentProces
         agent.until(job["id"], lambda job: job["state"] == "running")
         agent.post(f"/v1/jobs/{job['id']}/abort")
         assert agent.until_ended(job["id"])["state"] == "aborted"
-        stop(agent, start(agent, uri, writable=True))
+        stop(agent, start_when_free(agent, uri))
 
 
 # Servers that go away

@@ -104,5 +104,77 @@ class Record:
     event: Event
 
 
+# What a hypervisor tells of its domains. These are hints, not facts of ours: they are neither stored nor published.
+
+
+class DiskJobKind(StrEnum):
+    COMPLETED = "completed"
+    FAILED = "failed"
+    READY = "ready"
+
+
+class DomainEventKind(StrEnum):
+    DEFINED = "defined"
+    UNDEFINED = "undefined"
+    STARTED = "started"
+    SUSPENDED = "suspended"
+    RESUMED = "resumed"
+    STOPPED = "stopped"
+    SHUTDOWN = "shutdown"
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskJobEvent:
+    """A block job of a live disk ended, or a mirror is in sync. `domain` is the UUID, `disk` the target (vda);
+    `operation` is pull, copy, commit, backup or unknown, `active` tells a commit of the top layer; `reason` of FAILED
+    is failed or cancelled."""
+
+    kind: DiskJobKind
+    domain: str
+    name: str
+    disk: str
+    operation: str
+    active: bool = False
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DomainEvent:
+    """`reason` is libvirt's detail of a stop or a pause: destroyed, crashed, failed, io_error, …"""
+
+    kind: DomainEventKind
+    domain: str
+    name: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DiskErrorEvent:
+    """A guest's request failed. `action`: none, pause (the guest stands still now) or report (it was told)."""
+
+    domain: str
+    name: str
+    path: str
+    alias: str
+    action: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdEvent:
+    """A write went `excess` bytes beyond the threshold, in bytes of the file, of one layer (`disk`: vda or vda[3])."""
+
+    domain: str
+    name: str
+    disk: str
+    path: str
+    threshold: int
+    excess: int
+
+
+HypervisorEvent = DiskJobEvent | DomainEvent | DiskErrorEvent | ThresholdEvent
+
+
 def now() -> datetime:
     return datetime.now(UTC)

@@ -136,6 +136,50 @@ class Qmp:
 
 
 @dataclass(frozen=True, slots=True)
+class Libvirt:
+    uri: str = setting(
+        "",
+        "The libvirt whose domains are looked after. Empty is none. One that is absent is tried again and again, and "
+        "holds up nothing.",
+        unset="for a plain user empty",
+        usual="qemu:///system",
+    )
+    connect_timeout: float = setting(
+        10.0, "Seconds until a connection that is not made is said to hang. It is waited for.", low=0.1, high=600
+    )
+    call_timeout: float = setting(
+        35.0,
+        "Seconds until a call is answered; libvirt itself waits up to 30 s for another call on the same domain.",
+        low=0.1,
+        high=3600,
+    )
+    keepalive_interval: int = setting(5, "Seconds between two questions whether it lives.", low=1, high=600)
+    keepalive_count: int = setting(3, "Questions without an answer until the connection is given up.", low=1, high=100)
+    reconnect_wait: float = setting(1.0, "Seconds until a failed connection is tried again.", low=0.1, high=600)
+    reconnect_wait_max: float = setting(30.0, "That wait doubles up to this many seconds.", low=0.1, high=3600)
+    workers: int = setting(
+        8,
+        "Calls at a time, each with a connection of its own. A guest whose QEMU hangs keeps one. libvirtd answers some "
+        "20 at a time (its max_workers), to all its clients.",
+        low=1,
+        high=100,
+    )
+    event_queue: int = setting(
+        10000, "Events that wait for the agent; when more come, everything is read anew.", low=10, high=1000000
+    )
+    xml_size: int = setting(4 * MIB, "Bytes of one domain's description.", low=64 * 1024, high=64 * MIB, size=True)
+    refresh: float = setting(
+        60.0,
+        "Seconds between two looks at which domain uses which file, besides those that events start.",
+        low=1,
+        high=86400,
+    )
+    file_timeout: float = setting(
+        5.0, "Seconds to look at the files of one domain, and for who asks about them.", low=0.1, high=600
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Images:
     pools: tuple[str, ...] = setting(
         ("/var/lib/libvirt/images",),
@@ -338,6 +382,7 @@ class Config:
     agent: Agent = Agent()
     qsd: Qsd = Qsd()
     qmp: Qmp = Qmp()
+    libvirt: Libvirt = Libvirt()
     images: Images = Images()
     jobs: Jobs = Jobs()
     access: Access = Access()
@@ -630,9 +675,13 @@ def _settled(values: Mapping[str, Any], origin: Mapping[str, str], env: Mapping[
     user = config.access.hypervisor_user
     if not user and "access.hypervisor_user" not in values and root:
         user = "libvirt-qemu"
+    uri = config.libvirt.uri
+    if not uri and "libvirt.uri" not in values and root:
+        uri = "qemu:///system"
     config = replace(
         config,
         agent=agent,
+        libvirt=replace(config.libvirt, uri=uri),
         access=replace(config.access, hypervisor_user=user),
         qsd=replace(config.qsd, user=config.qsd.user or user),
         api=replace(config.api, socket=_or(config.api.socket, agent.runtime_dir / "hostagent.sock")),
@@ -650,6 +699,11 @@ def _fits_together(config: Config) -> None:
             value=str(config.api.socket),
             remedy="set agent.runtime_dir to a shorter path",
         )
+    if config.libvirt.reconnect_wait > config.libvirt.reconnect_wait_max:
+        raise _wrong(
+            "libvirt.reconnect_wait", config.libvirt.reconnect_wait, config.origin["libvirt.reconnect_wait"],
+            f"at most libvirt.reconnect_wait_max ({config.libvirt.reconnect_wait_max:g})",
+        )  # fmt: skip
     if config.jobs.settle_retry > config.jobs.settle_retry_max:
         raise _wrong(
             "jobs.settle_retry", config.jobs.settle_retry, config.origin["jobs.settle_retry"],

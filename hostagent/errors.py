@@ -34,7 +34,7 @@ CODES: dict[str, Code] = {
     "not_supported": Code(501, EXIT_ERROR, "Not supported yet"),
     "unavailable": Code(503, EXIT_ERROR, "Not available now"),
     "draining": Code(503, EXIT_BUSY, "The host takes no new work"),
-    "unresponsive": Code(503, EXIT_ERROR, "A storage daemon does not answer"),
+    "unresponsive": Code(503, EXIT_ERROR, "A storage daemon or a guest does not answer"),
     "storage_daemon_died": Code(503, EXIT_ERROR, "The storage daemon ended"),
     "timeout": Code(504, EXIT_TIMEOUT, "It took too long"),
     "no_space": Code(507, EXIT_ERROR, "No space left"),

@@ -1,0 +1,233 @@
+"""Live disks by name, and which domain uses which file.
+
+A target is `DOMAIN/DISK`: a name or UUID; a target (vda), one of its layers (vda[3]) or the path of its top. Who uses a
+file is answered from memory, which libvirt's events and a timer keep fresh; files are compared by identity. That answer
+is for people, who are told "use web1/vda" early: what really keeps two writers apart is the lease on the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+from dataclasses import dataclass
+
+from events.model import DiskJobEvent, DomainEvent, HypervisorEvent
+from hostagent.drivers import domain_xml
+from hostagent.drivers.domain_xml import Disk, Domain, LiveLayer
+from hostagent.drivers.hypervisor import Hypervisor
+from hostagent.drivers.libvirt import BlockJobInfo, DomainRef, Session
+from jobs.errors import JobError
+from jobs.model import FileId
+
+log = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"(?P<target>[^\[\]/]+)\[(?P<index>\d{1,9})\]")
+
+MOST_LOOKS = 4
+"""Looks at domains' files that have not returned, of the 32 threads for all files."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDisk:
+    """One disk of a domain as libvirt describes it now, `layer` the one that was named, and the job that runs on it."""
+
+    domain: DomainRef
+    disk: Disk
+    layer: LiveLayer
+    job: BlockJobInfo | None
+
+    def __str__(self) -> str:
+        return f"{self.domain.name}/{self.disk.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A domain's disk has the file in its chain. `depth` 0 is the top, which a guest writes; `writes` says that it may
+    write this layer."""
+
+    domain: DomainRef
+    target: str
+    depth: int
+    writes: bool
+
+    def __str__(self) -> str:
+        return f"{self.domain.name}/{self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`xml_size` in bytes, of one domain's description; `refresh` and `file_timeout` in seconds."""
+
+    xml_size: int
+    refresh: float
+    file_timeout: float
+
+
+def split(target: str) -> tuple[str, str]:
+    """`DOMAIN/DISK` in two. A domain's name has no slash (libvirt allows none), a disk's path may have."""
+    domain, slash, disk = target.partition("/")
+    if not (domain and slash and disk) or domain.startswith("."):
+        text = f"{target!r} names no disk of a domain"
+        raise JobError("invalid", text, field="target", value=target, remedy="write DOMAIN/DISK, as web1/vda")
+    return domain, disk
+
+
+class Domains:
+    """`run` is a task for as long as the agent lives; `event` and `resync` are what a hypervisor's sink hears."""
+
+    def __init__(self, hypervisor: Hypervisor, settings: Settings) -> None:
+        self._hypervisor = hypervisor
+        self._settings = settings
+        self._uses: dict[str, list[tuple[FileId, Use]]] = {}
+        self._stale: set[str] = set()
+        self._all_stale = True
+        self._looks: set[asyncio.Future[list[tuple[FileId, Use]]]] = set()
+        self._wake = asyncio.Event()
+        self._fresh = asyncio.Event()
+
+    # One disk
+
+    async def disk(self, target: str) -> LiveDisk:
+        """What `DOMAIN/DISK` is now. A JobError `not_found` names what there is."""
+        name, wanted = split(target)
+        try:
+            domain = await self._hypervisor.call("find", lambda session: session.find(name))
+        except JobError as error:
+            error.field, error.value = "target", target
+            raise
+        described = await self.describe(domain)
+        disk, layer = _named(described, wanted, target)
+        job = None
+        if domain.active:
+            job = await self._hypervisor.call(
+                "block_job", lambda s: s.block_job(domain.uuid, disk.target), domain=domain
+            )
+        return LiveDisk(domain, disk, layer, job)
+
+    async def describe(self, domain: DomainRef) -> Domain:
+        """All disks of it; the live chains while it runs."""
+
+        def describe(session: Session) -> Domain:
+            return domain_xml.parse(session.describe(domain.uuid), size=self._settings.xml_size)
+
+        return await self._hypervisor.call("describe", describe, domain=domain)
+
+    # Who uses a file
+
+    async def users(self, file: FileId) -> list[Use]:
+        """The disks whose chain has the file, running domains first. Empty also when nothing is known: without libvirt,
+        and of the layers below the top of a domain that does not run (libvirt does not say them)."""
+        if self._hypervisor.status.connected and not self._fresh.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.file_timeout):
+                    await self._fresh.wait()
+        found = [use for uses in self._uses.values() for one, use in uses if one == file]
+        return sorted(found, key=lambda use: (not use.domain.active, use.depth, str(use)))
+
+    def event(self, event: HypervisorEvent) -> None:
+        if isinstance(event, DiskJobEvent | DomainEvent):
+            self._stale.add(event.domain)
+            self._awake()
+
+    def resync(self) -> None:
+        self._all_stale = True
+        self._awake()
+
+    async def run(self) -> None:
+        """Read what events made stale, and everything now and then: no event tells of a file that was replaced."""
+        while True:
+            try:
+                async with asyncio.timeout(self._settings.refresh):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._all_stale = True
+            self._wake.clear()
+            try:
+                await self._refresh()
+            except JobError as error:  # gone again, or it hangs: what was known stays, and is read anew after that
+                log.info("domains could not be read", extra={"fields": {"error": error.message}})
+                self._all_stale = True
+            if not self._wake.is_set():
+                self._fresh.set()
+
+    def _awake(self) -> None:
+        self._fresh.clear()
+        self._wake.set()
+
+    async def _refresh(self) -> None:
+        if not self._hypervisor.status.connected:
+            return
+        everything, self._all_stale = self._all_stale, False
+        stale, self._stale = self._stale, set()
+        domains = await self._hypervisor.call("domains", lambda session: session.domains())
+        there = {domain.uuid for domain in domains}
+        self._uses = {uuid: uses for uuid, uses in self._uses.items() if uuid in there}
+        for domain in domains:
+            if everything or domain.uuid in stale or domain.uuid not in self._uses:
+                await self._refresh_one(domain)
+
+    async def _refresh_one(self, domain: DomainRef) -> None:
+        """One that cannot be read, or whose storage hangs, keeps what was known of it, and holds up no other."""
+        try:
+            described = await self.describe(domain)
+            self._uses[domain.uuid] = await self._look(domain, described)
+        except JobError as error:
+            if error.code != "not_found":  # undefined meanwhile
+                fields = {"domain": domain.name, "error": error.message}
+                log.warning("a domain could not be read", extra={"fields": fields})
+
+    async def _look(self, domain: DomainRef, described: Domain) -> list[tuple[FileId, Use]]:
+        """A look at files on dead storage never returns, and keeps its thread: there may be a few of these."""
+        if len(self._looks) >= MOST_LOOKS:
+            raise JobError("unavailable", "looks at other domains' files have not returned")
+        look = asyncio.ensure_future(asyncio.to_thread(_uses, domain, described))
+        self._looks.add(look)
+        look.add_done_callback(self._looks.discard)
+        await asyncio.wait({look}, timeout=self._settings.file_timeout)
+        if not look.done():
+            raise JobError("unresponsive", "its files do not answer")
+        return look.result()
+
+
+def _uses(domain: DomainRef, described: Domain) -> list[tuple[FileId, Use]]:
+    """Blocking: it looks at the files."""
+    found = []
+    for disk in described.disks:
+        mirror = disk.mirror.layer if disk.mirror else None
+        for depth, layer in enumerate((*disk.layers, *([mirror] if mirror else []))):
+            writes = layer is mirror or (depth == 0 and not disk.read_only)
+            if layer.local and (file := _identity(str(layer.path))) is not None:
+                found.append((file, Use(domain, disk.target, 0 if layer is mirror else depth, writes)))
+    return found
+
+
+def _identity(path: str) -> FileId | None:
+    try:
+        info = os.stat(path)  # noqa: PTH116 - as libvirt: a link leads to the file
+    except (OSError, ValueError):
+        return None
+    return FileId(info.st_dev, info.st_ino)
+
+
+def _named(domain: Domain, wanted: str, target: str) -> tuple[Disk, LiveLayer]:
+    indexed = _LAYER.fullmatch(wanted)
+    for disk in domain.disks:
+        if disk.top is None:
+            continue
+        if indexed and disk.target == indexed["target"]:
+            for layer in disk.layers:
+                if layer.index == int(indexed["index"]):
+                    return disk, layer
+        elif wanted == disk.target or (wanted.startswith("/") and wanted == disk.top.path):
+            return disk, disk.top
+    known = ", ".join(disk.target for disk in domain.disks) or "none"
+    raise JobError(
+        "not_found",
+        f"domain {domain.name!r} has no disk {wanted!r} with an image",
+        field="target",
+        value=target,
+        remedy=f"its disks: {known[:500]}; layers are vda[INDEX] as in `virsh dumpxml {domain.name}`",
+    )

@@ -19,6 +19,7 @@ case $purpose in
   run) ;;
   develop)
     programs+=([mkfs.xfs]=xfsprogs [mkfs.ext4]=e2fsprogs [gcc]=gcc)
+    programs+=([libvirtd]=libvirt-daemon [qemu-system-x86_64]=qemu-system-x86 [busybox]=busybox-static)
     extra='[test]'
     ;;
   *)
@@ -33,6 +34,7 @@ for program in "${!programs[@]}"; do
 done
 [ "$purpose" = run ] || [ -e /usr/include/dlfcn.h ] || missing+=(libc6-dev)  # the tests make a disk that fails
 /usr/bin/python3 -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)
+[ "$purpose" = run ] || /usr/bin/python3 -c 'import libvirt' 2>/dev/null || missing+=(python3-libvirt)
 /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 
 if [ ${#missing[@]} -gt 0 ]; then
@@ -53,3 +55,20 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
 fi
 echo "setup: installing into .venv: hostagent$extra and the Python packages that it needs"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$extra"
+
+# Guests of the tests boot Debian's cloud kernel. It is only unpacked: this machine's own boot is not touched.
+guest=.venv/guest
+if [ "$purpose" = develop ] && [ ! -e "$guest/vmlinuz" ]; then
+  kernel=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1)
+  if [ "$(uname -m)" = x86_64 ] && [ -n "$kernel" ]; then
+    echo "setup: unpacking $kernel into $guest for the tests' guests"
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    (cd "$work" && apt-get download -qq -o APT::Sandbox::User=root "$kernel" && dpkg-deb -x ./*.deb .)
+    mkdir -p "$guest"
+    find "$work/lib/modules" -name 'virtio*.ko' -exec cp {} "$guest" \;
+    cp "$work"/boot/vmlinuz-* "$guest/vmlinuz"
+  else
+    echo "setup: there is no linux-image-cloud-amd64 here: tests with guests are skipped" >&2
+  fi
+fi

@@ -1,0 +1,201 @@
+"""A guest of a private libvirtd: TCG, Debian's cloud kernel, and an initramfs that does nothing but write (pattern.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.libvirt import pattern
+
+if TYPE_CHECKING:
+    from tests.libvirt.private import PrivateLibvirt
+
+_MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk")
+"""In the order in which they need each other (Debian's cloud kernel has no disk driver built in)."""
+
+_DISK = """
+<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='{cache}'/><source file='{path}'/>
+<target dev='{target}' bus='virtio'/></disk>
+"""
+_DOMAIN = """
+<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>96</memory><vcpu>1</vcpu>
+<os><type arch='x86_64' machine='q35'>hvm</type><kernel>{kernel}</kernel><initrd>{initramfs}</initrd>
+<cmdline>console=ttyS0 quiet panic=-1</cmdline></os>
+<features><acpi/></features><on_poweroff>destroy</on_poweroff><on_crash>destroy</on_crash>
+<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}
+<controller type='usb' model='none'/><memballoon model='none'/>
+<serial type='file'><source path='{console}'/></serial></devices></domain>
+"""
+
+
+def kernel_folder() -> Path:
+    """Where tools/setup.sh puts the guests' kernel: vmlinuz, and the modules of a disk."""
+    return Path(sys.prefix) / "guest"
+
+
+@functools.cache
+def initramfs() -> bytes:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for each in ("bin", "modules", "proc", "sys", "dev"):
+            (folder / each).mkdir()
+        busybox = shutil.which("busybox")
+        assert busybox is not None
+        shutil.copy(busybox, folder / "bin/busybox")
+        for applet in ("sh", "mount", "insmod", "dd", "printf", "md5sum", "cat", "usleep"):
+            (folder / "bin" / applet).symlink_to("busybox")
+        for number, module in enumerate(_MODULES):
+            shutil.copy(kernel_folder() / f"{module}.ko", folder / "modules" / f"{number}-{module}.ko")
+        shutil.copy(Path(__file__).parent / "guest_init.sh", folder / "init")
+        names = "\n".join(["."] + [str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))])
+        command = ["busybox", "cpio", "-o", "-H", "newc"]
+        done = subprocess.run(command, cwd=folder, input=names.encode(), capture_output=True, check=True, timeout=60)
+        return done.stdout
+
+
+class Guest:
+    """One domain. `disks` are further disks by target; `cache` is QEMU's mode for all of them.
+
+    As libvirt has it, `pid` is QEMU's; it can be stopped (SIGSTOP) so that its monitor answers nobody.
+    """
+
+    def __init__(
+        self,
+        libvirt: PrivateLibvirt,
+        name: str,
+        disk: Path,
+        *,
+        console: Path,
+        disks: dict[str, Path] | None = None,
+        cache: str = "writeback",
+    ) -> None:
+        self.name = name
+        self.uuid = str(uuid.uuid4())
+        self.disk = disk
+        self.console = console
+        self._libvirt = libvirt
+        self._disks = {"vda": disk, **(disks or {})}
+        self._cache = cache
+
+    # Life
+
+    @property
+    def xml(self) -> str:
+        disks = [_DISK.format(path=path, target=target, cache=self._cache) for target, path in self._disks.items()]
+        return _DOMAIN.format(
+            name=self.name,
+            uuid=self.uuid,
+            kernel=kernel_folder() / "vmlinuz",
+            initramfs=self._libvirt.initramfs,
+            disks="".join(disks),
+            console=self.console,
+        )
+
+    def define(self) -> None:
+        with self._libvirt.connection() as connection:
+            connection.defineXML(self.xml)
+
+    def start(self, *, paused: bool = False) -> None:
+        """Boot; `paused`: QEMU runs and has the disks open, but the guest does nothing, which takes no processor."""
+        import libvirt
+
+        with self.domain() as domain:
+            domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
+
+    def destroy(self) -> None:
+        with self.domain() as domain:
+            domain.destroy()
+
+    def kill(self) -> None:
+        """SIGKILL to QEMU, as a crash."""
+        from tests.libvirt.private import until
+
+        pid = self.pid
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: pid not in self._libvirt.processes("qemu-system"), "QEMU is gone")
+
+    def remove(self) -> None:
+        import libvirt
+
+        for pid in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(libvirt.libvirtError), self.domain() as domain:
+            if domain.isActive():
+                domain.destroy()
+            if domain.isPersistent():
+                domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+
+    @contextlib.contextmanager
+    def domain(self) -> Iterator[Any]:
+        """Its virDomain, over a connection of its own."""
+        with self._libvirt.connection() as connection:
+            yield connection.lookupByUUIDString(self.uuid)
+
+    # QEMU's process
+
+    @property
+    def pid(self) -> int:
+        """As we see it."""
+        found = self._processes()
+        assert len(found) == 1, found
+        return found[0]
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """QEMU does nothing, and its monitor does not answer."""
+        descriptor = os.pidfd_open(self.pid)
+        try:
+            signal.pidfd_send_signal(descriptor, signal.SIGSTOP)
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGCONT)
+            os.close(descriptor)
+
+    def _processes(self) -> list[int]:
+        mine = f"guest={self.name},".encode()
+        found = []
+        for pid in self._libvirt.processes("qemu-system"):
+            with contextlib.suppress(OSError):
+                if mine in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
+
+    # What it wrote
+
+    @property
+    def flushed(self) -> int:
+        """How many blocks the guest has flushed since it was booted. A write that failed for the guest is an error."""
+        try:
+            text = self.console.read_bytes().decode(errors="replace")
+        except FileNotFoundError:
+            return 0
+        booted = text.rpartition("READY blocks=")[2]
+        assert "FAILED" not in booted, booted[-500:]
+        found = re.findall(r"^FLUSHED (\d+)\r?\n", booted, re.MULTILINE)
+        return int(found[-1]) if found else 0
+
+    def until_flushed(self, count: int) -> int:
+        from tests.libvirt.private import until
+
+        until(lambda: self.flushed >= count, f"{self.name} has flushed {count} blocks")
+        return self.flushed
+
+    def verify(self, image: Path | None = None, *, flushed: int | None = None, running: bool = False) -> int:
+        """That the image (its disk) has all that the guest flushed; says how many blocks were looked at."""
+        found = pattern.verify_image(image or self.disk, self.flushed if flushed is None else flushed, running=running)
+        assert not found.wrong, found.wrong[:5]
+        assert found.checked > 0, "the guest flushed nothing"
+        return found.checked

@@ -61,6 +61,7 @@ from hostagent.images.measure import Measure
 from hostagent.images.member import ChainLimits
 from hostagent.images.qemu_img import QemuImg, RunAs, ToolLimits
 from hostagent.images.tool import Tool
+from hostagent.live import Live
 from hostagent.metrics import JobGauge, Metrics, Snapshot
 from hostagent.nbd import chains as nbd_chains
 from hostagent.nbd import exports as nbd_exports
@@ -187,6 +188,12 @@ class Agent:
         )
         self._qemu = _qemu_version(config)
         self._metrics = Metrics(self._snapshot, version=__version__, qemu=self._qemu)
+        self._live = Live(
+            config.libvirt,
+            record=lambda event: self._later(self._store.record([event])),
+            count=lambda type_: self._metrics.event("libvirt", type_),
+            observe=self._metrics.libvirt_call,
+        )
         self._ledger = self._make_ledger()
         self._chains = self._make_chains()
         self._exports = self._make_exports()
@@ -350,6 +357,7 @@ class Agent:
         self._later(self._drain.settle())
         self._make_service()
         await self._refresh()
+        self._live.start()
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._listen()]), name="api")
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
@@ -381,6 +389,7 @@ class Agent:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await self._live.stop()
         await self._engine.stop()
         await self._bitmaps.close(self._config.agent.stop_timeout)
         await self._exports.close()
@@ -440,6 +449,7 @@ class Agent:
             changes=self._changes,
             drain=self._drain,
             watch=self._watch,
+            live=self._live,
         )
         names = {item.name for item in fields(HttpSettings)} - {"host", "stop_timeout"}
         settings = HttpSettings(
@@ -543,6 +553,8 @@ class Agent:
             trouble = Trouble(now(), f"export {event.export}", event.reason or "lost", "start it again")
         elif isinstance(event, HostEvent) and event.kind is HostEventKind.UNRESPONSIVE:
             trouble = Trouble(now(), event.subject, event.reason or "unresponsive", "see whether its storage hangs")
+        elif isinstance(event, HostEvent) and event.kind is HostEventKind.DISCONNECTED:
+            trouble = Trouble(now(), event.subject, event.reason or "disconnected", "it is connected again by itself")
         if trouble is not None and hasattr(self, "_service"):
             self._service.troubles.append(trouble)
 
@@ -581,11 +593,13 @@ class Agent:
             exports=exports,
             grants=self._gauges["grants"],
             daemons={**daemons, "orphan": len(self._chains.orphans)},
+            libvirt_connected=self._live.status.connected,
+            libvirt=self._live.version,
             qmp_connected=sum(chain.answers for chain in chains),
             revocations_pending=self._gauges["pending"],
             oldest_pending=self._gauges["oldest"],
             changed_files=len({drift.path for drift in self._watch.found}),
-            dropped=self._bus.dropped,
+            dropped={**self._bus.dropped, "libvirt": self._live.hypervisor.dropped},
         )
 
     def _gauge(self, job: Job) -> JobGauge:

@@ -34,6 +34,9 @@ REVOCATION_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1
 # A storage daemon answers after about 10 ms; a loaded host or a slow disk needs seconds.
 EXPORT_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
+# Most calls take under a millisecond; one on a busy domain waits up to 30 s for it.
+CALL_SECONDS = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 35.0)
+
 _JOB = ("domain", "target_device", "operation")
 
 
@@ -47,6 +50,9 @@ class Entry(NamedTuple):
 METRICS: dict[str, Entry] = {
     "build_info": Entry("gauge", "Always 1; the versions are in the labels.", ("version", "libvirt", "qemu")),
     "libvirt_connected": Entry("gauge", "Whether the connection to libvirt is up."),
+    "libvirt_call_seconds": Entry(
+        "histogram", "Calls to libvirt, by how they ended: ok, error or timeout.", ("call", "result"), CALL_SECONDS
+    ),
     "qmp_connected": Entry("gauge", "Storage daemons whose monitor is connected."),
     "snapshot_timestamp_seconds": Entry("gauge", "When the data of these gauges were taken."),
     "storage_daemons": Entry("gauge", "Storage daemons by state.", ("state",)),
@@ -101,6 +107,7 @@ class Snapshot:
     daemons: Mapping[str, int] = field(default_factory=dict)
     qmp_connected: int = 0
     libvirt_connected: bool = False
+    libvirt: str = ""
     revocations_pending: int = 0
     changed_files: int = 0
     oldest_pending: float | None = None
@@ -134,9 +141,9 @@ Labels = tuple[str, ...]
 class Metrics(Collector):
     """Tell it what happens; `render` is what /metrics answers. Use it from the loop's thread only."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], *, version: str, qemu: str = "", libvirt: str = "") -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot], *, version: str, qemu: str = "") -> None:
         self._snapshot = snapshot
-        self._build = (version, libvirt, qemu)
+        self._version, self._qemu = version, qemu
         self._counters: dict[str, Counter[Labels]] = defaultdict(Counter)
         self._histograms: dict[str, dict[Labels, Histogram]] = {
             name: {} if entry.labels else {(): Histogram(entry.buckets)}
@@ -166,6 +173,9 @@ class Metrics(Collector):
     def export_started(self, seconds: float) -> None:
         self._observe("nbd_export_start_seconds", seconds)
 
+    def libvirt_call(self, call: str, result: str, seconds: float) -> None:
+        self._observe("libvirt_call_seconds", seconds, call, result)
+
     def event(self, source: str, type: str) -> None:
         self._count("events_total", source, type)
 
@@ -182,7 +192,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         now = self._snapshot()
-        gauges = _gauges(now, build=self._build)
+        gauges = _gauges(now, build=(self._version, now.libvirt, self._qemu))
         counters: dict[str, Mapping[Labels, float]] = {
             **self._counters,
             "events_dropped_total": _by_one_label(now.dropped),

@@ -23,6 +23,7 @@ from hostagent.api.changes import Changes
 from hostagent.api.peer import Peer
 from hostagent.drain import Drain
 from hostagent.images.bitmap_changes import Add, Change, Merge, Remove
+from hostagent.live import Live
 from hostagent.nbd import serving
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.export_spec import ExportSpec
@@ -78,6 +79,7 @@ class AgentService:
         changes: Changes,
         drain: Drain,
         watch: Watch,
+        live: Live,
     ) -> None:
         self._engine = engine
         self._exports = exports
@@ -90,6 +92,7 @@ class AgentService:
         self._changes = changes
         self._drain = drain
         self._watch = watch
+        self._live = live
         self.troubles: deque[Trouble] = deque(maxlen=20)
 
     # Jobs
@@ -97,13 +100,18 @@ class AgentService:
     async def start_job(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
         self._has_room()
         job_id = _id(spec)
-        with self._admitted(job_id and await self._store.get(job_id)), _about("target"):
-            job, created = await self._engine.create(_job_spec(spec, self._anywhere(peer)), job_id)
+        asked = _job_spec(spec, self._anywhere(peer))
+        known = job_id and await self._store.get(job_id)
+        with self._admitted(known), _about("target"):
+            if not known:
+                await self._live.refuse_guests(asked.target, whole_chain=False)
+            job, created = await self._engine.create(asked, job_id)
         return self._job(job), created
 
     async def plan_job(self, spec: Json, *, peer: Peer) -> Json:
         asked = _job_spec(spec, self._anywhere(peer))
         with _about("target"):
+            await self._live.refuse_guests(asked.target, whole_chain=False)
             plan = await self._engine.plan(asked)
         return await self._plan(asked, plan)
 
@@ -224,7 +232,10 @@ class AgentService:
         if asked.tcp is not None and not self._anywhere(peer):
             raise JobError("denied", "only root may export over TCP", field="tcp", remedy="leave it out")
         export_id = _id(spec)
-        with self._admitted(export_id and await self._store.export(export_id)), _about("image"):
+        known = export_id and await self._store.export(export_id)
+        with self._admitted(known), _about("image"):
+            if asked.writable and not known:
+                await self._live.refuse_guests(asked.image, whole_chain=True)
             record, created = await self._exports.start(asked, export_id, anywhere=self._anywhere(peer))
         return await self._export(record), created
 
@@ -356,7 +367,7 @@ class AgentService:
             "host": self._facts.host,
             "version": __version__,
             "qemu": self._facts.qemu,
-            "libvirt": {"connected": False, "version": None},
+            "libvirt": self._live.facts(),
             "user": {"name": self._subject.name, "uid": self._subject.uid},
             "access": "own" if self._subject.own else "acl",
             "pid": os.getpid(),
@@ -444,7 +455,7 @@ class AgentService:
         since = views.time(self._drain.record.since)
         drain = f"since {since}: no new work is taken" if self._drain.on else "not being drained"
         checks["drain"] = {"ok": not self._drain.on, "detail": drain}
-        checks["libvirt"] = {"ok": True, "detail": "not used by this version"}
+        checks["libvirt"] = self._live.check()
         return {"ready": all(check["ok"] for check in checks.values()), "checks": checks}
 
     async def events_since(self, seq: int, limit: int) -> list[Record] | None:

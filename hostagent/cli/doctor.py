@@ -114,7 +114,12 @@ def _ready(state: Json) -> Iterator[Finding]:
     for name, check in sorted(checks.items()):
         text = str(check.get("detail") or ("ok" if check.get("ok") else "not ok"))
         remedy = str(check.get("remedy") or "see the agent's log")
-        yield ok(f"agent: {name}", text) if check.get("ok") else fail(f"agent: {name}", text, remedy)
+        if not check.get("ok"):
+            yield fail(f"agent: {name}", text, remedy)
+        elif check.get("remedy"):  # it keeps nobody from working, and yet somebody may want to do something
+            yield warn(f"agent: {name}", text, remedy)
+        else:
+            yield ok(f"agent: {name}", text)
 
 
 def _host(host: Json) -> Iterator[Finding]:

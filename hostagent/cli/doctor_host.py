@@ -16,6 +16,7 @@ from pathlib import Path
 from hostagent.access import acl
 from hostagent.cli.finding import Finding, fail, ok, warn
 from hostagent.config import Config
+from hostagent.drivers.libvirt import absent
 from jobs.errors import JobError
 
 VERSION_TIMEOUT = 5.0  # seconds for `--version`; a program on a dead network mount never answers
@@ -27,6 +28,7 @@ SAFE_QUERY_QEMU = (10, 2)  # below it query-named-block-nodes can crash QEMU (gi
 def findings(config: Config) -> Iterator[Finding]:
     yield from _programs(config)
     yield _libnbd()
+    yield _libvirt(config)
     yield _user("hypervisor user", "access.hypervisor_user", config.access.hypervisor_user)
     if config.qsd.user != config.access.hypervisor_user:
         yield _user("storage user", "qsd.user", config.qsd.user)
@@ -81,6 +83,14 @@ def _libnbd() -> Finding:
     if importlib.util.find_spec("nbd") is None:
         return fail("libnbd", "the Python binding of libnbd is missing", "install python3-libnbd")
     return ok("libnbd", "the Python binding is there")
+
+
+def _libvirt(config: Config) -> Finding:
+    if not config.libvirt.uri:
+        return ok("libvirt", "libvirt.uri is empty: live disks are not looked after")
+    if (missing := absent()) is not None:
+        return warn("libvirt", f"{missing}: live disks are not looked after", 'install it, or set libvirt.uri to ""')
+    return ok("libvirt", f"the Python binding is there, for {config.libvirt.uri}")
 
 
 # Users and folders

@@ -71,7 +71,7 @@ def _print_head(terminal: Terminal, host: Json) -> None:
 
 def _libvirt(state: Json) -> str:
     if not state.get("connected"):
-        return "not connected: live disks are not looked after"
+        return f"not connected: {state.get('reason') or 'live disks are not looked after'}"
     return str(state.get("version") or "connected")
 
 

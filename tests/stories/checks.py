@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pwd
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from tests.harness import TEST_USER, AgentProcess, Json
 from tests.qemu.faults import PATIENCE, ROOT, backing_name, eventually, sound, storage_daemons
-from tests.stories.model import CLUSTER, CLUSTERS, Image, Tree
+from tests.stories.model import CLUSTER, CLUSTERS, Bitmap, Image, Tree
 
 nbd: Any = importlib.import_module("nbd")
 
 _OPENER = "import os, sys\nfor p in sys.argv[1:]:\n try: os.open(p, os.O_RDONLY); print(p)\n except OSError: pass"
+
+
+def bitmaps_of(image: Image) -> str:
+    return f"/v1/images/bitmaps?{urlencode({'path': image.path})}"
 
 
 def bytes_of(view: list[int]) -> bytes:
@@ -76,27 +83,32 @@ def _first(found: bytes, view: list[int]) -> str:
     return f"(cluster, expected, found) {wrong[:4]}, {len(found)} bytes"
 
 
-def check_access(agent: AgentProcess, tree: Tree, exports: dict[str, Json]) -> None:
-    """Exports hold their chains, images what they may still need, nobody else anything; and the files say the same."""
+def check_access(agent: AgentProcess, tree: Tree, exports: dict[str, Json], jobs: dict[str, Path]) -> None:
+    """Exports and the jobs that stand (by id, with their images) hold their chains, images what they may still need,
+    nobody else anything; and the files say the same."""
     if not ROOT:
         return
-    used = {path for export in exports.values() for path in tree.chain(Path(export["image"]))}
 
     def settled() -> bool:
-        grants = agent.get("/v1/grants")["items"]
-        return all(grant["holder"]["kind"] != "job" for grant in grants) and _as_granted(tree, used, grants)
+        return _as_granted(tree, exports, jobs, agent.get("/v1/grants?limit=1000")["items"])
 
-    assert eventually(settled), (agent.get("/v1/grants")["items"], used, tree.keeps, openable(list(tree.images)))
+    assert eventually(settled), (agent.get("/v1/grants")["items"], exports, jobs, tree, openable(list(tree.images)))
 
 
-def _as_granted(tree: Tree, used: set[Path], grants: list[Json]) -> bool:
+def _as_granted(tree: Tree, exports: dict[str, Json], jobs: dict[str, Path], grants: list[Json]) -> bool:
     by_image = [grant for grant in grants if grant["holder"]["kind"] == "image"]
     held = {Path(grant["path"]) for grant in grants}
-    of_exports = {Path(grant["path"]) for grant in grants if grant["holder"]["kind"] == "export"}
+    living = {
+        (grant["holder"]["kind"], grant["holder"]["id"], Path(grant["path"]))
+        for grant in grants
+        if grant["holder"]["kind"] != "image" and Path(grant["path"]) in tree.images
+    }
+    users = [*(("export", name, Path(export["image"])) for name, export in exports.items())]
+    users += [("job", name, image) for name, image in jobs.items()]
     lawful = {str(path) for path in tree.keeps}
     known = set(tree.images)
     return (
-        of_exports & known == used
+        living == {(kind, name, path) for kind, name, image in users for path in tree.chain(image)}
         and all(grant["holder"]["id"] in lawful or Path(grant["path"]) not in known for grant in by_image)
         and openable(list(known)) == held & known
     )
@@ -114,6 +126,33 @@ def check_events(agent: AgentProcess, jobs: dict[str, str]) -> None:
     for job, state in jobs.items():
         found = [kind for kind in kinds[job] if kind not in ("started", "ready")]
         assert found == [ends[state]] == kinds[job][-1:], (job, state, kinds[job])
+
+
+def check_bitmaps(agent: AgentProcess, tree: Tree, written: Iterable[Path]) -> None:
+    """Each image has the bitmaps that it must, and they are consistent where they must be. Those of a file that clients
+    write are in the memory of its storage daemon."""
+    for image in tree.images.values():
+        if image.format != "qcow2" or image.path in written:
+            continue
+        found = agent.get(bitmaps_of(image))["items"]
+        assert {one["name"] for one in found} == set(image.bitmaps), (image, found)
+        for one in found:
+            bitmap, broken = image.bitmaps[one["name"]], one["state"] == "inconsistent"
+            bitmap.broken = broken if bitmap.broken is None else bitmap.broken
+            assert (one["state"] == "inconsistent", one["recording"]) == (bitmap.broken, bitmap.recording), (image, one)
+
+
+def check_told(bitmap: Bitmap, uri: str, name: str) -> None:
+    """The exported bitmap tells of all that it must, and of nothing else if it is exact."""
+    command = ["nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", uri]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE)
+    found: set[int] = set()
+    for extent in json.loads(done.stdout):
+        if extent["type"] & 1:
+            begin, end = extent["offset"], extent["offset"] + extent["length"]
+            found |= set(range(begin // CLUSTER, -(-end // CLUSTER)))
+    assert bitmap.bits <= found, f"{name} does not tell of {sorted(bitmap.bits - found)}"
+    assert not bitmap.exact or found == bitmap.bits, f"{name} tells of {sorted(found - bitmap.bits)} as well"
 
 
 def check_nothing_left(agent: AgentProcess, folder: Path) -> None:

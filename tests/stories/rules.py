@@ -1,0 +1,327 @@
+"""The rules of generated stories: each asks for something whose end the model foresees, and tells the model of it.
+
+A rule gets one number, a seed of its own: what it chooses depends on the state of the story, which may differ when a
+story is told again, and hypothesis must not see that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from tests.harness import ApiError, Json
+from tests.qemu.faults import PATIENCE, eventually
+from tests.stories import checks
+from tests.stories.commits import commit
+from tests.stories.copies import copy, copy_group, end_waiting, start_waiting
+from tests.stories.foresight import Fate
+from tests.stories.model import CLUSTER, CLUSTERS, Bitmap, Image
+from tests.stories.refusals import REFUSALS
+from tests.stories.stage import Between, Stage
+from tests.stories.tally import Tally
+
+T = TypeVar("T")
+IMAGES_MAX = 10
+EXPORTS_MAX = 3
+dice = st.integers(0, 2**32 - 1).map(random.Random)
+
+
+class Stories(RuleBasedStateMachine):
+    tally = Tally()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = Stage(self.tally)
+        self.tree = self.stage.tree
+        self.agent = self.stage.agent
+        below = self.stage.base()
+        for _ in range(3):  # a chain that commits may go down
+            below = self.stage.overlay(below)
+        shared = self.stage.base()
+        for _ in range(2):
+            self.stage.overlay(shared)
+
+    # Choosing
+
+    def usable(self, *, overlays: bool = False) -> list[Image]:
+        return [i for i in self.tree.images.values() if i.view is not None and (i.backing or not overlays)]
+
+    @staticmethod
+    def choose(dice: random.Random, among: Sequence[T], fate: Callable[[T], Fate | None]) -> tuple[T, Fate | None]:
+        """Mostly one that must be obeyed, now and then one that must not."""
+        fates = [(one, fate(one)) for one in among]
+        good = [(one, found) for one, found in fates if found is None]
+        return dice.choice(good if good and dice.random() < 0.9 else fates)
+
+    def make_room(self, dice: random.Random) -> None:
+        """Delete images that nobody stands on and nobody uses, those without a meaning first."""
+        foresight = self.stage.foresight
+        while len(self.tree.images) >= IMAGES_MAX:
+            free = [path for path in self.tree.leaves() if not foresight.used(path)]
+            torn = [path for path in free if self.tree.images[path].view is None]
+            if not free:
+                return
+            chosen = dice.choice(torn or free)
+            self.stage.tell("deleted:", chosen.name)
+            chosen.unlink()
+            self.tree.forget([chosen])
+
+    # Images and exports
+
+    @rule(dice=dice)
+    def overlay_made(self, dice: random.Random) -> None:
+        self.make_room(dice)
+        images = [image for image in self.usable() if not self.stage.foresight.written(image.path)]
+        if images and len(self.tree.images) < IMAGES_MAX:
+            tops = [image for image in images if image.path in self.tree.leaves() and image.backing]
+            image = self.stage.overlay(dice.choice(tops if tops and dice.random() < 0.6 else images))
+            self.stage.tell("overlay:", image.path.name, "on", image.backing)
+
+    @rule(dice=dice, writable=st.booleans())
+    def export_started(self, dice: random.Random, writable: bool) -> None:
+        if len(self.stage.exports) >= EXPORTS_MAX or not self.usable():
+            return
+        foresight = self.stage.foresight
+        foreseen = foresight.write if writable else foresight.read
+        image, fate = self.choose(dice, self.usable(), lambda image: foreseen(image.path))
+        names = [name for name, bitmap in image.bitmaps.items() if bitmap.broken is False]
+        bitmaps = names[:1] if names and not writable and dice.random() < 0.5 else []
+        kind = "writable export" if writable else "export with a bitmap" if bitmaps else "export"
+        self.stage.tell(kind, image.path.name, fate)
+        body = {"image": str(image.path), "format": image.format, "writable": writable, "bitmaps": bitmaps}
+        excused = writable and foresight.excused(image.path)
+        export = self.stage.asked(kind, fate, "/v1/exports", body, excused=excused)
+        if export:
+            self.stage.exports[export["id"]] = export
+            self.tally.count(kind, "completed")
+
+    @rule(dice=dice)
+    def guest_writes(self, dice: random.Random) -> None:
+        writable = [export for export in self.stage.exports.values() if export["writable"]]
+        for _ in range(dice.randint(1, 3) if writable else 0):
+            export, cluster, tag = dice.choice(writable), dice.randrange(CLUSTERS), dice.randrange(256)
+            self.stage.tell("write:", export["image"], cluster, tag)
+            checks.write_export(export["uri"], cluster, tag)
+            self.tree.written(Path(export["image"]), cluster, tag)
+            self.tally.count("guest write", "completed")
+
+    @rule(dice=dice)
+    def export_stopped(self, dice: random.Random) -> None:
+        if self.stage.exports:
+            self.stop(dice.choice(list(self.stage.exports)))
+
+    def stop(self, name: str) -> None:
+        self.stage.tell("stop:", self.stage.exports[name]["image"])
+        assert eventually(lambda: not self.agent.get(f"/v1/exports/{name}")["clients"])
+        self.agent.delete(f"/v1/exports/{name}")
+        del self.stage.exports[name]
+
+    @rule(what=st.sampled_from(["agent", "daemons", "both"]))
+    def killed(self, what: str) -> None:
+        self.stage.tell("kill:", what)
+        if what == "agent":
+            self.stage.kill_agent()
+        else:
+            self.stage.kill_daemons(agent=what == "both")
+
+    # Jobs
+
+    @rule(dice=dice, steps=st.booleans())
+    def pulled(self, dice: random.Random, steps: bool) -> None:
+        images = self.usable(overlays=True)
+        if not images:
+            return
+        foresight = self.stage.foresight
+        image, fate = self.choose(dice, images, lambda image: foresight.pull(image.path))
+        stop = dice.choice([None, *self.tree.chain(image.path)[2:]])
+        body: Json = {"operation": "pull", "target": str(image.path)} | ({"base": str(stop)} if stop else {})
+        body |= {"increment": dice.choice([3, 10]) * CLUSTER} if steps else {}
+        between = Between.chosen(dice)
+        jobs = self.stage.work("pull by steps" if steps else "pull", "/v1/jobs", body, fate, between)
+        if jobs is not None:
+            self.tree.pulling(image.path)
+            if between.kills_daemons:
+                self.tree.doubted(image.path)
+            if jobs[0]["state"] == "completed":
+                self.tree.pulled(image.path, stop)
+
+    @rule(dice=dice)
+    def copied(self, dice: random.Random) -> None:
+        self.make_room(dice)
+        if self.usable():
+            foresight = self.stage.foresight
+            image, fate = self.choose(dice, self.usable(), lambda image: foresight.copy(image.path))
+            copy(self.stage, dice, image, fate)
+
+    @rule(dice=dice)
+    def group_copied(self, dice: random.Random) -> None:
+        self.make_room(dice)
+        images = [image for image in self.usable() if self.stage.foresight.copy(image.path) is None]
+        if len(images) > 1:
+            copy_group(self.stage, dice, dice.sample(images, 2))
+
+    @rule(dice=dice)
+    def copy_waits(self, dice: random.Random) -> None:
+        if self.stage.waiting:
+            end_waiting(self.stage, dice)
+            return
+        self.make_room(dice)
+        images = [image for image in self.usable() if self.stage.foresight.copy(image.path) is None]
+        if images:
+            start_waiting(self.stage, dice, dice.choice(images))
+
+    @rule(dice=dice, kind=st.sampled_from(["pivot", "finish", "below"]))
+    def committed(self, dice: random.Random, kind: str) -> None:
+        commit(self.stage, dice, kind, lambda among, fate: self.choose(dice, among, fate))
+
+    @rule(dice=dice)
+    def job_deleted(self, dice: random.Random) -> None:
+        known = [job["id"] for job in self.agent.get("/v1/jobs?limit=1000")["items"] if job["id"] in self.stage.jobs]
+        if known:
+            name = dice.choice(known)
+            self.stage.tell("delete:", name)
+            self.agent.delete(f"/v1/jobs/{name}")
+            with contextlib.suppress(ApiError):
+                raise AssertionError(f"there is still {self.agent.job(name)}")
+            self.tally.count("job delete", "completed")
+
+    # Bitmaps
+
+    @rule(dice=dice, what=st.sampled_from(["add", "add", "add", "remove", "merge", "read", "read"]))
+    def bitmap(self, dice: random.Random, what: str) -> None:
+        images = [image for image in self.usable() if image.format == "qcow2"]
+        images = images if what == "add" else [image for image in images if image.bitmaps]
+        if not images:
+            return
+        foresight = self.stage.foresight
+        change = foresight.read if what == "read" else foresight.change_bitmap
+        image, fate = self.choose(dice, images, lambda image: change(image.path))
+        name = dice.choice(list(image.bitmaps)) if what != "add" else f"bitmap-{uuid.UUID(int=dice.getrandbits(128))}"
+        self.stage.tell("bitmap:", what, image.path.name, name, fate)
+        getattr(self, f"_bitmap_{what}")(dice, image, name, fate)
+
+    def _bitmap_add(self, dice: random.Random, image: Image, name: str, fate: Fate | None) -> None:
+        recording = dice.random() < 0.8
+        body = {"name": name, "granularity": CLUSTER, "disabled": not recording}
+        if self.stage.asked("bitmap add", fate, checks.bitmaps_of(image), body):
+            image.bitmaps[name] = Bitmap(recording)
+            self.tally.count("bitmap add", "completed")
+
+    def _bitmap_remove(self, dice: random.Random, image: Image, name: str, fate: Fate | None) -> None:
+        try:
+            self.agent.delete(f"{checks.bitmaps_of(image)}&name={name}")
+        except ApiError as error:
+            self.stage.refused("bitmap remove", fate, error)
+        else:
+            assert fate is None, (image, fate)
+            del image.bitmaps[name]
+            self.tally.count("bitmap remove", "completed")
+
+    def _bitmap_merge(self, dice: random.Random, image: Image, name: str, fate: Fate | None) -> None:
+        """From any image's bitmap, which may be one that another copy or commit has left behind."""
+        sources = [(one, other) for one in self.usable() for other in one.bitmaps if other != name]
+        if not sources:
+            return
+        source, other = dice.choice(sources)
+        fate = self.stage.foresight.change_bitmap(image.path, source.path)
+        into, found = image.bitmaps[name], source.bitmaps[other]
+        if fate is None and (into.broken or found.broken):
+            fate = Fate("refused", "conflict")
+        path = checks.bitmaps_of(image).replace("bitmaps?", "bitmaps/merge?")
+        body = {"name": name, "source_name": other, "source": str(source.path)}
+        if self.stage.asked("bitmap merge", fate, path, body):
+            into.bits |= found.bits
+            into.exact = into.exact and found.exact
+            self.tally.count("bitmap merge", "completed")
+
+    def _bitmap_read(self, dice: random.Random, image: Image, name: str, fate: Fate | None) -> None:
+        if fate is None and image.bitmaps[name].broken:
+            fate = Fate("refused", "image_corrupt")
+        body = {"image": str(image.path), "bitmaps": [name]}
+        export = self.stage.asked("bitmap read", fate, "/v1/exports", body)
+        if export:
+            checks.check_told(image.bitmaps[name], export["uri"], name)
+            assert eventually(lambda: not self.agent.get(f"/v1/exports/{export['id']}")["clients"])
+            self.agent.delete(f"/v1/exports/{export['id']}")
+            self.tally.count("bitmap read", "completed")
+
+    # Refusals
+
+    @rule(dice=dice, kind=st.sampled_from(sorted(REFUSALS)))
+    def refused(self, dice: random.Random, kind: str) -> None:
+        """What no state of the images makes right."""
+        chosen = REFUSALS[kind](self.stage, dice)
+        if chosen is not None:
+            method, path, body, code = chosen
+            self.stage.tell("refusal:", kind, body)
+            status, _, answer = self.agent.call(method, path, body)
+            assert status >= 400 and answer["code"] == code, (kind, body, code, answer)
+            self.tally.count("refused on purpose", code)
+
+    @rule(dice=dice)
+    def drained(self, dice: random.Random) -> None:
+        self.agent.post("/v1/host/drain")
+        if dice.random() < 0.3:
+            self.stage.kill_agent()
+        self.refused(dice, "draining")
+        self.agent.delete("/v1/host/drain")
+        self.tally.count("drain", "completed")
+
+    # Judgement
+
+    @invariant()
+    def the_files_are_what_the_model_says(self) -> None:
+        stage = self.stage
+        stage.follow()
+        self._end_of_those_that_wait()
+        written = [Path(export["image"]) for export in stage.exports.values() if export["writable"]]
+        checks.check_images(self.tree, stage.exports, stage.home / "read.raw")
+        checks.check_bitmaps(self.agent, self.tree, written)
+        waiting = {name: Path(body["target"]) for name, body in stage.waiting.items()}
+        checks.check_access(self.agent, self.tree, stage.exports, waiting)
+        self.tally.facts["images compared"] += len(self.tree.images)
+        self.tally.facts["looks at everything"] += 1
+
+    def _end_of_those_that_wait(self) -> None:
+        """A copy whose storage daemon was killed has failed; every other one goes on waiting."""
+        for name, body in list(self.stage.waiting.items()):
+            job = self.agent.until(name, lambda job: job["state"] in ("ready", "failed"), 2 * PATIENCE)
+            if job["state"] == "failed":
+                job = self.agent.until_ended(name)
+                assert job["error"]["code"] == "storage_daemon_died", job
+                self.stage.judge("copy that waits", [job], None, Between("kill daemons"))
+                del self.stage.waiting[name]
+                assert not Path(body["dest"]).exists(), job
+
+    def teardown(self) -> None:
+        try:
+            if sys.exc_info()[0] is None:
+                self._close()
+            else:
+                log = self.agent.log.read_text()[-6000:]
+                print("the story was:", *self.stage.story, "the agent's log ends:", log, sep="\n", flush=True)
+        finally:
+            self.stage.close()
+
+    def _close(self) -> None:
+        for name in list(self.stage.exports):
+            self.stop(name)
+        for name in list(self.stage.waiting):
+            self.agent.post(f"/v1/jobs/{name}/abort")
+            self.stage.judge("copy that waits", [self.agent.until_ended(name)], None, Between("abort"))
+            del self.stage.waiting[name]
+        checks.check_nothing_left(self.agent, self.stage.folder)
+        self.the_files_are_what_the_model_says()
+        checks.check_events(self.agent, self.stage.jobs)
+        for image in self.tree.images.values():
+            for name in image.bitmaps:
+                self._bitmap_read(random.Random(), image, name, None)
+        checks.check_nothing_left(self.agent, self.stage.folder)

@@ -193,11 +193,10 @@ class Store:
 
         await self._change(work)
 
-    async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:
-        def work(db: sqlite3.Connection) -> None:
+    async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> list[FileId]:
+        def work(db: sqlite3.Connection) -> list[FileId]:
             _put_job(db, job)
-            for holder in change.release:
-                _release(db, holder)
+            released = [file for holder in change.release for file in _release(db, holder)]
             for file in change.forget:
                 for holder in change.sharers:
                     db.execute(
@@ -206,8 +205,9 @@ class Store:
                     )
             for holder, need in change.gains:
                 _add(db, holder, [need], keep=True)
+            return released
 
-        await self._change(work, events)
+        return await self._change(work, events)
 
     async def get(self, job_id: str) -> Job | None:
         rows = await self._run(lambda db: db.execute("SELECT body FROM jobs WHERE id=?", (job_id,)).fetchall())

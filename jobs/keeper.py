@@ -16,7 +16,7 @@ from events.model import JobEventKind
 from jobs import copy
 from jobs.errors import JobError
 from jobs.machine import Signal, step
-from jobs.model import Cursor, Failure, Holder, Job, Kept, Revocation, State
+from jobs.model import Cursor, Failure, FileId, Holder, Job, Kept, Revocation, State
 from jobs.outcome import END_EVENTS, access_change, job_event
 from jobs.ports import AccessVerdict, JobStore
 from jobs.progress import Progress, View, advance
@@ -39,6 +39,7 @@ class Keeper:
         self._w = world
         self._end_seen: float | None = None
         self._closed = False  # what the job had open is closed, so far as the driver could say
+        self._released: list[FileId] = []  # with what the image had kept, which may lie in no chain of this job
         self._reported = False
         self._stored = world.clock.monotonic()
         self._progress = Progress(world.clock.monotonic(), job.cursor)
@@ -158,7 +159,8 @@ class Keeper:
         job = step(self.job, signal, now, finished=now, **changes)
 
         async def record(sharers: tuple[Holder, ...]) -> Job:
-            await self._w.store.finish(job, [job_event(job, END_EVENTS[job.state])], access_change(job, sharers))
+            end = job_event(job, END_EVENTS[job.state])
+            self._released = await self._w.store.finish(job, [end], access_change(job, sharers))
             self.believe(job)
             _log_outcome(job)
             return job
@@ -189,6 +191,7 @@ class Keeper:
                 if done:
                     settled = self.job.dropped if self.job.state is State.COMPLETED else ()
                     others = [layer.file for layer in self.job.before.layers if layer not in settled]
+                    others += sorted(set(self._released) - {layer.file for layer in self.job.before.layers})
                     if self.job.target is not None and self.job.target.file is not None:
                         others.append(self.job.target.file)
                     await self._w.access.converge(others, trigger=self.job.spec.operation)

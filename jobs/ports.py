@@ -170,8 +170,8 @@ class JobStore(Protocol):
     async def save_all(self, jobs: Sequence[Job]) -> None:
         """Several jobs in one transaction: all of it, or nothing, is there after a crash."""
 
-    async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:
-        """The outcome, its events and what it does to the ledger, in one transaction."""
+    async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> list[FileId]:
+        """The outcome, its events and what it does to the ledger, in one transaction; the files that were released."""
 
     async def get(self, job_id: str) -> Job | None: ...
 

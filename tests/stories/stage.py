@@ -71,6 +71,7 @@ class Stage:
         """Copies that stay ready, by their jobs' ids: what was asked for."""
         self.jobs: dict[str, str] = {}
         self.story: list[str] = []
+        self.seen = checks.Seen(tally)
         self._names = 0
 
     def close(self) -> None:
@@ -121,7 +122,7 @@ class Stage:
         uses = [
             Use(top, frozenset(self.tree.chain(top)), writer=export["writable"], apart=bool(export["bitmaps"]))
             for export in self.exports.values()
-            for top in [Path(export["image"])]
+            for top in [Path(export["path"])]
         ]
         for body in self.waiting.values():
             top = Path(body["target"])
@@ -200,12 +201,12 @@ class Stage:
     def _reading(self, between: Between) -> Iterator[None]:
         """A client that compares all that it reads, and is cut off only when its storage daemon is killed."""
         images = self.tree.images
-        served = [one for one in self.exports.values() if images[Path(one["image"])].view and not one["writable"]]
+        served = [one for one in self.exports.values() if images[Path(one["path"])].view and not one["writable"]]
         if not between.reads or not served:
             yield
             return
         truth = self.home / "truth.raw"
-        truth.write_bytes(checks.bytes_of(images[Path(served[-1]["image"])].view or []))
+        truth.write_bytes(checks.bytes_of(images[Path(served[-1]["path"])].view or []))
         with Reader(served[-1]["uri"], truth) as reader:
             yield
             if between.kills_daemons:
@@ -273,7 +274,7 @@ class Stage:
         send(signal.SIGKILL, *found)
         for export in self.exports.values():
             if export["writable"]:
-                self.tree.doubted(Path(export["image"]))
+                self.tree.doubted(Path(export["path"]))
         if agent:
             self.agent.start()
 
@@ -291,4 +292,5 @@ class Stage:
     def _daemons_known(self) -> bool:
         alive = set(storage_daemons(self.agent))
         exports = [self.agent.get(f"/v1/exports/{name}") for name in self.exports]
-        return all(export["pid"] in alive for export in exports if export["state"] == "running")
+        users = [*exports, *self.agent.get("/v1/host")["storage_daemons"]]
+        return all(user["pid"] in alive for user in users if user["state"] == "running")

@@ -45,12 +45,13 @@ class MemoryStore:
             await self.gate.wait()
         await asyncio.sleep(0)
 
-    async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> None:
+    async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> list[FileId]:
         await asyncio.sleep(0)
         self._write(job, events)
         self.finishes.append((job, change))
         self.recorded(job)
         await asyncio.sleep(0)
+        return []
 
     async def get(self, job_id: str) -> Job | None:
         return self.jobs.get(job_id)

@@ -144,9 +144,6 @@ class Ledger:
     async def converge_all(self, *, trigger: str) -> dict[FileId, AccessResult]:
         """Every file that a row names, or that we gave access to and have not proven gone."""
         rows = await self._store.access_rows()
-        for row in rows:
-            if row.holder.kind == "image" and await asyncio.to_thread(_is_deleted, row.holder.id, row.file.dev):
-                await self._store.delete_row(row.id)  # the overlay that stood on the file is gone
         entries = await self._store.access_files()
         files = {row.file for row in rows} | {e.file for e in entries if e.verdict != AccessVerdict.REVOKED}
         return await self.converge(sorted(files), trigger=trigger)
@@ -199,7 +196,7 @@ class Ledger:
         return await self._record(was, finding, trigger)
 
     async def _rows(self, file: FileId) -> list[AccessRow]:
-        """The file's rows, oldest first, without those of images that stood on a file which is gone."""
+        """The file's rows, oldest first, without those of images that are gone, or stood on a file which is gone."""
         rows = await self._store.access_rows([file])
         images = [row for row in rows if row.holder.kind == "image"]
         alone = len(rows) == 1
@@ -221,7 +218,10 @@ class Ledger:
         return not _still_has(entry)
 
     def _is_stale(self, row: AccessRow, *, alone: bool) -> bool:
-        """Whether the row tells of a deleted file: inode numbers are used again. One that is only away comes back."""
+        """Whether the image was deleted, or the row tells of a deleted file: inode numbers are used again. One that is
+        only away comes back."""
+        if _is_deleted(row.holder.id, row.file.dev):
+            return True
         if (handle := self._handles.get(row.file)) is not None:
             return os.fstat(handle).st_nlink == 0
         return _is_former(row.path, row.file) and (os.path.lexists(row.path) or not alone)

@@ -28,3 +28,22 @@ def test_a_base_that_left_the_chain_by_another_job_is_taken_back_at_once(agent: 
     assert agent.until_ended(agent.pull(top)["id"])["state"] == "completed"
     user = agent.user
     assert eventually(lambda: not user_can_read(images.base, user)), "nobody needs it any more"
+
+
+def test_what_an_image_kept_goes_when_a_commit_deletes_it(agent: AgentProcess, images: Pair) -> None:
+    """Found by a story: the files below stayed open until the next look at everything."""
+    assert agent.user is not None
+    upper = overlay(images.folder / "upper.qcow2", images.top, "qcow2")
+    top = overlay(images.folder / "highest.qcow2", upper, "qcow2")
+    job = agent.pull(upper, base=str(images.base), bandwidth=64 * 1024)
+    agent.until(job["id"], lambda job: job["state"] == "running")
+    agent.post(f"/v1/jobs/{job['id']}/abort")
+    assert agent.until_ended(job["id"])["state"] == "aborted"
+    assert user_can_read(images.top, agent.user)
+
+    request = {"operation": "commit", "target": str(top), "top": str(upper), "base": str(images.top), "delete": True}
+    assert agent.until_ended(agent.post("/v1/jobs", request)["id"])["state"] == "completed"
+    assert not upper.exists()
+    user = agent.user
+    for path in (images.top, images.base):
+        assert eventually(lambda path=path: not user_can_read(path, user)), "nobody needs it any more"

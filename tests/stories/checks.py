@@ -129,7 +129,7 @@ def _as_granted(tree: Tree, exports: dict[str, Json], jobs: dict[str, Path], gra
     }
     users = [*(("export", name, Path(export["path"])) for name, export in exports.items())]
     users += [("job", name, image) for name, image in jobs.items()]
-    lawful = {str(path) for path in tree.keeps}
+    lawful = {str(path) for path in [*tree.keeps, *tree.gone]}
     known = set(tree.images)
     return (
         living == {(kind, name, path) for kind, name, image in users for path in tree.chain(image)}

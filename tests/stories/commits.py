@@ -64,7 +64,7 @@ def _completed(stage: Stage, kind: str, image: Image, upper: Path, low: Path, *,
         for path in dropped:
             path.unlink(missing_ok=True)
         stage.follow()
-        tree.forget(dropped)
+        tree.forget(dropped, by_agent=delete)
     else:
         assert not delete  # who stands on it keeps it
 

@@ -79,7 +79,8 @@ class Foresight:
 
     def excused(self, image: Path) -> bool:
         """Whether another image, whose last job did not complete, may still keep access to this one."""
-        return any(image in files for holder, files in self.tree.keeps.items() if holder != image)
+        kept = [*self.tree.keeps.items(), *self.tree.gone.items()]
+        return any(image in files for holder, files in kept if holder != image)
 
     def change_bitmap(self, image: Path, source: Path | None = None) -> Fate | None:
         taken = self.used(image) or (source is not None and source != image and self.written_now(source))

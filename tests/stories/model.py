@@ -39,7 +39,9 @@ class Image:
 class Tree:
     images: dict[Path, Image] = field(default_factory=dict)
     keeps: dict[Path, set[Path]] = field(default_factory=dict)
-    """Images whose last job did not complete, and what lay below them: they may keep access to that."""
+    """Images of which a job did not complete, and what lay below them: they may keep access to that."""
+    gone: dict[Path, set[Path]] = field(default_factory=dict)
+    """Those of them that were deleted behind the agent's back."""
 
     def chain(self, path: Path) -> list[Path]:
         """The image and all that is below it, top first."""
@@ -64,18 +66,20 @@ class Tree:
     def leaves(self) -> list[Path]:
         return [path for path in self.images if not self.dependents(path)]
 
-    def forget(self, paths: list[Path]) -> None:
+    def forget(self, paths: list[Path], *, by_agent: bool = False) -> None:
+        """They were deleted. What others delete, the agent sees when it next looks."""
         for path in paths:
             del self.images[path]
-            self.keeps.pop(path, None)
+            if (files := self.keeps.pop(path, None)) and not by_agent:
+                self.gone[path] = files
 
     # What happens
 
-    def ended(self, path: Path, *, completed: bool) -> None:
-        """The end of a job on this image."""
-        if completed:
+    def ended(self, path: Path, *, completed: bool, shorter: bool) -> None:
+        """The end of a job on this image, of whose chain it may have taken something."""
+        if completed and shorter:
             self.keeps.pop(path, None)
-        else:
+        elif not completed:
             self.keeps.setdefault(path, set()).update(self.chain(path)[1:])
 
     def written(self, path: Path, cluster: int, tag: int) -> None:

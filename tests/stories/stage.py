@@ -178,7 +178,8 @@ class Stage:
             assert job["state"] in between.lawful(fate), (between, fate, job)
             if fate is not None and job["state"] == "failed" and not between.kills_daemons:
                 assert job["error"]["code"] == fate.code, (fate, job)
-            self.tree.ended(Path(job["target"]), completed=job["state"] == "completed")
+            shorter = job["completion"] != "finish"
+            self.tree.ended(Path(job["target"]), completed=job["state"] == "completed", shorter=shorter)
         assert len({job["state"] for job in jobs}) == 1, jobs
         self.tally.count(kind, f"{jobs[0]['state']}{code}")
         self.tally.facts[f"jobs with: {between.what}"] += 1

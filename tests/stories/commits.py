@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.harness import Json
-from tests.stories.foresight import Fate
+from tests.stories.foresight import choose
 from tests.stories.model import Image
 from tests.stories.stage import Between, Stage
 
 Ends = tuple[Image, Path, Path]
 """An image, and the layers of its chain that go down into which."""
-Choose = Callable[[Sequence[Ends], Callable[[Ends], Fate | None]], tuple[Ends, Fate | None]]
 
 
-def commit(stage: Stage, dice: random.Random, kind: str, choose: Choose) -> None:
+def commit(stage: Stage, dice: random.Random, kind: str) -> None:
     among = _possible(stage, kind)
     if not among:
         return
     delete = kind != "finish" and dice.random() < 0.5
     foresight = stage.foresight
-    (image, upper, low), fate = choose(among, lambda one: foresight.commit(one[0].path, one[1], one[2], delete=delete))
+    (image, upper, low), fate = choose(
+        dice, among, lambda one: foresight.commit(one[0].path, one[1], one[2], delete=delete)
+    )
     prune = bool(stage.tree.images[low].bitmaps) and dice.random() < 0.3
     body: Json = {"operation": "commit", "target": str(image.path), "base": str(low), "prune_bitmaps": prune}
     body |= {"top": str(upper)} if kind == "below" else {"completion": kind}

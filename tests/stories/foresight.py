@@ -6,9 +6,11 @@ what it needs for itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tests.stories.model import Tree
 
@@ -19,6 +21,7 @@ class Fate:
     code: str
 
 
+T = TypeVar("T")
 REFUSED, FAILED = Fate("refused", "busy"), Fate("failed", "busy")
 
 
@@ -31,6 +34,8 @@ class Use:
     writer: bool = False
     apart: bool = False
     job: bool = False
+    part_on: Path | None = None
+    """What a job's unfinished file stands on: it counts among the images there."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Foresight:
         chain = self.tree.chain(image)
         first, last = chain.index(top), chain.index(base)
         touched = chain[first + (0 if delete else 1) : last + 1]
-        if any(self.tree.outside(path, chain) for path in touched):
+        parts = [use.part_on for use in self.uses]
+        if any(path in parts or self.tree.outside(path, chain) for path in touched):
             return REFUSED
         return self.copy(image) or self._alone(image, set(chain[first - 1 if first else 1 : last + 1]))
 
@@ -88,3 +94,10 @@ class Foresight:
 
     def written_now(self, path: Path) -> bool:
         return any(use.writer and use.top == path for use in self.uses)
+
+
+def choose(dice: random.Random, among: Sequence[T], fate: Callable[[T], Fate | None]) -> tuple[T, Fate | None]:
+    """Mostly one that must be obeyed, now and then one that must not."""
+    fates = [(one, fate(one)) for one in among]
+    good = [(one, found) for one, found in fates if found is None]
+    return dice.choice(good if good and dice.random() < 0.9 else fates)

@@ -63,6 +63,10 @@ class Tree:
         chain = self.chain(top)
         return chain[1 : chain.index(base)]
 
+    def usable(self, *, overlays: bool = False) -> list[Image]:
+        """Those that read as something."""
+        return [i for i in self.images.values() if i.view is not None and (i.backing or not overlays)]
+
     def leaves(self) -> list[Path]:
         return [path for path in self.images if not self.dependents(path)]
 

@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-import uuid
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -21,15 +18,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.harness import ApiError, Json
 from tests.qemu.faults import PATIENCE, eventually
 from tests.stories import checks
+from tests.stories.bitmaps import handle_bitmap, read_bitmap
 from tests.stories.commits import commit
 from tests.stories.copies import copy, copy_group, end_waiting, start_waiting
-from tests.stories.foresight import Fate
-from tests.stories.model import CLUSTER, CLUSTERS, Bitmap, Image
+from tests.stories.foresight import choose
+from tests.stories.model import CLUSTER, CLUSTERS
 from tests.stories.refusals import REFUSALS
 from tests.stories.stage import Between, Stage
 from tests.stories.tally import Tally
 
-T = TypeVar("T")
 IMAGES_MAX = 10
 EXPORTS_MAX = 3
 HAPPENINGS = {
@@ -82,18 +79,6 @@ class Stories(RuleBasedStateMachine):
         (name,) = dice.choices(list(self.likings), list(self.likings.values()))
         getattr(self, name)(dice)
 
-    # Choosing
-
-    def usable(self, *, overlays: bool = False) -> list[Image]:
-        return [i for i in self.tree.images.values() if i.view is not None and (i.backing or not overlays)]
-
-    @staticmethod
-    def choose(dice: random.Random, among: Sequence[T], fate: Callable[[T], Fate | None]) -> tuple[T, Fate | None]:
-        """Mostly one that must be obeyed, now and then one that must not."""
-        fates = [(one, fate(one)) for one in among]
-        good = [(one, found) for one, found in fates if found is None]
-        return dice.choice(good if good and dice.random() < 0.9 else fates)
-
     def make_room(self, dice: random.Random) -> None:
         """Delete images that nobody stands on and nobody uses, those without a meaning first."""
         foresight = self.stage.foresight
@@ -111,7 +96,7 @@ class Stories(RuleBasedStateMachine):
 
     def overlay_made(self, dice: random.Random) -> None:
         self.make_room(dice)
-        images = [image for image in self.usable() if not self.stage.foresight.written(image.path)]
+        images = [image for image in self.tree.usable() if not self.stage.foresight.written(image.path)]
         if images and len(self.tree.images) < IMAGES_MAX:
             tops = [image for image in images if image.path in self.tree.leaves() and image.backing]
             image = self.stage.overlay(dice.choice(tops if tops and dice.random() < 0.6 else images))
@@ -119,11 +104,11 @@ class Stories(RuleBasedStateMachine):
 
     def export_started(self, dice: random.Random) -> None:
         writable = dice.random() < 0.4
-        if len(self.stage.exports) >= EXPORTS_MAX or not self.usable():
+        if len(self.stage.exports) >= EXPORTS_MAX or not self.tree.usable():
             return
         foresight = self.stage.foresight
         foreseen = foresight.write if writable else foresight.read
-        image, fate = self.choose(dice, self.usable(), lambda image: foreseen(image.path))
+        image, fate = choose(dice, self.tree.usable(), lambda image: foreseen(image.path))
         names = [name for name, bitmap in image.bitmaps.items() if bitmap.broken is False]
         bitmaps = names[:1] if names and not writable and dice.random() < 0.5 else []
         kind = "writable export" if writable else "export with a bitmap" if bitmaps else "export"
@@ -166,11 +151,11 @@ class Stories(RuleBasedStateMachine):
 
     def pulled(self, dice: random.Random) -> None:
         steps = dice.random() < 0.5
-        images = self.usable(overlays=True)
+        images = self.tree.usable(overlays=True)
         if not images:
             return
         foresight = self.stage.foresight
-        image, fate = self.choose(dice, images, lambda image: foresight.pull(image.path))
+        image, fate = choose(dice, images, lambda image: foresight.pull(image.path))
         stop = dice.choice([None, *self.tree.chain(image.path)[2:]])
         body: Json = {"operation": "pull", "target": str(image.path)} | ({"base": str(stop)} if stop else {})
         body |= {"increment": dice.choice([3, 10]) * CLUSTER} if steps else {}
@@ -185,14 +170,14 @@ class Stories(RuleBasedStateMachine):
 
     def copied(self, dice: random.Random) -> None:
         self.make_room(dice)
-        if self.usable():
+        if self.tree.usable():
             foresight = self.stage.foresight
-            image, fate = self.choose(dice, self.usable(), lambda image: foresight.copy(image.path))
+            image, fate = choose(dice, self.tree.usable(), lambda image: foresight.copy(image.path))
             copy(self.stage, dice, image, fate)
 
     def group_copied(self, dice: random.Random) -> None:
         self.make_room(dice)
-        images = [image for image in self.usable() if self.stage.foresight.copy(image.path) is None]
+        images = [image for image in self.tree.usable() if self.stage.foresight.copy(image.path) is None]
         if len(images) > 1:
             copy_group(self.stage, dice, dice.sample(images, 2))
 
@@ -201,13 +186,13 @@ class Stories(RuleBasedStateMachine):
             end_waiting(self.stage, dice)
             return
         self.make_room(dice)
-        images = [image for image in self.usable() if self.stage.foresight.copy(image.path) is None]
+        images = [image for image in self.tree.usable() if self.stage.foresight.copy(image.path) is None]
         if images:
             start_waiting(self.stage, dice, dice.choice(images))
 
     def committed(self, dice: random.Random) -> None:
         kind = dice.choice(["pivot", "finish", "below"])
-        commit(self.stage, dice, kind, lambda among, fate: self.choose(dice, among, fate))
+        commit(self.stage, dice, kind)
 
     def job_deleted(self, dice: random.Random) -> None:
         known = [job["id"] for job in self.agent.get("/v1/jobs?limit=1000")["items"] if job["id"] in self.stage.jobs]
@@ -219,65 +204,8 @@ class Stories(RuleBasedStateMachine):
                 raise AssertionError(f"there is still {self.agent.job(name)}")
             self.tally.count("job delete", "completed")
 
-    # Bitmaps
-
     def bitmap(self, dice: random.Random) -> None:
-        what = dice.choice(["add", "add", "add", "remove", "merge", "read", "read"])
-        images = [image for image in self.usable() if image.format == "qcow2"]
-        images = images if what == "add" else [image for image in images if image.bitmaps]
-        if not images:
-            return
-        foresight = self.stage.foresight
-        change = foresight.read if what == "read" else foresight.change_bitmap
-        image, fate = self.choose(dice, images, lambda image: change(image.path))
-        name = dice.choice(list(image.bitmaps)) if what != "add" else f"bitmap-{uuid.UUID(int=dice.getrandbits(128))}"
-        self.stage.tell("bitmap:", what, image.path.name, name, fate)
-        getattr(self, f"_bitmap_{what}")(dice, image, name, fate)
-
-    def _bitmap_add(self, dice: random.Random, image: Image, name: str, fate: Fate | None) -> None:
-        recording = dice.random() < 0.8
-        body = {"name": name, "granularity": CLUSTER, "disabled": not recording}
-        if self.stage.asked("bitmap add", fate, checks.bitmaps_of(image), body):
-            image.bitmaps[name] = Bitmap(recording)
-            self.tally.count("bitmap add", "completed")
-
-    def _bitmap_remove(self, dice: random.Random, image: Image, name: str, fate: Fate | None) -> None:
-        try:
-            self.agent.delete(f"{checks.bitmaps_of(image)}&name={name}")
-        except ApiError as error:
-            self.stage.refused("bitmap remove", fate, error)
-        else:
-            assert fate is None, (image, fate)
-            del image.bitmaps[name]
-            self.tally.count("bitmap remove", "completed")
-
-    def _bitmap_merge(self, dice: random.Random, image: Image, name: str, fate: Fate | None) -> None:
-        """From any image's bitmap, which may be one that another copy or commit has left behind."""
-        sources = [(one, other) for one in self.usable() for other in one.bitmaps if other != name]
-        if not sources:
-            return
-        source, other = dice.choice(sources)
-        fate = self.stage.foresight.change_bitmap(image.path, source.path)
-        into, found = image.bitmaps[name], source.bitmaps[other]
-        if fate is None and (into.broken or found.broken):
-            fate = Fate("refused", "conflict")
-        path = checks.bitmaps_of(image).replace("bitmaps?", "bitmaps/merge?")
-        body = {"name": name, "source_name": other, "source": str(source.path)}
-        if self.stage.asked("bitmap merge", fate, path, body):
-            into.bits |= found.bits
-            into.exact = into.exact and found.exact
-            self.tally.count("bitmap merge", "completed")
-
-    def _bitmap_read(self, dice: random.Random, image: Image, name: str, fate: Fate | None) -> None:
-        if fate is None and image.bitmaps[name].broken:
-            fate = Fate("refused", "image_corrupt")
-        body = {"image": str(image.path), "bitmaps": [name]}
-        export = self.stage.asked("bitmap read", fate, "/v1/exports", body)
-        if export:
-            checks.check_told(image.bitmaps[name], export["uri"], name)
-            assert eventually(lambda: not self.agent.get(f"/v1/exports/{export['id']}")["clients"])
-            self.agent.delete(f"/v1/exports/{export['id']}")
-            self.tally.count("bitmap read", "completed")
+        handle_bitmap(self.stage, dice)
 
     # Refusals
 
@@ -351,5 +279,5 @@ class Stories(RuleBasedStateMachine):
         checks.check_events(self.agent, self.stage.jobs)
         for image in self.tree.images.values():
             for name in image.bitmaps:
-                self._bitmap_read(random.Random(), image, name, None)
+                read_bitmap(self.stage, image, name, None)
         checks.check_nothing_left(self.agent, self.stage.folder)

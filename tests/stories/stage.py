@@ -126,7 +126,9 @@ class Stage:
         ]
         for body in self.waiting.values():
             top = Path(body["target"])
-            uses.append(Use(top, frozenset([*self.tree.chain(top), Path(body["dest"])]), job=True))
+            files = frozenset([*self.tree.chain(top), Path(body["dest"])])
+            below = self.tree.images[top].backing if body["shallow"] else None
+            uses.append(Use(top, files, job=True, part_on=below))
         return Foresight(self.tree, uses)
 
     def bitmaps(self, image: Image) -> list[Json]:

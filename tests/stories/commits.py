@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.harness import Json
 from tests.stories.foresight import choose
 from tests.stories.model import Image
 from tests.stories.stage import Between, Stage
 
-Ends = tuple[Image, Path, Path]
-"""An image, and the layers of its chain that go down into which."""
+KINDS = ("pivot", "finish", "below")
 
 
-def commit(stage: Stage, dice: random.Random, kind: str) -> None:
-    among = _possible(stage, kind)
+class Ends(NamedTuple):
+    """An image, and the layers of its chain that go down into which."""
+
+    kind: str
+    image: Image
+    upper: Path
+    low: Path
+
+
+def commit(stage: Stage, dice: random.Random) -> None:
+    among = [ends for kind in KINDS for ends in _possible(stage, kind)]
     if not among:
         return
-    delete = kind != "finish" and dice.random() < 0.5
-    foresight = stage.foresight
-    (image, upper, low), fate = choose(
-        dice, among, lambda one: foresight.commit(one[0].path, one[1], one[2], delete=delete)
+    delete, foresight = dice.random() < 0.5, stage.foresight
+    ends, fate = choose(
+        dice,
+        among,
+        lambda one: foresight.commit(one.image.path, one.upper, one.low, delete=delete and one.kind != "finish"),
     )
+    kind, image, upper, low = ends
+    delete = delete and kind != "finish"
     prune = bool(stage.tree.images[low].bitmaps) and dice.random() < 0.3
     body: Json = {"operation": "commit", "target": str(image.path), "base": str(low), "prune_bitmaps": prune}
     body |= {"top": str(upper)} if kind == "below" else {"completion": kind}
@@ -49,7 +61,7 @@ def _possible(stage: Stage, kind: str) -> list[Ends]:
         chain = stage.tree.chain(image.path)
         upper = 1 if kind == "below" else 0
         if image.view is not None and len(chain) > upper + 1 and stage.tree.images[chain[upper]].view is not None:
-            found += [(image, chain[upper], low) for low in chain[upper + 1 :]]
+            found += [Ends(kind, image, chain[upper], low) for low in chain[upper + 1 :]]
     return found
 
 

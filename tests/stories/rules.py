@@ -191,8 +191,7 @@ class Stories(RuleBasedStateMachine):
             start_waiting(self.stage, dice, dice.choice(images))
 
     def committed(self, dice: random.Random) -> None:
-        kind = dice.choice(["pivot", "finish", "below"])
-        commit(self.stage, dice, kind)
+        commit(self.stage, dice)
 
     def job_deleted(self, dice: random.Random) -> None:
         known = [job["id"] for job in self.agent.get("/v1/jobs?limit=1000")["items"] if job["id"] in self.stage.jobs]

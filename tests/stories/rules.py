@@ -119,6 +119,8 @@ class Stories(RuleBasedStateMachine):
         if export:
             self.stage.exports[export["id"]] = export
             self.tally.count(kind, "completed")
+        if export and writable:
+            self.guest_writes(dice)
 
     def guest_writes(self, dice: random.Random) -> None:
         writable = [export for export in self.stage.exports.values() if export["writable"]]

@@ -90,7 +90,7 @@ def end_waiting(stage: Stage, dice: random.Random) -> None:
         assert error.code == "conflict" and between.kills_daemons, error
     if between.what.startswith("kill agent"):
         stage.kill_agent()
-    job = stage.until_ended(name, how)
+    (job,) = stage.until_ended([name], how)
     assert between.what != "abort" or job["state"] == "aborted", job
     stage.judge("copy that waits", [job], None, between)
     source, dest = Path(body["target"]), Path(body["dest"])

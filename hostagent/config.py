@@ -300,6 +300,16 @@ class Access:
         "`manage` says that this host owns them.",
         choices=("report", "manage"),
     )
+    unknown_owner: str = setting(
+        "",
+        "USER:GROUP, names or numbers, who gets a file that libvirt leaves the hypervisor user's own when no domain "
+        "needs it any more and its owner before was not seen. Empty only reports such files.",
+        unset="for a plain user empty",
+        usual="root:root",
+    )
+    protected: tuple[str, ...] = setting(
+        (), "Files, and folders with all that is in them, whose access is never taken back: shared bases, templates."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -678,11 +688,14 @@ def _settled(values: Mapping[str, Any], origin: Mapping[str, str], env: Mapping[
     uri = config.libvirt.uri
     if not uri and "libvirt.uri" not in values and root:
         uri = "qemu:///system"
+    heir = config.access.unknown_owner
+    if not heir and "access.unknown_owner" not in values and root:
+        heir = "root:root"
     config = replace(
         config,
         agent=agent,
         libvirt=replace(config.libvirt, uri=uri),
-        access=replace(config.access, hypervisor_user=user),
+        access=replace(config.access, hypervisor_user=user, unknown_owner=heir),
         qsd=replace(config.qsd, user=config.qsd.user or user),
         api=replace(config.api, socket=_or(config.api.socket, agent.runtime_dir / "hostagent.sock")),
     )

@@ -40,7 +40,7 @@ from events.model import (
     now,
 )
 from hostagent import __version__, sdnotify
-from hostagent.access import holders
+from hostagent.access import holders, owner
 from hostagent.access.leases import Lease, LeaseMode
 from hostagent.access.ledger import Ledger, Subject
 from hostagent.access.ledger import Settings as LedgerSettings
@@ -80,7 +80,7 @@ from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.nbd.space import Space
 from hostagent.nbd.tls import TlsSettings
 from hostagent.nbd.watch import Watch
-from hostagent.records import ExportRecord
+from hostagent.records import ExportRecord, Label
 from hostagent.retention import Retention, keep_house
 from hostagent.store import Store
 from jobs.engine import Engine
@@ -214,7 +214,12 @@ class Agent:
             self._store,
             self._subject,
             self._prober,
-            settings=LedgerSettings(access.converge_timeout, access.shared_filesystems == "manage"),
+            settings=LedgerSettings(
+                access.converge_timeout,
+                access.shared_filesystems == "manage",
+                protected=access.protected,
+                unknown_owner=_unknown_owner(access.unknown_owner),
+            ),
             clock=self._clock,
             daemons=lambda: {c.daemon.pid: c.daemon.inodes for c in self._chains.all() if c.daemon},
             observe=lambda trigger, result: self._metrics.revocation(trigger, result),
@@ -644,6 +649,22 @@ def _user(config: Config) -> User:
             remedy="run the agent as root, or leave the setting empty to work as yourself",
         )
     return user
+
+
+def _unknown_owner(text: str) -> Label | None:
+    """access.unknown_owner as numbers."""
+    if not text:
+        return None
+    try:
+        return owner.parse(text)
+    except KeyError:
+        raise AgentError(
+            "invalid",
+            f"access.unknown_owner is {text!r}; it must be USER:GROUP, both known on this host",
+            field="access.unknown_owner",
+            value=text,
+            remedy="write root:root, or leave it empty: then files whose owner was not seen are only reported",
+        ) from None
 
 
 def _group(config: Config) -> int | None:

@@ -23,6 +23,7 @@ from jobs.model import (
     JobSpec,
     Kept,
     Layer,
+    Need,
     Operation,
     Revocation,
     State,
@@ -31,9 +32,37 @@ from jobs.model import (
 )
 
 
+class Label(NamedTuple):
+    """An owner and a group: the DAC label that libvirt runs a domain's QEMU as, or who had a file before."""
+
+    uid: int
+    gid: int
+
+    def __str__(self) -> str:
+        return f"{self.uid}:{self.gid}"
+
+
+class Use(NamedTuple):
+    """A file that a domain needs; with a label, libvirt makes the file its own, and we give nothing."""
+
+    need: Need
+    label: Label | None
+
+
+class Taken(NamedTuple):
+    """An ownership that we changed: what it was, and what it was made."""
+
+    was: Label
+    now: Label
+
+
 @dataclass(frozen=True, slots=True)
 class AccessRow:
-    """One line of the ledger: this holder needs this file, in this mode."""
+    """One line of the ledger: this holder needs this file, in this mode.
+
+    `label` says that the file is opened by the ownership that libvirt gives it; then the row grants nothing. `name` is
+    what people call the holder (a domain's is its name and disk).
+    """
 
     id: str
     file: FileId
@@ -42,13 +71,21 @@ class AccessRow:
     mode: str
     since: datetime
     reason: str
+    label: Label | None = None
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.holder} ({self.name})" if self.name else str(self.holder)
 
 
 @dataclass(frozen=True, slots=True)
 class AccessFile:
     """What the converger did to one file. `before` and `given` are ACL snapshots, to undo to the byte.
 
-    `mode` is what we gave ("", "r", "rw"); `verdict` granted | revoked | kept | pending; `access` acl | own | none.
+    `mode` is what we gave ("", "r", "rw"); `verdict` granted | revoked | kept | pending; `access` acl | owner | own |
+    none. `labels` are those that libvirt may have left the file with, `owner` who had it before as far as that was
+    seen, and `taken` the ownership that we changed at the end, for an undo.
     """
 
     file: FileId
@@ -62,6 +99,9 @@ class AccessFile:
     given: Mapping[str, Any] | None = None
     reason: str | None = None
     holders: tuple[str, ...] = ()
+    labels: tuple[Label, ...] = ()
+    owner: Label | None = None
+    taken: Taken | None = None
 
 
 class Part(NamedTuple):
@@ -292,5 +332,8 @@ def access_file(data: Mapping[str, Any]) -> AccessFile:
             "file": FileId(*data["file"]),
             "since": _time(data["since"]),
             "holders": tuple(data["holders"]),
+            "labels": tuple(Label(*item) for item in data.get("labels", ())),
+            "owner": Label(*owner) if (owner := data.get("owner")) else None,
+            "taken": Taken(*(Label(*item) for item in taken)) if (taken := data.get("taken")) else None,
         }
     )

@@ -57,4 +57,9 @@ MIGRATIONS = (
     """
     CREATE INDEX jobs_by_group ON jobs (json_extract(body, '$.group.id'), created, id);
     """,
+    # A label is "UID:GID".
+    """
+    ALTER TABLE access_rows ADD COLUMN label TEXT;
+    ALTER TABLE access_rows ADD COLUMN name TEXT NOT NULL DEFAULT '';
+    """,
 )

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from events import cloudevents
 from events.model import Event, Record, now
 from hostagent import records, selection
-from hostagent.records import AccessFile, AccessRow, DaemonRecord, ExportRecord, encode
+from hostagent.records import AccessFile, AccessRow, DaemonRecord, ExportRecord, Label, Use, encode
 from hostagent.schema import MIGRATIONS
 from hostagent.turns import Outcome, Turns
 from jobs.errors import JobError
@@ -196,6 +196,7 @@ class Store:
     async def finish(self, job: Job, events: Sequence[Event], change: AccessChange) -> list[FileId]:
         def work(db: sqlite3.Connection) -> list[FileId]:
             _put_job(db, job)
+            as_before = {holder: _manner(db, holder) for holder, _ in change.gains}
             released = [file for holder in change.release for file in _release(db, holder)]
             for file in change.forget:
                 for holder in change.sharers:
@@ -204,7 +205,8 @@ class Store:
                         (*_key(file), *holder),
                     )
             for holder, need in change.gains:
-                _add(db, holder, [need], keep=True)
+                label, name = as_before[holder]
+                _add(db, holder, [Use(need, label)], keep=True, name=name)
             return released
 
         return await self._change(work, events)
@@ -270,7 +272,21 @@ class Store:
 
     async def add_needs(self, holder: Holder, needs: Sequence[Need]) -> None:
         """The holder needs these files from now on; a second time changes the mode and the reason only."""
-        await self._run(lambda db: _add(db, holder, needs, keep=False))
+        await self._run(lambda db: _add(db, holder, [Use(need, None) for need in needs], keep=False))
+
+    async def replace_needs(self, holder: Holder, uses: Sequence[Use], *, name: str) -> list[FileId]:
+        """The holder, called `name`, needs these files and no others any more: those that it needed until now."""
+
+        def work(db: sqlite3.Connection) -> list[FileId]:
+            needed = {use.need.layer.file for use in uses}
+            left = [file for file in _files_of(db, holder) if file not in needed]
+            for file in left:
+                query = "DELETE FROM access_rows WHERE dev=? AND ino=? AND holder_kind=? AND holder_id=?"
+                db.execute(query, (*_key(file), *holder))
+            _add(db, holder, uses, keep=False, name=name)
+            return left
+
+        return await self._run(work)
 
     async def release(self, holder: Holder, events: Sequence[Event] = ()) -> list[FileId]:
         return await self._change(lambda db: _release(db, holder), events)
@@ -280,7 +296,8 @@ class Store:
 
     async def access_rows(self, files: Sequence[FileId] | None = None) -> list[AccessRow]:
         def work(db: sqlite3.Connection) -> list[Any]:
-            select = "SELECT id, dev, ino, path, holder_kind, holder_id, mode, since, reason FROM access_rows"
+            columns = "id, dev, ino, path, holder_kind, holder_id, mode, since, reason, label, name"
+            select = f"SELECT {columns} FROM access_rows"  # noqa: S608
             if files is None:
                 return db.execute(f"{select} ORDER BY path, since").fetchall()
             found: list[Any] = []
@@ -289,8 +306,8 @@ class Store:
             return found
 
         return [
-            AccessRow(i, _file(dev, ino), path, Holder(kind, holder), mode, datetime.fromisoformat(since), reason)
-            for i, dev, ino, path, kind, holder, mode, since, reason in await self._run(work)
+            AccessRow(i, _file(dev, ino), path, Holder(kind, holder), mode, _when(since), reason, _label(label), name)
+            for i, dev, ino, path, kind, holder, mode, since, reason, label, name in await self._run(work)
         ]
 
     async def access_files(self, files: Sequence[FileId] | None = None) -> list[AccessFile]:
@@ -469,11 +486,14 @@ def _prune_exports(db: sqlite3.Connection, kept: int, most: int) -> int:
 
 
 def _prune_verdicts(db: sqlite3.Connection, horizon: str, most: int) -> int:
-    """What is closed, or was never ours to close, needs no memory once no job may still ask for the verdict."""
+    """What is closed, or was never ours to close, needs no memory once no job may still ask for the verdict. One whose
+    owner we changed is remembered as long as jobs are, for an undo; one that libvirt still owns, until it does not."""
     owed = "SELECT 1 FROM jobs WHERE revocation = 'pending'"
     needed = "SELECT 1 FROM access_rows r WHERE r.dev = f.dev AND r.ino = f.ino"
-    old = "verdict = 'kept' AND json_extract(body, '$.mode') = '' AND json_extract(body, '$.since') < ?"
-    settled = f"(verdict = 'revoked' OR ({old})) AND NOT EXISTS ({owed}) AND NOT EXISTS ({needed})"
+    closed = "verdict = 'revoked' AND json_extract(body, '$.taken') IS NULL"
+    foreign = "json_extract(body, '$.mode') = '' AND json_extract(body, '$.labels[0]') IS NULL"
+    old = f"(verdict = 'revoked' OR (verdict = 'kept' AND {foreign})) AND json_extract(body, '$.since') < ?"
+    settled = f"({closed} OR ({old})) AND NOT EXISTS ({owed}) AND NOT EXISTS ({needed})"
     found = f"SELECT rowid FROM access_files f WHERE {settled} LIMIT ?"  # noqa: S608
     return db.execute(f"DELETE FROM access_files WHERE rowid IN ({found})", (horizon, most)).rowcount  # noqa: S608
 
@@ -497,13 +517,15 @@ def _put_job(db: sqlite3.Connection, job: Job) -> None:
     )
 
 
-def _add(db: sqlite3.Connection, holder: Holder, needs: Sequence[Need], *, keep: bool) -> None:
+def _add(db: sqlite3.Connection, holder: Holder, uses: Sequence[Use], *, keep: bool, name: str = "") -> None:
     """Rows for the holder; `keep` leaves one that exists as it is."""
-    conflict = "NOTHING" if keep else "UPDATE SET mode=excluded.mode, reason=excluded.reason, path=excluded.path"
-    for need in needs:
+    columns = ("mode", "reason", "path", "label", "name")
+    conflict = "NOTHING" if keep else "UPDATE SET " + ", ".join(f"{c}=excluded.{c}" for c in columns)
+    for need, label in uses:
         db.execute(
-            "INSERT INTO access_rows (id, dev, ino, path, holder_kind, holder_id, mode, since, reason) "  # noqa: S608
-            f"VALUES (?,?,?,?,?,?,?,?,?) ON CONFLICT (dev, ino, holder_kind, holder_id) DO {conflict}",
+            "INSERT INTO access_rows "  # noqa: S608
+            "(id, dev, ino, path, holder_kind, holder_id, mode, since, reason, label, name) "
+            f"VALUES (?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (dev, ino, holder_kind, holder_id) DO {conflict}",
             (
                 str(uuid.uuid4()),
                 *_key(need.layer.file),
@@ -512,11 +534,32 @@ def _add(db: sqlite3.Connection, holder: Holder, needs: Sequence[Need], *, keep:
                 need.mode,
                 now().isoformat(),
                 need.reason,
+                None if label is None else str(label),
+                name,
             ),
         )
 
 
+def _manner(db: sqlite3.Connection, holder: Holder) -> tuple[Label | None, str]:
+    """How the holder opens its files, and what it is called: a new file of its chain is no different."""
+    query = "SELECT label, name FROM access_rows WHERE holder_kind=? AND holder_id=? ORDER BY label IS NULL LIMIT 1"
+    found = db.execute(query, holder).fetchone()
+    return (_label(found[0]), found[1]) if found else (None, "")
+
+
+_when = datetime.fromisoformat
+
+
+def _label(text: str | None) -> Label | None:
+    return None if text is None else Label(*(int(number) for number in text.split(":")))
+
+
 def _release(db: sqlite3.Connection, holder: Holder) -> list[FileId]:
-    rows = db.execute("SELECT dev, ino FROM access_rows WHERE holder_kind=? AND holder_id=?", holder).fetchall()
+    files = _files_of(db, holder)
     db.execute("DELETE FROM access_rows WHERE holder_kind=? AND holder_id=?", holder)
+    return files
+
+
+def _files_of(db: sqlite3.Connection, holder: Holder) -> list[FileId]:
+    rows = db.execute("SELECT dev, ino FROM access_rows WHERE holder_kind=? AND holder_id=?", holder).fetchall()
     return [_file(dev, ino) for dev, ino in rows]

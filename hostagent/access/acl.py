@@ -304,10 +304,10 @@ def _let(fd: int, current: Snapshot, base: Snapshot, *, uid: int, need: Need, gi
     if given.acl != wanted.acl:
         raise JobError(
             "access_refused",
-            f"the ACL of {_name(fd)} is not what was just set: somebody else changed it, or the file system did",
+            f"the ACL of {name(fd)} is not what was just set: somebody else changed it, or the file system did",
             remedy="try again; if it stays so, move the image to ext4, XFS or another file system with POSIX ACLs",
             field="path",
-            value=_name(fd),
+            value=name(fd),
         )
     return given
 
@@ -371,7 +371,7 @@ def _proc(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
-def _name(fd: int) -> str:
+def name(fd: int) -> str:
     try:
         return str(Path(_proc(fd)).readlink())
     except OSError:
@@ -397,8 +397,8 @@ def _explained(fd: int) -> Iterator[None]:
 
 def _refusal(fd: int, error: OSError) -> JobError:
     code, remedy = REFUSALS.get(error.errno or 0, ("io_error", None))
-    name = _name(fd)
-    return JobError(code, f"the ACL of {name}: {error.strerror}", remedy=remedy, field="path", value=name)
+    path = name(fd)
+    return JobError(code, f"the ACL of {path}: {error.strerror}", remedy=remedy, field="path", value=path)
 
 
 def _unreadable(data: bytes) -> JobError:

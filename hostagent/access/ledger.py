@@ -5,6 +5,9 @@ job's end, at start, by timer. It gives a file the most that any row asks, and t
 left; so a lost event, a crash between any two steps or a restart still ends in revocation, and nothing is taken that a
 row still holds. What we do to a file is written down before it is done (`before`, the ACL to go back to), and what is
 said of it is proven afterwards, as the hypervisor user: `revoked` means that this user could not open the file.
+
+A row with a label asks for nothing: libvirt makes the file the domain's own. When no row is left, what libvirt leaves
+so is given back as owner.py says.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from events.model import Event, GrantEvent, GrantEventKind
-from hostagent.access import acl, holders
+from hostagent.access import acl, holders, owner
 from hostagent.access.acl import Snapshot
 from hostagent.locks import Locks
-from hostagent.records import AccessFile, AccessRow
+from hostagent.records import AccessFile, AccessRow, Label, Taken, Use
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Need
 from jobs.ports import AccessResult, AccessVerdict, Clock
@@ -41,6 +44,8 @@ MOST_ENTRIES = 100_000
 
 class LedgerStore(Protocol):
     async def add_needs(self, holder: Holder, needs: Sequence[Need]) -> None: ...
+
+    async def replace_needs(self, holder: Holder, uses: Sequence[Use], *, name: str) -> list[FileId]: ...
 
     async def release(self, holder: Holder, events: Sequence[Event] = ()) -> list[FileId]: ...
 
@@ -71,8 +76,13 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
+    """`protected` are files and folders that are never taken back; `unknown_owner` gets what libvirt leaves of files
+    whose owner was never seen."""
+
     converge_timeout: float
     manage_shared: bool
+    protected: tuple[str, ...] = ()
+    unknown_owner: Label | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +118,7 @@ class Ledger:
         self._files = Locks()
         self._handles: dict[FileId, int] = {}
         self._late: set[FileId] = set()
+        self._domains_known = False
 
     # What others call
 
@@ -128,6 +139,46 @@ class Ledger:
     async def release(self, holder: Holder, *, trigger: str) -> None:
         """The holder needs nothing any more."""
         await self.converge(await self._store.release(holder), trigger=trigger)
+
+    async def hold(self, holder: Holder, uses: Sequence[Use], *, name: str, trigger: str) -> dict[FileId, AccessResult]:
+        """A domain's disk needs these files now, and no others: its chain, read anew. `name` is for people.
+
+        With labels nothing is granted; said before libvirt changes their owner, it is seen here who has the files.
+        What it needs no more is taken back, unless others need it.
+        """
+        left = await self._store.replace_needs(holder, uses, name=name)
+        return await self.converge([*(use.need.layer.file for use in uses), *left], trigger=trigger)
+
+    def know_domains(self, known: bool) -> None:
+        """Whether the rows of all domains, running and defined, are in the ledger. Until they are, no file that libvirt
+        owns is given back: somebody could need it."""
+        self._domains_known = known
+
+    async def undo(self, file: FileId) -> AccessResult:
+        """Give a file back to the user from whom we took it, unless somebody changed its owner since.
+
+        JobError not_found where no owner was changed, busy where somebody needs the file by now, conflict or
+        image_changed where it is not as we left it; then nothing is changed.
+        """
+        async with self._files.alone(file):
+            known = next(iter(await self._store.access_files([file])), None)
+            if known is None or known.taken is None:
+                raise JobError("not_found", "no owner was changed here", remedy="see `hostagent grant list`")
+            rows = await self._store.access_rows([file])
+            if rows:
+                raise JobError(
+                    "busy",
+                    f"{known.path!r} is needed by {', '.join(row.title for row in rows)}",
+                    remedy="end them first; or let it be, they have access",
+                )
+            taken = known.taken
+            await self._thread(file, functools.partial(self._check_undo, known, taken))
+            # Without labels it is not taken again; `owner` is who gets it after the next domain.
+            known = replace(known, verdict=AccessVerdict.PENDING, labels=(), owner=taken.now)
+            await self._store.put_access_file(known)
+            await self._thread(file, functools.partial(self._change_owner, known, taken.now, taken.was))
+            found = await self._thread(file, lambda: self._take_back(replace(known, taken=None), "operator", None))
+            return await self._record(known, found, "operator")
 
     async def _acquire(self, file: FileId) -> None:
         async with self._files.alone(file):
@@ -167,7 +218,11 @@ class Ledger:
         rows = [row for row in await self._store.access_rows([file]) if row.holder not in leaving]
         processes = await self._open_in(file)
         mine = set(self._daemons())
-        return [str(row.holder) for row in rows] + [str(p) for p in processes if p.pid not in mine]
+        keepers = [row.title for row in rows] + [str(p) for p in processes if p.pid not in mine]
+        entry = next(iter(await self._store.access_files([file])), None)
+        if entry is not None and (place := await self._protector(entry)) is not None:
+            keepers.append(f"protected:{place}")
+        return keepers
 
     # The converger
 
@@ -191,7 +246,9 @@ class Ledger:
         except JobError as error:
             if strict:
                 raise
-            finding = _Finding(replace(was, verdict=AccessVerdict.PENDING, reason=error.message, holders=()), None)
+            # What was written down before it was to be done must not be forgotten: it may have been done.
+            latest = next(iter(await self._store.access_files([file])), was)
+            finding = _Finding(replace(latest, verdict=AccessVerdict.PENDING, reason=error.message, holders=()), None)
             log.warning("access is pending", extra={"fields": {"path": was.path, "error": error.message}})
         return await self._record(was, finding, trigger)
 
@@ -275,11 +332,18 @@ class Ledger:
             ) from None
 
     async def _give(self, was: AccessFile, rows: Sequence[AccessRow]) -> _Finding:
-        need: Mode = "rw" if any(row.mode == "rw" for row in rows) else "r"
-        held = tuple(str(row.holder) for row in rows)
-        given = replace(was, path=rows[-1].path, verdict=AccessVerdict.GRANTED, holders=held, reason=None)
+        asking = [row for row in rows if row.label is None]
+        labels = [row.label for row in rows if row.label is not None]
+        need: Mode = "rw" if any(row.mode == "rw" for row in asking) else "r"
+        held = tuple(row.title for row in rows)
+        given = replace(was, path=rows[-1].path, verdict=AccessVerdict.GRANTED, holders=held, reason=None, taken=None)
         if self._subject.own:
             return _Finding(replace(given, mode=need), GrantEventKind.GRANTED)
+        if labels:
+            given = await self._thread(was.file, functools.partial(self._note_owner, given, labels))
+        given = replace(given, access="acl" if asking or given.mode else "owner")
+        if not asking:  # what we gave before stays while anybody needs the file
+            return _Finding(given, None)
         if was.mode == "":
             plan = await self._thread(was.file, functools.partial(self._plan_grant, given, need))
             if plan.mode == "":
@@ -339,40 +403,137 @@ class Ledger:
         kept = replace(was, verdict=AccessVerdict.KEPT, holders=())
         if self._subject.own:
             return _Finding(replace(kept, mode="", reason=self._own_reason), GrantEventKind.KEPT)
+        if (place := await self._protector(was)) is not None:
+            reason = f"it is protected ({place} in access.protected)"
+            return _Finding(replace(kept, reason=reason, holders=(f"protected:{place}",)), GrantEventKind.KEPT)
+        if was.labels and not self._domains_known:
+            raise JobError(
+                "unavailable", "which domains need it is not known yet", remedy="see whether libvirt answers"
+            )
+        if (kept_open := await self._kept_open(was)) is not None:
+            return kept_open
+        obstacle = None
+        if was.labels:
+            try:
+                was, obstacle = await self._give_back(was)
+            except FileNotFoundError:
+                return self._not_found(was, trigger)
+            if was.taken is not None and (kept_open := await self._kept_open(was)) is not None:
+                return kept_open
+        return await self._thread(was.file, lambda: self._take_back(was, trigger, obstacle))
+
+    async def _kept_open(self, was: AccessFile) -> _Finding | None:
+        """The verdict on a file that the user has open. Whoever opened it while its owner was changed keeps it whole."""
         processes = await self._open_in(was.file)
+        if not processes:
+            return None
+        if was.taken is not None and was.verdict == AccessVerdict.PENDING:
+            await self._thread(was.file, functools.partial(self._change_owner, was, was.taken.now, was.taken.was))
+            was = replace(was, taken=None)
         ours = [process for process in processes if process.pid in self._daemons()]
         if ours:
             raise JobError("busy", f"{was.path!r} is still open in our storage daemon ({ours[0]})")
-        if processes:
-            foreign = tuple(str(process) for process in processes)
-            kept = replace(kept, reason=f"it is open in {', '.join(foreign)}", holders=foreign)
-            return _Finding(kept, GrantEventKind.KEPT)
-        return await self._thread(was.file, lambda: self._take_back(was, trigger))
+        foreign = tuple(str(process) for process in processes)
+        reason = f"it is open in {', '.join(foreign)}"
+        kept = replace(was, verdict=AccessVerdict.KEPT, reason=reason, holders=foreign)
+        return _Finding(kept, GrantEventKind.KEPT)
 
-    def _take_back(self, was: AccessFile, trigger: str) -> _Finding:
+    def _take_back(self, was: AccessFile, trigger: str, obstacle: str | None) -> _Finding:
+        """Undo what we gave, and say whether the file is closed; `obstacle` is why libvirt's ownership stays."""
         try:
             with self._opened(was) as fd:
                 if was.mode:
                     assert was.before is not None
                     given = _decode(was.given) if was.given else None
                     acl.apply_undo(fd, self._subject.uid, _decode(was.before), given)
-                reason = self._still_open(fd)
+                reason = obstacle or self._still_open(fd)
+                if was.labels and os.fstat(fd).st_nlink == 0:
+                    reason = None
         except FileNotFoundError:
             return self._not_found(was, trigger)
         self._forget_handle(was.file)
-        if reason is None:
-            entry = replace(_cleared(was), verdict=AccessVerdict.REVOKED, reason=None, holders=())
-            return _Finding(entry, GrantEventKind.REVOKED)
-        entry = replace(_cleared(was), verdict=AccessVerdict.KEPT, reason=reason, holders=())
-        return _Finding(entry, GrantEventKind.KEPT)
+        entry = replace(_cleared(was), verdict=AccessVerdict.REVOKED, reason=None, holders=())
+        if was.labels:
+            entry = replace(entry, access="owner")
+        if obstacle is None:  # what is not libvirt's any more is an ordinary file
+            entry = replace(entry, labels=())
+        if reason is not None:
+            return _Finding(replace(entry, verdict=AccessVerdict.KEPT, reason=reason), GrantEventKind.KEPT)
+        if was.taken is not None:
+            entry = replace(entry, reason=f"given back to {owner.named(was.taken.now)}")
+        return _Finding(entry, GrantEventKind.REVOKED)
 
     def _not_found(self, was: AccessFile, trigger: str) -> _Finding:
         """Deleted or moved while the agent was away: that cannot be told, unless the operator says that it is gone."""
-        if trigger == "operator" or not was.mode:
-            entry = replace(_cleared(was), verdict=AccessVerdict.REVOKED, reason="the file is gone", holders=())
+        what = f"an ACL entry for {self._subject.name}" if was.mode else f"{self._subject.name}'s ownership"
+        reason = f"it is not in its folder; if it was moved, {what} went with it"
+        told = was.verdict == AccessVerdict.KEPT and was.reason != reason  # that it stays open, before it went
+        if trigger == "operator" or not (was.mode or (was.labels and not told)):
+            gone = replace(_cleared(was), verdict=AccessVerdict.REVOKED, labels=(), holders=())
+            entry = replace(gone, reason="the file is gone")
             return _Finding(entry, GrantEventKind.REVOKED)
-        reason = f"it is not in its folder; if it was moved, an ACL entry for {self._subject.name} went with it"
         return _Finding(replace(was, verdict=AccessVerdict.KEPT, reason=reason, holders=()), GrantEventKind.KEPT)
+
+    # Owners
+
+    def _note_owner(self, entry: AccessFile, labels: Sequence[Label]) -> AccessFile:
+        with self._grasped(entry) as handle:
+            return owner.noted(entry, owner.of(handle), labels)
+
+    async def _protector(self, entry: AccessFile) -> str | None:
+        """Which setting of access.protected keeps the file."""
+        if not self._settings.protected:
+            return None
+        return await self._thread(entry.file, functools.partial(self._find_protector, entry))
+
+    def _find_protector(self, entry: AccessFile) -> str | None:
+        protected = self._settings.protected
+        try:
+            with self._grasped(entry) as handle:
+                return owner.protector(handle, entry.path, protected)
+        except FileNotFoundError:
+            return owner.protector(None, entry.path, protected)
+
+    async def _give_back(self, was: AccessFile) -> tuple[AccessFile, str | None]:
+        """Make the file its owner's again: the entry, and what stood in the way. FileNotFoundError as `_opened`."""
+        plan = await self._thread(was.file, functools.partial(self._plan_owner, was))
+        if not isinstance(plan, Taken):
+            return was, plan
+        reason = f"it is being given back to {owner.named(plan.now)}"
+        was = replace(was, taken=plan, verdict=AccessVerdict.PENDING, reason=reason, holders=())
+        await self._store.put_access_file(was)  # before it is done, as for ACLs
+        await self._thread(was.file, functools.partial(self._change_owner, was, plan.was, plan.now))
+        return was, None
+
+    def _plan_owner(self, was: AccessFile) -> Taken | str | None:
+        held = was.file in self._handles
+        with self._opened(was) as fd:
+            if not held and _is_former(was.path, was.file):  # an inode number alone is no proof: they are used again
+                return f"a file with its inode number goes by another name now, {acl.name(fd)}: chown it yourself"
+            return owner.plan(
+                fd,
+                was,
+                uid=self._subject.uid,
+                unknown=self._settings.unknown_owner,
+                manage_shared=self._settings.manage_shared,
+            )
+
+    def _change_owner(self, entry: AccessFile, was: Label, now: Label) -> None:
+        with self._opened(entry) as fd:
+            owner.change(fd, was, now)
+
+    def _check_undo(self, entry: AccessFile, taken: Taken) -> None:
+        if _is_former(entry.path, entry.file):
+            raise JobError(
+                "image_changed",
+                f"{entry.path!r} is not the file any more that it was",
+                field="path",
+                value=entry.path,
+                remedy="see who moved or replaced it; chown it by hand",
+            )
+        with self._grasped(entry) as handle:
+            if (here := owner.of(handle)) not in (taken.was, taken.now):
+                raise owner.changed(entry.path, here)
 
     # Files
 
@@ -391,6 +552,18 @@ class Ledger:
             yield fd
         finally:
             os.close(fd)
+
+    @contextlib.contextmanager
+    def _grasped(self, entry: AccessFile) -> Iterator[int]:
+        """An O_PATH descriptor for the moment: a domain that is off must not hold a file system against an unmount."""
+        if (handle := self._handles.get(entry.file)) is not None:
+            yield handle
+            return
+        handle = _find(entry)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
 
     def _forget_handle(self, file: FileId) -> None:
         if (handle := self._handles.pop(file, None)) is not None:

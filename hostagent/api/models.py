@@ -304,6 +304,7 @@ class Export(Answer):
 class Holder(Answer):
     kind: str
     id: str
+    name: Annotated[str, Field(description="What people call it: a domain's name and disk.")] = ""
 
 
 class Grant(Answer):

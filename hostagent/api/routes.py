@@ -351,7 +351,7 @@ async def merge_bitmap(front: TheFront, peer: ThePeer, path: ImagePath, body: mo
 
 @grants.get("", response_model=models.GrantPage)
 async def list_grants(front: TheFront, page: ThePage, path: Filter = None, holder: Filter = None) -> Response:
-    """Who needs which file and why; also files that nobody needs and that could not be closed."""
+    """Who needs which file and why; also files that nobody needs and that could not be closed, or got another owner."""
     return answer(await front.service.list_grants(path=path, holder=holder, limit=page.limit, after=page.after))
 
 
@@ -365,6 +365,12 @@ async def get_grant(front: TheFront, id: str) -> Response:
 async def revoke_grant(front: TheFront, id: str) -> Response:
     """Take back what nobody who lives needs; else `busy`, naming the holders."""
     return answer(await front.service.revoke_grant(id))
+
+
+@grants.post("/{id}/undo", response_model=models.Grant)
+async def undo_grant(front: TheFront, peer: ThePeer, id: str) -> Response:
+    """Restore the owner that a revocation changed, if nobody changed it since."""
+    return answer(await front.service.undo_grant(id, peer=peer))
 
 
 @events.get("", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})

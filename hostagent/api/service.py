@@ -321,7 +321,7 @@ class AgentService:
             files = [f for f in await self._store.access_files() if views.leftover(f)["id"] == id]
         else:
             rows = await self._store.access_rows([entry.file])
-            needy = [str(row.holder) for row in rows if await self._needs(row.holder)]
+            needy = [row.title for row in rows if await self._needs(row.holder)]
             if needy:
                 raise JobError(
                     "busy",
@@ -338,6 +338,23 @@ class AgentService:
             grant |= {"state": result.verdict.value, "detail": result.reason}
         return grant
 
+    async def undo_grant(self, id: str, *, peer: Peer) -> Json:
+        """Give a file back to the user from whom libvirt's ownership of it was taken."""
+        self._only_operators(peer)
+        await self.get_grant(id)
+        entry = next((f for f in await self._store.access_files() if views.leftover(f)["id"] == id), None)
+        if entry is None or entry.taken is None:
+            raise JobError(
+                "conflict",
+                f"grant {id} is none whose owner was changed at its end",
+                field="id",
+                value=id,
+                remedy="see `hostagent grant list`: those have the access `owner` and the state `revoked`",
+            )
+        result = await self._ledger.undo(entry.file)
+        after = next(iter(await self._store.access_files([entry.file])), entry)
+        return views.leftover(after) | {"state": result.verdict.value, "detail": result.reason}
+
     async def _needs(self, holder: Holder) -> bool:
         """Whether the holder lives. An image that merely stands on a file is not open; it gets access when it is."""
         if holder.kind == "job":
@@ -352,7 +369,7 @@ class AgentService:
         files = {entry.file: entry for entry in await self._store.access_files()}
         rows = await self._store.access_rows()
         held = {row.file for row in rows}
-        left = [f for f in files.values() if f.file not in held and f.verdict in ("kept", "pending")]
+        left = [f for f in files.values() if f.file not in held and (f.verdict in ("kept", "pending") or f.taken)]
         return [*(views.grant(row, files.get(row.file)) for row in rows), *(views.leftover(f) for f in left)]
 
     # The host

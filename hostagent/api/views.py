@@ -155,7 +155,7 @@ def grant(row: AccessRow, file: AccessFile | None) -> Json:
         "id": row.id,
         "path": row.path,
         "mode": row.mode,
-        "holder": {"kind": row.holder.kind, "id": row.holder.id},
+        "holder": {"kind": row.holder.kind, "id": row.holder.id, "name": row.name},
         "since": time(row.since),
         "reason": row.reason,
         "access": file.access if file else "none",
@@ -165,12 +165,12 @@ def grant(row: AccessRow, file: AccessFile | None) -> Json:
 
 
 def leftover(file: AccessFile) -> Json:
-    """A file that nobody needs, and that could not be closed (yet)."""
+    """A file that nobody needs, and that could not be closed (yet), or whose owner was changed to close it."""
     return {
         "id": f"file-{file.file.dev}-{file.file.ino}",
         "path": file.path,
         "mode": file.mode,
-        "holder": {"kind": "none", "id": ""},
+        "holder": {"kind": "none", "id": "", "name": ""},
         "since": time(file.since),
         "reason": "nobody needs it any more",
         "access": file.access,

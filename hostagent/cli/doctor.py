@@ -166,7 +166,8 @@ def _kept(grants: list[Json]) -> Iterator[Finding]:
     kept = [grant for grant in grants if grant.get("state") == "kept"]
     for grant in kept[:MOST_GRANTS]:
         text = f"{grant['path']} can still be opened: {grant.get('detail') or grant.get('reason')}"
-        yield warn("kept files", text, "chmod or chgrp it, if guests must not read it")
+        what = "chown" if grant.get("access") == "owner" else "chmod or chgrp"
+        yield warn("kept files", text, f"{what} it, if guests must not read it")
     if len(kept) > MOST_GRANTS:
         yield warn("kept files", f"and {len(kept) - MOST_GRANTS} more", "`hostagent grant list`")
     if not kept:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostagent.access import acl
+from hostagent.access import acl, owner
 from hostagent.cli.finding import Finding, fail, ok, warn
 from hostagent.config import Config
 from hostagent.drivers.libvirt import absent
@@ -161,6 +161,22 @@ def _acls(config: Config) -> Iterator[Finding]:
         return
     for pool in config.images.pools:
         yield _acl(Path(pool))
+    yield _unknown_owner(config)
+
+
+def _unknown_owner(config: Config) -> Finding:
+    """Who gets what libvirt leaves the hypervisor user's own."""
+    name, text = "unknown owners", config.access.unknown_owner
+    if not text:
+        return ok(name, "files that libvirt leaves and whose owner was not seen are only reported")
+    remedy = "set access.unknown_owner to root:root, or to nothing: then such files are only reported"
+    try:
+        label = owner.parse(text)
+        if label.uid == pwd.getpwnam(config.access.hypervisor_user).pw_uid:
+            return warn(name, f"{text} is the hypervisor user: what libvirt leaves stays open to all guests", remedy)
+    except KeyError:
+        return fail(name, f"{text!r} is not USER:GROUP, both known on this host", remedy)
+    return ok(name, f"files that libvirt leaves and whose owner was not seen go to {text}")
 
 
 def _acl(folder: Path) -> Finding:

@@ -10,6 +10,7 @@ from hostagent.cli.client import Json, quoted
 from hostagent.cli.terminal import Column, Terminal, age, remark
 from hostagent.errors import EXIT_OK
 
+SAID = ("pending", "kept", "revoked")
 COLUMNS = ("id", "path", "mode", "holder", "access", "state", "reason", Column("age", right=True))
 
 
@@ -25,7 +26,10 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     text = "take a grant back; refused while its holder needs the file"
     revoke = verbs.add_parser("revoke", help=text, description=text, parents=[common])
     revoke.set_defaults(run=_revoke)
-    for parser in (show, revoke):
+    text = "restore the owner that a revocation changed, unless somebody changed it since"
+    undo = verbs.add_parser("undo", help=text, description=text, parents=[common])
+    undo.set_defaults(run=_undo)
+    for parser in (show, revoke, undo):
         parser.add_argument("id", metavar="ID", help="the grant's id")
 
 
@@ -57,12 +61,13 @@ def _row(grant: Json) -> tuple[str, ...]:
 def _why(grant: Json) -> str:
     """Why somebody needs the file; of one that could not be closed what stands in the way."""
     detail = grant.get("detail")
-    return f"{grant['reason']}; {detail}" if detail and grant["state"] in ("pending", "kept") else str(grant["reason"])
+    return f"{grant['reason']}; {detail}" if detail and grant["state"] in SAID else str(grant["reason"])
 
 
 def holder(grant: Json) -> str:
     found = grant.get("holder") or {}
-    return f"{found.get('kind', '')}:{found.get('id', '')}" if found else ""
+    name = f" ({found['name']})" if found.get("name") else ""
+    return f"{found.get('kind', '')}:{found.get('id', '')}{name}" if found else ""
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -72,6 +77,11 @@ def _show(args: argparse.Namespace) -> int:
 
 def _revoke(args: argparse.Namespace) -> int:
     _print(args, arguments.connect(args).delete(_address(args)))
+    return EXIT_OK
+
+
+def _undo(args: argparse.Namespace) -> int:
+    _print(args, arguments.connect(args).post(f"{_address(args)}/undo"))
     return EXIT_OK
 
 

@@ -275,6 +275,9 @@ class FakeService:
             "detail": None,
         }
 
+    async def undo_grant(self, id: str, *, peer: Peer) -> Json:
+        return await self.get_grant(id) | {"state": "kept"}
+
     async def revoke_grant(self, id: str) -> Json:
         raise JobError("busy", "/base is needed by job j", holders=["job:j"])
 

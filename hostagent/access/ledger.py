@@ -423,11 +423,11 @@ class Ledger:
         return await self._thread(was.file, lambda: self._take_back(was, trigger, obstacle))
 
     async def _kept_open(self, was: AccessFile) -> _Finding | None:
-        """The verdict on a file that the user has open. Whoever opened it while its owner was changed keeps it whole."""
+        """The verdict on a file that the user has open. Who opened it while its owner was changed keeps it whole."""
         processes = await self._open_in(was.file)
         if not processes:
             return None
-        if was.taken is not None and was.verdict == AccessVerdict.PENDING:
+        if was.taken is not None and was.labels:  # not proven yet
             await self._thread(was.file, functools.partial(self._change_owner, was, was.taken.now, was.taken.was))
             was = replace(was, taken=None)
         ours = [process for process in processes if process.pid in self._daemons()]
@@ -469,7 +469,7 @@ class Ledger:
         reason = f"it is not in its folder; if it was moved, {what} went with it"
         told = was.verdict == AccessVerdict.KEPT and was.reason != reason  # that it stays open, before it went
         if trigger == "operator" or not (was.mode or (was.labels and not told)):
-            gone = replace(_cleared(was), verdict=AccessVerdict.REVOKED, labels=(), holders=())
+            gone = replace(_cleared(was), verdict=AccessVerdict.REVOKED, labels=(), taken=None, holders=())
             entry = replace(gone, reason="the file is gone")
             return _Finding(entry, GrantEventKind.REVOKED)
         return _Finding(replace(was, verdict=AccessVerdict.KEPT, reason=reason, holders=()), GrantEventKind.KEPT)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from events.model import HostEvent, HostEventKind, Record
-from hostagent.records import AccessFile, ExportRecord
+from hostagent.records import AccessFile, ExportRecord, Label, Use
 from hostagent.schema import MIGRATIONS
 from hostagent.store import Store
 from jobs.errors import JobError
@@ -159,6 +159,34 @@ def test_an_outcome_changes_the_ledger_in_its_own_transaction(tmp_path: Path) ->
         left = {(row.file, str(row.holder)) for row in await it.store.access_rows()}
         assert left == {(TOP.file, "export:e"), (HUGE, "export:elsewhere")}
         assert await it.store.unsettled() == [done]
+
+    run(tmp_path, scenario)
+
+
+def test_a_domain_opens_a_new_top_in_the_manner_of_its_chain(tmp_path: Path) -> None:
+    async def scenario(it: Opened) -> None:
+        domain, new = Holder("domain", "6d1a/vda"), layer("new", FileId(8, 99))
+        await it.store.replace_needs(domain, [Use(Need(BASE, "rw", "runs"), Label(64055, 108))], name="web1/vda")
+        gains = ((domain, Need(new, "rw", "copied")), (IMAGE, Need(new, "r", "copied")))
+        change = AccessChange((JOB.holder,), forget=(BASE.file,), sharers=(domain,), gains=gains)
+        await it.store.finish(ended(State.COMPLETED), [], change)
+        found = {(row.holder, row.file, row.label, row.name) for row in await it.store.access_rows()}
+        assert found == {(domain, new.file, Label(64055, 108), "web1/vda"), (IMAGE, new.file, None, "")}
+
+    run(tmp_path, scenario)
+
+
+def test_what_a_holder_needs_is_replaced_in_one_step_and_says_what_left(tmp_path: Path) -> None:
+    async def scenario(it: Opened) -> None:
+        domain = Holder("domain", "6d1a/vda")
+        top, base = Use(Need(TOP, "rw", "runs"), Label(5, 6)), Use(Need(BASE, "r", "runs"), None)
+        assert await it.store.replace_needs(domain, [top, base], name="web1/vda") == []
+        await it.store.add_needs(IMAGE, [Need(BASE, "r", "its own")])
+        kept = (await it.store.access_rows([TOP.file]))[0].id
+        assert await it.store.replace_needs(domain, [top], name="web2/vda") == [HUGE]
+        rows = {row.holder: row for row in await it.store.access_rows()}
+        assert (rows[domain].id, rows[domain].name, rows[domain].label) == (kept, "web2/vda", Label(5, 6))
+        assert (rows[IMAGE].file, len(rows)) == (HUGE, 2)
 
     run(tmp_path, scenario)
 

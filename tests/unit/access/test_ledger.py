@@ -22,7 +22,7 @@ from hostagent.access.acl import FileSystem
 from hostagent.access.ledger import Ledger, Settings, Subject
 from hostagent.access.prober import Prober
 from hostagent.daemon import _Owner
-from hostagent.records import AccessFile
+from hostagent.records import AccessFile, Label
 from hostagent.store import Store
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Layer, Need
@@ -63,6 +63,8 @@ class Host:
     heard: list[Record]
     own: bool = False
     manage_shared: bool = False
+    protected: tuple[str, ...] = ()
+    unknown_owner: Label | None = None
     daemons: dict[int, frozenset[int]] = field(default_factory=dict)
     observed: list[tuple[str, str]] = field(default_factory=list)
 
@@ -74,7 +76,7 @@ class Host:
             self.store,
             Subject("us" if self.own else "guest", os.geteuid() if self.own else USER, (USER,), own=self.own),
             self.probe,
-            settings=Settings(5.0, self.manage_shared),
+            settings=Settings(5.0, self.manage_shared, self.protected, self.unknown_owner),
             clock=SystemClock(),
             daemons=lambda: self.daemons,
             observe=lambda trigger, result: self.observed.append((trigger, result)),

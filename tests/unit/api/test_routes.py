@@ -241,6 +241,7 @@ def test_a_bitmap_that_cannot_be_is_refused_before_the_image_is_opened(agent, bo
 def test_grants_are_listed_shown_and_kept_while_needed(agent):
     models.Grant.model_validate(agent.call("GET", "/v1/grants").body["items"][0])
     assert agent.call("GET", "/v1/grants/g1").body["id"] == "g1"
+    models.Grant.model_validate(agent.call("POST", "/v1/grants/g1/undo").body)
     reply = agent.call("DELETE", "/v1/grants/g1")
     assert (reply.status, reply.body["holders"]) == (409, ["job:j"])
 

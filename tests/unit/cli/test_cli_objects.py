@@ -123,6 +123,23 @@ def test_revoking_what_is_needed_exits_6_and_names_the_holder(agent: FakeAgent, 
     assert f"job:{ID} needs it" in capsys.readouterr().err
 
 
+def test_a_domains_grant_is_shown_with_its_name_and_what_was_given_back_with_its_owner(
+    agent: FakeAgent, run, capsys
+) -> None:
+    domain = grant(access="owner", holder={"kind": "domain", "id": "6d1a/vda", "name": "web1/vda"})
+    given_back = grant("revoked", access="owner", detail="given back to root:root")
+    agent.on("GET", "/v1/grants", (200, {"items": [domain, given_back], "next": None}))
+    assert run("grant", "list") == 0
+    out = capsys.readouterr().out
+    assert "domain:6d1a/vda (web1/vda)" in out and "given back to root:root" in out
+
+
+def test_undoing_a_revocation_is_asked_of_the_agent(agent: FakeAgent, run, capsys) -> None:
+    agent.on("POST", "/v1/grants/g1/undo", (200, grant("kept", detail="owned by qemu with mode 0600")))
+    assert run("grant", "undo", "g1") == 0
+    assert "owned by qemu" in capsys.readouterr().out
+
+
 def test_an_id_cannot_become_another_path(agent: FakeAgent, run) -> None:
     assert run("grant", "show", "../host?x=1") == 3
     assert agent.calls[0].path == "/v1/grants/..%2Fhost%3Fx%3D1"

@@ -126,16 +126,26 @@ class Guest:
         until(lambda: pid not in self._libvirt.processes("qemu-system"), "QEMU is gone")
 
     def remove(self) -> None:
-        import libvirt
+        """Destroy and undefine it, as often as it takes: libvirtd may be busy with its QEMU, which was stopped."""
+        from tests.libvirt.private import until
 
         for pid in self._processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-        with contextlib.suppress(libvirt.libvirtError), self.domain() as domain:
-            if domain.isActive():
-                domain.destroy()
-            if domain.isPersistent():
-                domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+        until(self._is_removed, f"{self.name} is removed")
+
+    def _is_removed(self) -> bool:
+        import libvirt
+
+        try:
+            with self.domain() as domain:
+                if domain.isActive():
+                    domain.destroy()
+                if domain.isPersistent():
+                    domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+        except libvirt.libvirtError as error:
+            return bool(error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
+        return False
 
     @contextlib.contextmanager
     def domain(self) -> Iterator[Any]:

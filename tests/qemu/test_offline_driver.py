@@ -23,6 +23,7 @@ from hostagent.images.chain import ChainLimits
 from hostagent.images.measure import Measure
 from hostagent.images.qemu_img import QemuImg, ToolLimits
 from hostagent.nbd import chains as nbd_chains
+from hostagent.nbd import network
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import Commit
 from hostagent.nbd.copying import Copy
@@ -77,6 +78,7 @@ def make_chains(folder: Path, store: Store) -> Chains:
         unresponsive_kill=0.0,
         socket_gid=None,
         inspect_timeout=10.0,
+        network=network.Settings((), 5),
     )
     chains = Chains(settings, store, _FileLease, SystemClock())
     chains.sink = Quiet()

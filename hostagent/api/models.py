@@ -304,7 +304,7 @@ class Export(Answer):
 class Holder(Answer):
     kind: str
     id: str
-    name: Annotated[str, Field(description="What people call it: a domain's name and disk.")] = ""
+    name: Annotated[str | None, Field(description="What people call a domain's disk: web1/vda.")] = None
 
 
 class Grant(Answer):

@@ -85,7 +85,8 @@ class AccessFile:
 
     `mode` is what we gave ("", "r", "rw"); `verdict` granted | revoked | kept | pending; `access` acl | owner | own |
     none. `labels` are those that libvirt may have left the file with, `owner` who had it before as far as that was
-    seen, and `taken` the ownership that we changed at the end, for an undo.
+    seen, and `taken` the ownership that we changed at the end, for an undo. `born` (ns since 1970) tells the file of
+    these from a later one with its inode number.
     """
 
     file: FileId
@@ -102,6 +103,7 @@ class AccessFile:
     labels: tuple[Label, ...] = ()
     owner: Label | None = None
     taken: Taken | None = None
+    born: int | None = None
 
 
 class Part(NamedTuple):

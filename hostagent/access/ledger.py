@@ -213,14 +213,14 @@ class Ledger:
             except JobError as error:
                 log.warning("the ledger cannot be read", extra={"fields": {"error": error.message}})
 
-    async def keepers(self, file: FileId, leaving: Collection[Holder]) -> list[str]:
+    async def keepers(self, file: FileId, leaving: Collection[Holder], path: str) -> list[str]:
         """Who would keep the file when `leaving` need it no more: other rows, and foreign processes."""
         rows = [row for row in await self._store.access_rows([file]) if row.holder not in leaving]
-        processes = await self._open_in(file)
+        entry = next(iter(await self._store.access_files([file])), None) or self._blank(file, path)
+        processes = await self._open_in(entry)
         mine = set(self._daemons())
         keepers = [row.title for row in rows] + [str(p) for p in processes if p.pid not in mine]
-        entry = next(iter(await self._store.access_files([file])), None)
-        if entry is not None and (place := await self._protector(entry)) is not None:
+        if (place := await self._protector(entry)) is not None:
             keepers.append(f"protected:{place}")
         return keepers
 
@@ -423,13 +423,18 @@ class Ledger:
         return await self._thread(was.file, lambda: self._take_back(was, trigger, obstacle))
 
     async def _kept_open(self, was: AccessFile) -> _Finding | None:
-        """The verdict on a file that the user has open. Who opened it while its owner was changed keeps it whole."""
-        processes = await self._open_in(was.file)
-        if not processes:
+        """The verdict on a file that is open. Who opened it while its owner was changed, or began to need it, keeps it
+        whole."""
+        processes = await self._open_in(was)
+        begun = was.taken is not None and bool(was.labels)  # not proven yet
+        rows = await self._store.access_rows([was.file]) if begun else []
+        if not processes and not rows:
             return None
-        if was.taken is not None and was.labels:  # not proven yet
+        if was.taken is not None and begun:
             await self._thread(was.file, functools.partial(self._change_owner, was, was.taken.now, was.taken.was))
             was = replace(was, taken=None)
+        if not processes:
+            raise JobError("busy", f"{was.path!r} is needed again, by {rows[0].title}")
         ours = [process for process in processes if process.pid in self._daemons()]
         if ours:
             raise JobError("busy", f"{was.path!r} is still open in our storage daemon ({ours[0]})")
@@ -446,9 +451,8 @@ class Ledger:
                     assert was.before is not None
                     given = _decode(was.given) if was.given else None
                     acl.apply_undo(fd, self._subject.uid, _decode(was.before), given)
-                reason = obstacle or self._still_open(fd)
-                if was.labels and os.fstat(fd).st_nlink == 0:
-                    reason = None
+                gone = bool(was.labels) and (os.fstat(fd).st_nlink == 0 or owner.is_later(fd, was.born))
+                reason = None if gone else obstacle or self._still_open(fd)
         except FileNotFoundError:
             return self._not_found(was, trigger)
         self._forget_handle(was.file)
@@ -478,7 +482,9 @@ class Ledger:
 
     def _note_owner(self, entry: AccessFile, labels: Sequence[Label]) -> AccessFile:
         with self._grasped(entry) as handle:
-            return owner.noted(entry, owner.of(handle), labels)
+            if owner.is_later(handle, entry.born):
+                entry = replace(entry, labels=(), owner=None)
+            return replace(owner.noted(entry, owner.of(handle), labels), born=owner.born(handle))
 
     async def _protector(self, entry: AccessFile) -> str | None:
         """Which setting of access.protected keeps the file."""
@@ -502,6 +508,8 @@ class Ledger:
         reason = f"it is being given back to {owner.named(plan.now)}"
         was = replace(was, taken=plan, verdict=AccessVerdict.PENDING, reason=reason, holders=())
         await self._store.put_access_file(was)  # before it is done, as for ACLs
+        if rows := await self._store.access_rows([was.file]):
+            raise JobError("busy", f"{was.path!r} is needed again, by {rows[0].title}")
         await self._thread(was.file, functools.partial(self._change_owner, was, plan.was, plan.now))
         return was, None
 
@@ -510,6 +518,8 @@ class Ledger:
         with self._opened(was) as fd:
             if not held and _is_former(was.path, was.file):  # an inode number alone is no proof: they are used again
                 return f"a file with its inode number goes by another name now, {acl.name(fd)}: chown it yourself"
+            if owner.is_later(fd, was.born):
+                return None
             return owner.plan(
                 fd,
                 was,
@@ -523,7 +533,11 @@ class Ledger:
             owner.change(fd, was, now)
 
     def _check_undo(self, entry: AccessFile, taken: Taken) -> None:
-        if _is_former(entry.path, entry.file):
+        former = _is_former(entry.path, entry.file)
+        if not former:
+            with self._grasped(entry) as handle:
+                former = owner.is_later(handle, entry.born)
+        if former:
             raise JobError(
                 "image_changed",
                 f"{entry.path!r} is not the file any more that it was",
@@ -577,12 +591,14 @@ class Ledger:
                 return why or f"{self._subject.name} can still open it, and its mode does not say why"
         return None
 
-    async def _open_in(self, file: FileId) -> list[holders.Process]:
-        """The user's processes that have the file open. Hundreds of our own storage daemons, with a dozen descriptors
-        each, would take seconds to look at: those that cannot have it are left out."""
+    async def _open_in(self, entry: AccessFile) -> list[holders.Process]:
+        """The user's processes that have the file open; anybody's, where its owner is to be changed: others may have
+        opened it by its group. Hundreds of our own storage daemons, with a dozen descriptors each, would take seconds
+        to look at: those that cannot have it are left out."""
+        file, uids = entry.file, None if entry.labels else [self._subject.uid]
         others = {pid for pid, inodes in self._daemons().items() if file.ino not in inodes}
         skip = {os.getpid(), *others}
-        search = functools.partial(holders.find_open, [file], uids=[self._subject.uid], skip_pids=skip)
+        search = functools.partial(holders.find_open, [file], uids=uids, skip_pids=skip)
         return (await self._thread(file, search))[file]
 
     async def _thread(self, file: FileId, work: Callable[[], T]) -> T:

@@ -124,7 +124,7 @@ class AgentService:
         if chain := self._chains.find(plan.before.top.file):
             leaving |= chain.users
         kept = {
-            layer.path: await self._ledger.keepers(layer.file, leaving)
+            layer.path: await self._ledger.keepers(layer.file, leaving, layer.path)
             for layer in plan.before.layers
             if layer.file not in stays
         }

@@ -224,7 +224,7 @@ class TestAnotherUser:
             file = host.file("base")
             await host.acquire(JOB, (file, "r"))
             await host.acquire(EXPORT, (file, "r"))
-            assert await host.ledger.keepers(identity(file), [JOB]) == ["export:e"]
+            assert await host.ledger.keepers(identity(file), [JOB], str(file)) == ["export:e"]
             (result,) = (await host.release(JOB)).values()
             assert (result.verdict, result.holders) == (AccessVerdict.GRANTED, ("export:e",))
             assert host.can(file)
@@ -420,7 +420,7 @@ class TestAnotherUser:
             file = host.file("base")
             await host.acquire(JOB, (file, "r"))
             with opened_by_guest(file) as process:
-                assert len(await host.ledger.keepers(identity(file), [JOB])) == 1
+                assert len(await host.ledger.keepers(identity(file), [JOB], str(file))) == 1
                 (result,) = (await host.release(JOB)).values()
                 assert result.verdict is AccessVerdict.KEPT
                 assert str(process.pid) in result.holders[0]

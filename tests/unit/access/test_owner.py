@@ -87,7 +87,7 @@ def test_a_domain_needs_a_file_and_nothing_is_changed(given_user: Play) -> None:
         assert (entry.access, entry.mode, entry.owner, entry.labels) == ("owner", "", ROOT, (LIBVIRT,))
         (row,) = await host.store.access_rows()
         assert (row.label, row.title) == (LIBVIRT, "domain:6d1a-web/vda (web/vda)")
-        assert await host.ledger.keepers(identity(file), []) == ["domain:6d1a-web/vda (web/vda)"]
+        assert await host.ledger.keepers(identity(file), [], str(file)) == ["domain:6d1a-web/vda (web/vda)"]
 
     given_user(scenario)
 
@@ -299,7 +299,7 @@ def test_a_protected_file_is_never_taken_back_and_has_a_holder(tmp_path: Path, g
         relabel(file, ALICE)
         await host.acquire(EXPORT, (file, "r"))
         await pulled(host, file)
-        assert f"protected:{place}" in await host.ledger.keepers(identity(file), [WEB])
+        assert f"protected:{place}" in await host.ledger.keepers(identity(file), [WEB], str(file))
         await host.release(EXPORT)
         result = await drop(host)
         assert (result.verdict, result.holders) == (AccessVerdict.KEPT, (f"protected:{place}",))

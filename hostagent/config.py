@@ -317,6 +317,13 @@ class Exports:
     idle_check: float = setting(1.0, "Seconds between two looks for clients and run-out times.", low=0.1, high=60)
     limit: int = setting(2000, "Exports at a time. One more is refused with `limit`.", low=1, high=100000)
     nbd_timeout: float = setting(10.0, "Seconds for the agent's own NBD calls.", low=0.1, high=600)
+    merge_timeout: float = setting(
+        30.0,
+        "Seconds to compare an export's bitmaps of several layers with what these have allocated: some 4 for a million "
+        "fragments.",
+        low=0.1,
+        high=600,
+    )
     open_timeout: int = setting(
         5, "Seconds until a network image's server must have let the storage daemon in.", low=1, high=600
     )

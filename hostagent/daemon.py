@@ -261,7 +261,9 @@ class Agent:
             self._store,
             self._ledger,
             Claims(self._store, self._dependents, openers=_openers, jobs=lambda: self._engine.active()),
-            settings=nbd_exports.Settings(exports.limit, exports.nbd_timeout, exports.idle_check, tls),
+            settings=nbd_exports.Settings(
+                exports.limit, exports.nbd_timeout, exports.merge_timeout, exports.idle_check, tls
+            ),
             clock=self._clock,
             started=self._metrics.export_started,
             changed=self._export_changed,

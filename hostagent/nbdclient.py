@@ -1,4 +1,5 @@
-"""The agent's own NBD conversations: a handshake as proof that an export is served, and the copy-up of a pull's slice.
+"""The agent's own NBD conversations: a handshake as proof that an export is served, the copy-up of a pull's slice, and
+the look for what layers have allocated and no bitmap tells of.
 
 Blocking, for a worker thread. libnbd keeps the protocol; sockets are polled here, in Python, so that every wait has a
 deadline and can be stopped, and so that no other thread waits for the interpreter meanwhile. What a slice leaves is
@@ -13,8 +14,8 @@ import importlib
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from hostagent.errors import AgentError
@@ -32,6 +33,13 @@ ZERO_PIECE = 128 * MIB
 """Bytes of one write-zeroes request: short enough that a storage that really writes them can still be stopped."""
 TICK_MS = 50
 HOLE_OR_ZERO = 2  # NBD_STATE_ZERO in base:allocation
+DIRTY = 1  # NBD_STATE_DIRTY in qemu:dirty-bitmap
+ALLOCATION, DEPTH, BITMAP = "base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:"
+RANGES_MOST = 1 << 16
+"""Ranges that `unrecorded` tells apart. Each is one request later on; a stranger's image may have billions."""
+
+Range = tuple[int, int]
+"""From the first byte to that after the last one."""
 
 
 def available() -> bool:
@@ -77,12 +85,83 @@ def copy_up(work: Slice, stop: threading.Event) -> int:
     """
     with (
         _errors(f"export {work.control!r} at {work.socket!r}"),
-        _Connection(work.socket, work.control, work.timeout, status=True) as control,
+        _Connection(work.socket, work.control, work.timeout, contexts=(ALLOCATION, DEPTH)) as control,
     ):
         if work.reader is None:
             return _Copy(work, control, control, stop).run()
         with _Connection(work.socket, work.reader, work.timeout) as reader:
             return _Copy(work, control, reader, stop).run()
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds: for one answer (exports.nbd_timeout), and for all of them since `began` (exports.merge_timeout)."""
+
+    answer: float
+    whole: float
+    began: float = field(default_factory=time.monotonic)
+
+    def refuse_late(self) -> None:
+        """Raise AgentError timeout when the time is up."""
+        if time.monotonic() - self.began > self.whole:
+            message = f"what the layers have allocated was not compared with their bitmaps within {self.whole:g} s"
+            raise AgentError("timeout", f"{message} (exports.merge_timeout)", remedy="raise it, or make a full copy")
+
+
+def unrecorded(socket: str, export: str, bitmap: str, depth: int, grain: int, patience: Patience) -> list[Range]:
+    """What the layers down to `depth`, as the export counts them, have allocated and the export's bitmap calls clean.
+
+    In order and in whole grains (bytes), which are doubled when the ranges become too many: it is never less than that,
+    and may be more.
+    """
+    contexts = (BITMAP + bitmap, DEPTH)
+    with (
+        _errors(f"export {export!r} at {socket!r}"),
+        _Connection(socket, export, patience.answer, contexts=contexts) as reader,
+    ):
+        size, position = int(reader.handle.get_size()), 0
+        found = _Ranges(grain, size)
+        while position < size:
+            patience.refuse_late()
+            extents = reader.status(position, min(size - position, STATUS_SPAN))
+            if not extents:
+                raise AgentError("io_error", f"export {export!r} does not tell what is allocated")
+            for length, flags, layer in extents:
+                if 1 <= layer <= depth and not flags & DIRTY:
+                    found.add(position, position + length)
+                position += length
+        return found.all
+
+
+def write_zeroes(socket: str, export: str, ranges: Sequence[Range], patience: Patience) -> None:
+    """Write zeroes to all of these ranges, one after the other."""
+    with _errors(f"export {export!r} at {socket!r}"), _Connection(socket, export, patience.answer) as writer:
+        for begin, end in ranges:
+            for offset in range(begin, end, STATUS_SPAN):
+                patience.refuse_late()
+                writer.zero(offset, min(STATUS_SPAN, end - offset))
+
+
+class _Ranges:
+    """Whole grains of a disk of `size` bytes, added in order; never more than RANGES_MOST."""
+
+    def __init__(self, grain: int, size: int) -> None:
+        self._grain = grain
+        self._size = size
+        self.all: list[Range] = []
+
+    def add(self, begin: int, end: int) -> None:
+        begin = begin // self._grain * self._grain
+        end = min(-(-end // self._grain) * self._grain, self._size)
+        if self.all and begin <= self.all[-1][1]:
+            self.all[-1] = (self.all[-1][0], max(end, self.all[-1][1]))
+            return
+        self.all.append((begin, end))
+        while len(self.all) > RANGES_MOST:
+            self._grain *= 2
+            ranges, self.all = self.all, []
+            for one in ranges:
+                self.add(*one)
 
 
 @contextlib.contextmanager
@@ -99,14 +178,14 @@ def _errors(what: str) -> Iterator[None]:
 class _Connection:
     """An NBD connection whose every wait ends."""
 
-    def __init__(self, socket: str, export: str, timeout: float, *, status: bool = False) -> None:
+    def __init__(self, socket: str, export: str, timeout: float, *, contexts: Sequence[str] = ()) -> None:
         self._timeout = timeout
         self._what = f"export {export!r} at {socket!r}"
         self.handle: Any = nbd.NBD()
         self.handle.set_export_name(export)
-        if status:
-            self.handle.add_meta_context("base:allocation")
-            self.handle.add_meta_context("qemu:allocation-depth")
+        self._contexts = contexts
+        for context in contexts:
+            self.handle.add_meta_context(context)
         try:
             self.handle.aio_connect_unix(socket)
             self.until(lambda: bool(self.handle.aio_is_ready()))
@@ -166,6 +245,10 @@ class _Connection:
 
     def extents(self, offset: int, length: int) -> list[tuple[int, bool, int]]:
         """(length, reads as zeros, depth) from `offset` on; may stop early. Depth 0: in no layer; 1: in the top."""
+        return [(size, bool(flags & HOLE_OR_ZERO), depth) for size, flags, depth in self.status(offset, length)]
+
+    def status(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """(length, flags of the first context, those of the second) from `offset` on; may stop early."""
         found: dict[str, list[int]] = {}
 
         def extent(context: str, _: int, entries: list[int], __: Any) -> int:
@@ -174,7 +257,13 @@ class _Connection:
 
         cookie = self.handle.aio_block_status(length, offset, extent)
         self.until(lambda: self.completed(cookie))
-        return _merged(found.get("base:allocation", []), found.get("qemu:allocation-depth", []))
+        first, second = (found.get(context, []) for context in self._contexts)
+        return _merged(first, second)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Write zeroes, and wait until that is done."""
+        cookie = self.handle.aio_zero(length, offset)
+        self.until(lambda: self.completed(cookie))
 
     def completed(self, cookie: int) -> bool:
         return bool(self.handle.aio_command_completed(cookie))
@@ -289,9 +378,9 @@ class _Copy:
         return self._stop.is_set() or self._moved >= self._work.budget or (late and begun)
 
 
-def _merged(allocation: list[int], depths: list[int]) -> list[tuple[int, bool, int]]:
+def _merged(allocation: list[int], depths: list[int]) -> list[tuple[int, int, int]]:
     """Two lists of (length, flags) pairs cut at each other's borders; as long as the shorter one."""
-    merged: list[tuple[int, bool, int]] = []
+    merged: list[tuple[int, int, int]] = []
     first, second = _pairs(allocation), _pairs(depths)
     length_a = length_d = flags = depth = 0
     while True:
@@ -303,7 +392,7 @@ def _merged(allocation: list[int], depths: list[int]) -> list[tuple[int, bool, i
         except StopIteration:
             return merged
         length = min(length_a, length_d)
-        merged.append((length, bool(flags & HOLE_OR_ZERO), depth))
+        merged.append((length, flags, depth))
         length_a -= length
         length_d -= length
 

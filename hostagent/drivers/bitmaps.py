@@ -4,6 +4,9 @@ Merged ones are in the daemon's memory, on a filter over the top, where NBD find
 Nothing of it is in any file: the filter and its bitmaps end with the process, and outlive the agent with it. The daemon
 serves that export alone, all of it is read-only, and no job works in it, so that the filter is in nobody's way.
 
+A bitmap can be told of what no write recorded: an enabled one on a node that throws away what is written to it, in
+memory like the rest, notes the ranges that somebody writes there, and is merged into the one that is served.
+
 QEMU facts: block-dirty-bitmap-merge in qapi/block-core.json takes bitmaps of other nodes, of any granularity, for disks
 of one size.
 """
@@ -18,6 +21,9 @@ from hostagent.records import Node
 
 MERGED = "merged"
 """The filter's node, and its throttle group, which throttles nothing."""
+
+NOTES = "notes"
+"""The node that only notes where it is written."""
 
 
 async def add_filter(daemon: StorageDaemon, top: Node) -> None:
@@ -38,7 +44,23 @@ async def merge(daemon: StorageDaemon, name: str, nodes: Sequence[Node], granula
     await daemon.execute(
         "block-dirty-bitmap-add", node=MERGED, name=name, granularity=granularity, persistent=False, disabled=True
     )
-    sources = [{"node": node.format_node, "name": name} for node in nodes]
+    await _merge(daemon, name, [node.format_node for node in nodes])
+
+
+async def add_notes(daemon: StorageDaemon, name: str, size: int, granularity: int) -> None:
+    """The node NOTES of `size` bytes, with an empty bitmap `name` that records; `granularity` in bytes."""
+    await daemon.execute("blockdev-add", driver="null-co", node_name=NOTES, size=size)
+    await daemon.execute("block-dirty-bitmap-add", node=NOTES, name=name, granularity=granularity, persistent=False)
+
+
+async def merge_notes(daemon: StorageDaemon, name: str) -> None:
+    """What NOTES recorded comes into the bitmap on the filter; NOTES is removed."""
+    await _merge(daemon, name, [NOTES])
+    await daemon.execute("blockdev-del", node_name=NOTES)
+
+
+async def _merge(daemon: StorageDaemon, name: str, nodes: Sequence[str]) -> None:
+    sources = [{"node": node, "name": name} for node in nodes]
     await daemon.execute("block-dirty-bitmap-merge", node=MERGED, target=name, bitmaps=sources)
 
 

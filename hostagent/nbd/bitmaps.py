@@ -2,8 +2,11 @@
 
 A bitmap tells of the writes to its own layer alone. Whoever makes an overlay for each checkpoint gives it a bitmap of
 the same name, and all of them together say what changed since the lowest began: so they are served merged, from that
-layer to the top. One that would tell of less is refused, for a backup that relies on it would miss data: a layer
-without the bitmap above one that has it, a bitmap that was left in use, one that does not record.
+layer to the top. Such a bitmap may be younger than the first writes to its layer, and knows nothing of them: so all
+that the layers above the lowest have allocated counts as changed.
+
+One that would tell of less is refused, for a backup that relies on it would miss data: a layer without the bitmap above
+one that has it, a bitmap that was left in use, one that does not record.
 
 An export with bitmaps has a storage daemon for itself: in one daemon a bitmap can be in one export only, and QEMU 7.2
 aborts when a job's end takes away the layer that has it. So no job writes the image meanwhile, and the lease says so.
@@ -12,17 +15,22 @@ aborts when a job's end takes away the layer that has it. So no job writes the i
 from __future__ import annotations
 
 import asyncio
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hostagent import nbdclient
 from hostagent.drivers import bitmaps as merged
+from hostagent.drivers.qsd import StorageDaemon
 from hostagent.images.bitmaps import Bitmap, BitmapList, read_bitmaps
 from hostagent.images.header import read_header
-from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.prepared import CONTROL, READER, PreparedChain
 from hostagent.records import ExportRecord
 from jobs.errors import JobError
 from jobs.model import Layer
+
+log = logging.getLogger(__name__)
 
 Known = tuple[Layer, BitmapList]
 """A layer and its bitmaps."""
@@ -49,11 +57,23 @@ async def find_served(record: ExportRecord, chain: PreparedChain, timeout: float
     except TimeoutError:
         message = f"the bitmaps of {chain.path!r} were not read within {timeout:g} s (exports.nbd_timeout)"
         raise JobError("timeout", message, remedy="see whether its storage hangs") from None
-    return tuple(_served(name, known, writable=record.writable) for name in record.bitmaps)
+    served = tuple(_served(name, known, writable=record.writable) for name in record.bitmaps)
+    for one in served:
+        if one.depth > 1 and record.tcp is not None:
+            reason = (
+                f"{one.depth} layers have it, and to merge them the agent must reach the storage daemon without TLS"
+            )
+            raise _refusal("not_supported", one.name, reason, "export it on a unix socket, or make a full copy")
+    return served
 
 
-async def add_export(record: ExportRecord, chain: PreparedChain, served: Sequence[Served]) -> None:
-    """Add the export to the chain's storage daemon, over the merged bitmaps if there are any."""
+async def add_export(
+    record: ExportRecord, chain: PreparedChain, served: Sequence[Served], patience: nbdclient.Patience
+) -> None:
+    """Add the export to the chain's storage daemon, over the merged bitmaps if there are any.
+
+    Nobody but the agent can reach the daemon yet. Raises AgentError timeout when the merging exhausts `patience`.
+    """
     daemon = await chain.serve()
     several = [one for one in served if one.depth > 1]
     if not several:
@@ -63,7 +83,34 @@ async def add_export(record: ExportRecord, chain: PreparedChain, served: Sequenc
     await chain.ask(merged.add_filter(daemon, chain.nodes[0]))
     for one in several:
         await chain.ask(merged.merge(daemon, one.name, chain.nodes[: one.depth], one.granularity))
+        await _complete(chain, daemon, one, patience)
     await chain.ask(daemon.add_export(record.id, merged.MERGED, bitmaps=record.bitmaps))
+
+
+async def _complete(chain: PreparedChain, daemon: StorageDaemon, one: Served, patience: nbdclient.Patience) -> None:
+    """Add what the layers above the lowest have allocated to the merged bitmap.
+
+    An allocation is as coarse as its layer's clusters, so a bitmap of finer grains tells of more than was written. The
+    filter counts as a layer, but not for what the top itself has: the layer n is at depth n + 1, and the top at 1.
+    """
+    socket = str(daemon.places.socket)
+    await chain.ask(daemon.add_export(READER, merged.MERGED, bitmaps=[one.name]))
+    found = await asyncio.to_thread(
+        nbdclient.unrecorded, socket, READER, one.name, one.depth, one.granularity, patience
+    )
+    await chain.ask(daemon.remove_export(READER, hard=True))
+    if not found:
+        return
+    await chain.ask(merged.add_notes(daemon, one.name, chain.layers[0].virtual_size, one.granularity))
+    await chain.ask(daemon.add_export(CONTROL, merged.NOTES, writable=True))
+    await asyncio.to_thread(nbdclient.write_zeroes, socket, CONTROL, found, patience)
+    await chain.ask(daemon.remove_export(CONTROL, hard=True))
+    await chain.ask(merged.merge_notes(daemon, one.name))
+    amount = sum(end - begin for begin, end in found)
+    log.info(
+        "a bitmap is younger than its layer's data, which is added to it",
+        extra={"fields": {"path": chain.path, "bitmap": one.name, "bytes": amount}},
+    )
 
 
 def _served(name: str, known: Sequence[Known], *, writable: bool) -> Served:

@@ -45,6 +45,7 @@ SPOILT = "an earlier flush failed"
 class Settings:
     limit: int
     nbd_timeout: float
+    merge_timeout: float
     idle_check: float
     tls: TlsSettings
 
@@ -175,7 +176,8 @@ class Exports:
             if record.writable:
                 chain.writer = record.holder
                 await chain.open_for_writing((chain.file,))
-            await add_export(record, chain, served)
+            patience = nbdclient.Patience(self._settings.nbd_timeout, self._settings.merge_timeout)
+            await add_export(record, chain, served, patience)
             self._chains.publish_socket(chain)
             record = await reached(record, chain, self._settings.tls, self._settings.nbd_timeout)
             record = replace(record, state="running", revision=record.revision + 1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, Json, raw_image, reachable
+from tests.harness import MIB, AgentProcess, Json, overlay, raw_image, reachable
 from tests.qemu.faults import HASTE, PATIENCE, ROOT, Pair, eventually
 from tests.qemu.test_exports import alive, assert_no_grants, content, refusal, show, stop
 from tests.qemu.test_writable_exports import holds
@@ -107,6 +107,18 @@ def psk(export: Json, file: Path, user: str = "backup") -> str:
 def is_served(uri: str) -> bool:
     """Whether nbdinfo gets at the export; it must come to an end."""
     return subprocess.run(["nbdinfo", "--size", uri], capture_output=True, timeout=PATIENCE).returncode == 0
+
+
+def test_bitmaps_of_several_layers_are_not_merged_behind_tls(agent: AgentProcess, images: Pair) -> None:
+    """The agent has no client's credentials, and so cannot see whether they tell of everything."""
+    top = overlay(images.folder / "upper.qcow2", images.top, "qcow2")
+    for image in (images.top, top):
+        subprocess.run(["qemu-img", "bitmap", "--add", str(image), "daily"], check=True)
+    request = {"image": str(top), "bitmaps": ["daily"], "tcp": "auto", "tls": "psk"}
+    error = refusal(agent, "POST", "/v1/exports", request)
+    assert (error.code, error.body["field"], bool(error.body["remedy"])) == ("not_supported", "bitmaps", True)
+    export = agent.export(top, bitmaps=["daily"], shallow=True, tcp="auto", tls="psk")
+    stop(agent, export)
 
 
 def test_a_client_with_a_certificate_is_served_and_others_are_not(

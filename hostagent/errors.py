@@ -35,6 +35,7 @@ CODES: dict[str, Code] = {
     "unavailable": Code(503, EXIT_ERROR, "Not available now"),
     "draining": Code(503, EXIT_BUSY, "The host takes no new work"),
     "unresponsive": Code(503, EXIT_ERROR, "A storage daemon or a guest does not answer"),
+    "guest_stopped": Code(503, EXIT_ERROR, "The guest ended"),
     "storage_daemon_died": Code(503, EXIT_ERROR, "The storage daemon ended"),
     "timeout": Code(504, EXIT_TIMEOUT, "It took too long"),
     "no_space": Code(507, EXIT_ERROR, "No space left"),

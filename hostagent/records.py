@@ -15,6 +15,7 @@ from jobs.model import (
     Chain,
     Completion,
     Cursor,
+    Drive,
     Failure,
     FileId,
     Group,
@@ -267,11 +268,13 @@ def job(data: Mapping[str, Any]) -> Job:
     error = values.pop("error")
     target, completion = values.pop("target", None), values.pop("completion", None)
     group, sealed = values.pop("group", None), values.pop("sealed", None)
+    drive = values.pop("drive", None)
     return Job(
         **{
             **values,
             "spec": _spec(values["spec"]),
             "target": _target(target) if target else None,
+            "drive": Drive(**drive) if drive else None,
             "completion": Completion(completion) if completion else None,
             "group": Group(group["id"], tuple(group["jobs"])) if group else None,
             "sealed": Completion(sealed) if sealed else None,

@@ -34,11 +34,15 @@ def jobs(
     in_state: int,
 ) -> Selection:
     """`in_state` is how many jobs are in that state now."""
+    live = path if path is not None and not path.startswith("/") else None  # DOMAIN/DISK, as it was asked for
+    path = None if live else path
     few = state is not None and (in_state <= FEW or (path is None and not labels))
     source, order, where = _fewest(state if few else None, path, group, labels)
     for column, value in (("state", state), ("path", path), ("origin", origin)):
         if value is not None:
             where.append((f"jobs.{column}=?", (value,)))
+    if live is not None:
+        where.append(("json_extract(jobs.body, '$.spec.target')=?", (live,)))
     if group is not None:
         where.append(("json_extract(jobs.body, '$.group.id')=?", (group,)))
     for label in labels.items():

@@ -308,6 +308,7 @@ class Engine:
             bandwidth=spec.bandwidth,
             warnings=plan.warnings,
             target=plan.target,
+            drive=plan.drive,
         )
         return replace(job, upto=pull.goal(job)) if job.incremental else job
 

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 MAX_WARNINGS = 100
 
+LEFT = "libvirt gave it to QEMU's user for the guest, and left it so"
+"""Why a guest's former backing file is not closed: the agent did not open it."""
+
 REMEMBER = 10.0
 """Seconds between two stores of a cursor that only the hypervisor moves."""
 
@@ -211,10 +214,13 @@ class Keeper:
         if any(result.verdict is AccessVerdict.PENDING for _, result in results):
             return False
         revoked = tuple(path for path, result in results if result.verdict is AccessVerdict.REVOKED)
+        still_open = {AccessVerdict.KEPT, AccessVerdict.GRANTED}
+        if job.drive is not None:  # the ledger gave nothing there, and so takes nothing back
+            still_open.add(AccessVerdict.UNCHANGED)
         kept = tuple(
-            Kept(path, result.reason or "still needed", result.holders)
+            Kept(path, result.reason or (LEFT if job.drive else "still needed"), result.holders)
             for path, result in results
-            if result.verdict in (AccessVerdict.KEPT, AccessVerdict.GRANTED)
+            if result.verdict in still_open
         )
         warnings = await self._w.driver.delete_dropped(job) if job.spec.delete else ()
         state = Revocation.KEPT if kept else Revocation.DONE

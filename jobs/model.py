@@ -181,6 +181,18 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Drive:
+    """A disk of a domain: the domain's UUID, its name when the job was planned, and the disk's target (vda)."""
+
+    uuid: str
+    name: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.target}"
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
     """What the caller asks. `increment` (bytes) makes a pull incremental; `bandwidth` 0 is no limit; `anywhere` says
     that this caller may name an image outside the pools. `completion` None lets a job stay ready until it is asked."""
@@ -218,6 +230,8 @@ class Job:
     `abort` once an abort was asked for, and `since` when the present state began. `completion` is set once the end of
     a ready job was asked for.
 
+    `drive` is set when the job works on a disk of a running guest, and not on an image that nobody has open.
+
     In a group `sealed` is set when the target is whole and durable, and says for which end; `completion` is stored for
     all its jobs in one transaction, when all targets have their names: that is the group's decision.
     """
@@ -247,6 +261,7 @@ class Job:
     revoked: tuple[str, ...] = ()
     kept: tuple[Kept, ...] = ()
     warnings: tuple[str, ...] = ()
+    drive: Drive | None = None
 
     @property
     def incremental(self) -> bool:
@@ -278,3 +293,4 @@ class Plan:
     warnings: tuple[str, ...] = ()
     preview: Mapping[str, Any] = field(default_factory=dict)
     target: Target | None = None
+    drive: Drive | None = None

@@ -30,6 +30,8 @@ def job_event(job: Job, kind: JobEventKind) -> JobEvent:
         state=job.state,
         cur=job.cursor.cur,
         end=job.cursor.end,
+        domain=job.drive.name if job.drive else "",
+        disk=job.drive.target if job.drive else "",
         status=status,
         reason=error.code if error else None,
         error={"code": error.code, "message": error.message, "remedy": error.remedy} if error else None,
@@ -42,7 +44,8 @@ def access_change(job: Job, sharers: tuple[Holder, ...]) -> AccessChange:
     """What the ledger loses and gains with the job.
 
     Who shared the chain goes over to its new top with it. A job that did not complete leaves its backing chain to the
-    image, and one that left the chain as it was changes nothing for anybody else.
+    image, and one that left the chain as it was changes nothing for anybody else. What a guest's disk depends on was
+    given by libvirt, and stays its own to give.
     """
     image = Holder("image", job.before.top.path)
     if job.state is State.COMPLETED and job.dropped:
@@ -51,7 +54,7 @@ def access_change(job: Job, sharers: tuple[Holder, ...]) -> AccessChange:
         gains = tuple((holder, need) for holder in sharers for need in new if need.layer.file not in known)
         forget = tuple(layer.file for layer in job.dropped)
         return AccessChange((job.holder, image), forget=forget, sharers=sharers, gains=gains)
-    if job.state is State.COMPLETED or not job.started:
+    if job.state is State.COMPLETED or not job.started or job.drive is not None:
         return AccessChange((job.holder,))
     reason = f"job {job.id} is {job.state}: the image still depends on it"
     return AccessChange(

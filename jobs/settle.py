@@ -47,6 +47,9 @@ def decide(job: Job, seen: Observation, failure: Failure | None = None) -> Verdi
 
 def explain(job: Job, seen: Observation) -> Failure:
     """Why a job ended without its proof, for its user."""
+    if job.drive is not None and seen.contact is Contact.DEAD:
+        text = seen.error or f"domain {job.drive.name} ended while the job ran"
+        return Failure("guest_stopped", text, again(job))
     if seen.error is not None:
         return classify(job, seen.error)
     if seen.contact is Contact.DEAD:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -15,6 +16,7 @@ from jobs.model import (
     Chain,
     Completion,
     Cursor,
+    Drive,
     Failure,
     FileId,
     Group,
@@ -68,6 +70,7 @@ jobs_ = st.builds(
     cursor=st.builds(Cursor, U64, U64),
     upto=st.none() | U64,
     intent=st.none() | st.just("abort"),
+    drive=st.none() | st.builds(Drive, texts, texts, texts),
     target=st.none()
     | st.builds(
         Target, texts, texts, st.booleans(), st.sampled_from(TargetState), st.none() | texts, st.none() | files
@@ -148,6 +151,13 @@ def test_rows_come_back_as_they_were(entry: AccessFile, export: ExportRecord, da
     assert records.access_file(through_json(entry)) == entry
     assert records.export(through_json(export)) == export
     assert records.daemon(through_json(daemon)) == daemon
+
+
+@given(jobs_)
+def test_a_job_from_before_guests_had_any_is_an_images(job: Job) -> None:
+    stored = encode(job)
+    del stored["drive"]
+    assert records.job(stored) == replace(job, drive=None)
 
 
 def test_what_json_cannot_say_is_refused() -> None:

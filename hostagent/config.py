@@ -174,6 +174,12 @@ class Libvirt:
         low=1,
         high=86400,
     )
+    agree_timeout: float = setting(
+        5.0,
+        "Seconds for libvirt to say of a disk's chain what the image itself says, once a job on it has ended.",
+        low=0.1,
+        high=600,
+    )
     file_timeout: float = setting(
         5.0, "Seconds to look at the files of one domain, and for who asks about them.", low=0.1, high=600
     )

@@ -55,6 +55,13 @@ from hostagent.drivers import process
 from hostagent.drivers import qsd as qsd_driver
 from hostagent.drivers.process import User
 from hostagent.errors import AgentError
+from hostagent.guests.disks import Disks
+from hostagent.guests.driver import GuestDriver
+from hostagent.guests.driver import Settings as GuestSettings
+from hostagent.guests.durable import Durable
+from hostagent.guests.proof import Proof
+from hostagent.guests.pulling import Pulling
+from hostagent.guests.router import Router
 from hostagent.images.dependents import Dependent, ScanLimits, find_dependents
 from hostagent.images.drift import Drift
 from hostagent.images.measure import Measure
@@ -198,6 +205,7 @@ class Agent:
         self._chains = self._make_chains()
         self._exports = self._make_exports()
         self._driver = self._make_driver()
+        self._guests = self._make_guests()
         self._bitmaps = self._make_bitmaps()
         self._watch = Watch(self._chains, interval=config.images.watch_interval, tell=self._drifted)
         self._engine = self._make_engine()
@@ -291,6 +299,27 @@ class Agent:
             check_auto=images.check_auto_size,
         )
 
+    def _make_guests(self) -> GuestDriver:
+        config, live = self._config, self._live
+        disks = Disks(live.hypervisor, live.domains, config.libvirt.connect_timeout)
+        timeout = config.libvirt.file_timeout
+        user, tools = self._tools()
+        limits = replace(tools, output=config.images.map_output)
+        proof = Proof(disks, timeout=timeout, agree=config.libvirt.agree_timeout)
+        guests = GuestDriver(
+            disks,
+            live.domains,
+            live.hypervisor.claims,
+            Pulling(disks, proof, file_timeout=timeout, end_timeout=config.jobs.abort_timeout),
+            proof,
+            Durable(Tool(user=user, limits=limits, binary=config.images.qemu_img), self._ledger, timeout),
+            settings=GuestSettings(ChainLimits(tuple(config.images.pools)), timeout),
+            off=live.off,
+            hint=lambda job: self._engine.hint(job),
+        )
+        live.tell(guests)
+        return guests
+
     def _make_bitmaps(self) -> Bitmaps:
         images = self._config.images
         user, limits = self._tools()
@@ -319,7 +348,7 @@ class Agent:
     def _make_engine(self) -> Engine:
         jobs = self._config.jobs
         return Engine(
-            self._driver,
+            Router(self._driver, self._guests),
             self._store,
             self._ledger,
             clock=self._clock,
@@ -355,6 +384,9 @@ class Agent:
         unsettled = await self._store.unsettled()
         claims = [job for job in unsettled if job.state not in (State.QUEUED, State.WAITING)]
         await asyncio.gather(*map(self._driver.claim, claims))
+        for job in unsettled:
+            if job.drive is not None:
+                self._guests.recover(job)
         await self._chains.sweep()
         await self._bitmaps.recover(self._store)
         await self._ledger.converge_all(trigger="start")
@@ -396,8 +428,8 @@ class Agent:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await self._live.stop()
         await self._engine.stop()
+        await self._live.stop()
         await self._bitmaps.close(self._config.agent.stop_timeout)
         await self._exports.close()
         self._watch.close()
@@ -612,7 +644,8 @@ class Agent:
     def _gauge(self, job: Job) -> JobGauge:
         view = self._engine.view(job.id)
         return JobGauge(
-            target=job.before.top.path,
+            target=job.drive.target if job.drive else job.before.top.path,
+            domain=job.drive.name if job.drive else "",
             operation=job.spec.operation.value,
             state=job.state.value,
             cur=job.cursor.cur,

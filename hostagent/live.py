@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HostEvent, HostEventKind, HypervisorEvent
 from hostagent.config import Libvirt
@@ -28,6 +28,14 @@ Json = dict[str, Any]
 
 SUBJECT = "libvirt"
 """Of the host's events that tell of this connection."""
+
+
+class Follower(Protocol):
+    """Who looks again at what is its own; must not block."""
+
+    def event(self, event: HypervisorEvent) -> None: ...
+
+    def resync(self) -> None: ...
 
 
 class Live:
@@ -58,7 +66,12 @@ class Live:
             event_queue=config.event_queue,
         )
         self.hypervisor = Hypervisor(settings, self, observe=observe)
+        self._followers: list[Follower] = []
         self.domains = Domains(self.hypervisor, domains.Settings(config.xml_size, config.refresh, config.file_timeout))
+
+    def tell(self, follower: Follower) -> None:
+        """Let it hear of events, too."""
+        self._followers.append(follower)
 
     def start(self) -> None:
         """Begin to connect; nothing waits for it."""
@@ -137,9 +150,13 @@ class Live:
     def libvirt_event(self, event: HypervisorEvent) -> None:
         self._count(_type(event))
         self.domains.event(event)
+        for follower in self._followers:
+            follower.event(event)
 
     def libvirt_resync(self) -> None:
         self.domains.resync()
+        for follower in self._followers:
+            follower.resync()
 
 
 def _ended(task: asyncio.Task[None]) -> None:

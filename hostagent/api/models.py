@@ -52,7 +52,10 @@ class JobCreate(Request):
     operation: Annotated[str, Field(min_length=1, max_length=32, examples=["pull"])]
     target: Annotated[Text, Field(description="An absolute path of an offline image, or DOMAIN/DISK.")]
     id: Id | None = None
-    base: Annotated[Text | None, Field(description="The layer to stop at; it stays. Default: none.")] = None
+    base: Annotated[
+        Text | None,
+        Field(description="The layer to stop at; it stays. Of a guest's disk also as vda[N]. Default: none."),
+    ] = None
     increment: Annotated[int | None, Field(gt=0, le=INT_MAX, description="Bytes for each `next`.")] = None
     bandwidth: Annotated[Bytes | None, Field(description="Bytes per second; 0 is no limit.")] = None
     check: Literal["auto", "always", "never"] | None = None

@@ -103,7 +103,7 @@ class AgentService:
         asked = _job_spec(spec, self._anywhere(peer))
         known = job_id and await self._store.get(job_id)
         with self._admitted(known), _about("target"):
-            if not known:
+            if not (known or _is_guests(asked.target)):
                 await self._live.refuse_guests(asked.target, whole_chain=False)
             job, created = await self._engine.create(asked, job_id)
         return self._job(job), created
@@ -111,7 +111,8 @@ class AgentService:
     async def plan_job(self, spec: Json, *, peer: Peer) -> Json:
         asked = _job_spec(spec, self._anywhere(peer))
         with _about("target"):
-            await self._live.refuse_guests(asked.target, whole_chain=False)
+            if not _is_guests(asked.target):
+                await self._live.refuse_guests(asked.target, whole_chain=False)
             plan = await self._engine.plan(asked)
         return await self._plan(asked, plan)
 
@@ -547,7 +548,7 @@ def _job_spec(spec: Json, anywhere: bool) -> JobSpec:
     completion = spec.get("completion")
     return JobSpec(
         operation=operation,
-        target=_offline(spec["target"], "target"),
+        target=_target(spec["target"]),
         base=spec.get("base"),
         top=spec.get("top"),
         dest=_dest(spec["dest"]) if spec.get("dest") else None,
@@ -583,16 +584,25 @@ _FIELDS_OF = {
 _FIELDS = set().union(*_FIELDS_OF.values())
 
 
+def _is_guests(target: str) -> bool:
+    """Whether it reads as DOMAIN/DISK."""
+    domain, slash, disk = target.partition("/")
+    return bool(domain and slash and disk) and not domain.startswith(".") and "://" not in target
+
+
+def _target(target: str) -> str:
+    return target if _is_guests(target) else _offline(target, "target")
+
+
 def _offline(target: str, field: str) -> str:
     if target.startswith("/"):
         return target
     if "://" in target:
         raise _network(target, field)
-    domain, slash, disk = target.partition("/")
-    if domain and slash and disk and not domain.startswith("."):
+    if _is_guests(target):
         raise JobError(
             "not_supported",
-            f"{target!r} is a domain's disk: live domains are not supported yet",
+            f"{target!r} is a domain's disk: only jobs work on those, not yet this",
             field=field,
             value=target,
             remedy="give the absolute path of an image that no guest uses",

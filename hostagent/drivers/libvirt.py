@@ -198,6 +198,40 @@ class Session:
             return None
         return BlockJobInfo(found["type"], found["cur"], found["end"], found["bandwidth"])
 
+    def look(self, domain: str, disk: str) -> tuple[int | None, BlockJobInfo | None]:
+        """The running domain's id, which is another one after each start, and the job on its disk. None when it does
+        not run; a JobError `not_found` when it is not even defined."""
+        with translated(f"look at domain {domain}"):
+            number = self._domain(domain).ID()
+        if number < 0:
+            return None, None
+        try:
+            return number, self.block_job(domain, disk)
+        except JobError as error:
+            if error.code != "invalid":
+                raise
+            return number, None  # the guest has lost the disk
+
+    def block_pull(self, domain: str, disk: str, base: str | None, bandwidth: int) -> None:
+        """Begin to pull, down to the layer `base` (vda[3]), at so many bytes/s; 0 is no limit."""
+        with translated(f"pull {domain}/{disk}"):
+            if base is None:
+                flags = _libvirt().VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES
+                self._domain(domain).blockPull(disk, bandwidth, flags)
+            else:
+                flags = _libvirt().VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES
+                self._domain(domain).blockRebase(disk, base, bandwidth, flags)
+
+    def block_speed(self, domain: str, disk: str, bandwidth: int) -> None:
+        with translated(f"set the speed of the block job of {domain}/{disk}"):
+            flags = _libvirt().VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
+            self._domain(domain).blockJobSetSpeed(disk, bandwidth, flags)
+
+    def block_abort(self, domain: str, disk: str) -> None:
+        """Ask for the job's end, and do not wait for it: one whose storage hangs would hold up everything."""
+        with translated(f"abort the block job of {domain}/{disk}"):
+            self._domain(domain).blockJobAbort(disk, _libvirt().VIR_DOMAIN_BLOCK_JOB_ABORT_ASYNC)
+
     def _domain(self, domain: str) -> Any:
         return self._connection.lookupByUUIDString(domain)
 

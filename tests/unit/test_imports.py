@@ -1,6 +1,6 @@
 """The direction of the imports, over the tree as it is.
 
-    events <- jobs <- hostagent.{store, images, drivers, nbd, access} <- hostagent.api.service <- hostagent.api.*, metrics <- daemon
+    events <- jobs <- hostagent.{store, images, drivers, nbd, guests, access} <- hostagent.api.service <- hostagent.api.*, metrics <- daemon
 
 The leaves import nothing of ours and anybody may import them; each third-party package is at home in one place.
 """
@@ -21,8 +21,12 @@ LEAVES = {
     f"hostagent.{name}"
     for name in ("config", "errors", "sizes", "logs", "sdnotify", "nbdclient", "locks", "schema", "selection", "turns")
 }
-SIBLINGS = ("store", "images", "drivers", "nbd", "access", "transfers")
-AMONG_SIBLINGS = {("nbd", "images"), ("nbd", "drivers"), ("transfers", "nbd"), ("transfers", "access")}
+SIBLINGS = ("store", "images", "drivers", "nbd", "guests", "access", "transfers")
+AMONG_SIBLINGS = {
+    *(("nbd", other) for other in ("images", "drivers")),
+    *(("guests", other) for other in ("images", "drivers", "nbd")),
+    *(("transfers", other) for other in ("nbd", "access")),
+}
 BELOW_SERVICE = {f"hostagent.{name}" for name in (*SIBLINGS, "records")}
 
 # Where a third-party package may be imported at all, and where it may be imported as the module is loaded.

@@ -1,0 +1,1 @@
+"""Jobs on the disks of running guests, through libvirt."""

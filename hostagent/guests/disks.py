@@ -1,0 +1,109 @@
+"""What jobs ask libvirt about a guest's disk, and of it.
+
+Without libvirt nothing is known of a guest, so `unresponsive` is what a call says that could not be made, or whose
+answer was lost; a broken connection is never a job's failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from hostagent.drivers.domain_xml import Disk
+from hostagent.drivers.domains import Domains
+from hostagent.drivers.hypervisor import Hypervisor
+from hostagent.drivers.libvirt import BlockJobInfo, DomainRef, Session
+from jobs.errors import JobError
+from jobs.model import Drive, Job
+
+T = TypeVar("T")
+
+PULL = 1
+"""virDomainBlockJobType of a pull."""
+
+
+def drive_of(job: Job) -> Drive:
+    assert job.drive is not None, f"job {job.id} is not a guest's"
+    return job.drive
+
+
+def stopped(drive: Drive) -> JobError:
+    return JobError("guest_stopped", f"domain {drive.name} ended", remedy="go on when it runs, or by the image's path")
+
+
+class Disks:
+    """`connect_timeout` (seconds): how long a connection is waited for, when the agent or libvirtd has just begun."""
+
+    def __init__(self, hypervisor: Hypervisor, domains: Domains, connect_timeout: float) -> None:
+        self._hypervisor = hypervisor
+        self._domains = domains
+        self._timeout = connect_timeout
+        self._up = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        return self._hypervisor.status.connected
+
+    def reconnected(self) -> None:
+        self._up.set()
+
+    async def contact(self) -> bool:
+        """Whether there is a connection, now or soon."""
+        if not self.connected:
+            self._up.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._timeout):
+                    await self._up.wait()
+        return self.connected
+
+    async def look(self, drive: Drive) -> tuple[int | None, BlockJobInfo | None]:
+        """Which run of the guest this is, None when it does not run, and the block job on its disk."""
+        try:
+            return await self._call("look", lambda session: session.look(drive.uuid, drive.target), drive)
+        except JobError as error:
+            if error.code == "not_found":  # a transient domain that ended, or one that was undefined after its end
+                return None, None
+            raise
+
+    async def describe(self, drive: Drive) -> Disk:
+        """The disk and its live chain."""
+        with _no_answer():
+            domain = await self._domains.describe(_ref(drive))
+        for disk in domain.disks:
+            if disk.target == drive.target and disk.top is not None:
+                return disk
+        raise JobError("not_found", f"domain {drive.name} has no disk {drive.target} any more")
+
+    async def pull(self, drive: Drive, base: str | None, bandwidth: int) -> None:
+        await self._call("pull", lambda session: session.block_pull(drive.uuid, drive.target, base, bandwidth), drive)
+
+    async def set_speed(self, drive: Drive, bandwidth: int) -> None:
+        await self._call("speed", lambda session: session.block_speed(drive.uuid, drive.target, bandwidth), drive)
+
+    async def abort(self, drive: Drive) -> None:
+        """Ask for the end of the disk's block job. It is no error when there is none any more."""
+        try:
+            await self._call("abort", lambda session: session.block_abort(drive.uuid, drive.target), drive)
+        except JobError as error:
+            if error.code == "unresponsive" or (await self.look(drive))[1] is not None:
+                raise
+
+    async def _call(self, name: str, call: Callable[[Session], T], drive: Drive) -> T:
+        with _no_answer():
+            return await self._hypervisor.call(name, call, domain=_ref(drive))
+
+
+def _ref(drive: Drive) -> DomainRef:
+    return DomainRef(drive.uuid, drive.name, True)
+
+
+@contextlib.contextmanager
+def _no_answer() -> Iterator[None]:
+    try:
+        yield
+    except JobError as error:
+        if error.code == "unavailable":
+            raise JobError("unresponsive", error.message, remedy=error.remedy) from error
+        raise

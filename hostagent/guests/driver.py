@@ -1,0 +1,392 @@
+"""The BlockDriver of guests' disks: pulls, which libvirt runs in the guest's own QEMU.
+
+libvirt tells that a job ended, but neither why it failed nor, to who was away, that it did; and a job leaves nothing
+behind by which it could be known. So a job that libvirt does not know (any more) is judged by the chain, and what was
+ours to end is remembered before it is asked for. Nothing here asks for all of a domain's disks, as
+virConnectGetAllDomainStats does: with QEMU below 10.2 that can crash the guest while a pull ends (docs/qemu.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HypervisorEvent
+from hostagent.drivers.domain_claims import DomainClaims
+from hostagent.drivers.domains import Domains, LiveDisk
+from hostagent.guests import chain
+from hostagent.guests.disks import PULL, Disks, drive_of, stopped
+from hostagent.guests.durable import Durable
+from hostagent.guests.proof import Proof
+from hostagent.guests.pulling import Pulling
+from hostagent.images.member import ChainLimits
+from hostagent.nbd.operations import at_most, preflight, room
+from jobs import pull
+from jobs.errors import JobError
+from jobs.model import Chain, Cursor, Drive, Holder, Job, JobSpec, Layer, Operation, Plan, State
+from jobs.ports import Contact, Observation, Phase
+
+T = TypeVar("T")
+
+WAITS = "QEMU has pulled all, and holds some of it in memory until the guest flushes its disk (sync) or is shut down"
+SOON = 10.0
+"""Seconds in which a guest that lives flushes its disk; nobody need be told before."""
+REST = 5
+"""Times as long as a look at an image's tables took until the next one."""
+
+FULL = 1 << 20
+"""Bytes: a file system with less free is what a failed pull has filled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`limits` for the top of a chain; `file_timeout` in seconds."""
+
+    limits: ChainLimits
+    file_timeout: float
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a job while it lives: `ours` says that a pull on its disk is this job's, `pausing` that we
+    have ended it to go on later, `said` what libvirt told of its end or of a failed request; `run` is the guest's run
+    that it works in. `waits` says why it is not done although QEMU's part is, `since` when, and `again` when to look
+    anew."""
+
+    drive: Drive
+    run: int | None = None
+    waits: str | None = None
+    since: float = 0.0
+    again: float = 0.0
+    ours: bool = False
+    pausing: bool = False
+    said: str | None = None
+
+
+class GuestDriver:
+    """`off` says why there are no guests here; None when there may be. `hint` is told which job to look at."""
+
+    def __init__(
+        self,
+        disks: Disks,
+        domains: Domains,
+        claims: DomainClaims,
+        pulling: Pulling,
+        proof: Proof,
+        file: Durable,
+        *,
+        settings: Settings,
+        off: str | None,
+        hint: Callable[[str], None],
+    ) -> None:
+        self._disks = disks
+        self._domains = domains
+        self._claims = claims
+        self._pulling = pulling
+        self._proof = proof
+        self._file = file
+        self._settings = settings
+        self._off = off
+        self._hint = hint
+        self._jobs: dict[str, _Known] = {}
+
+    # Before the job
+
+    async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
+        if self._off is not None:
+            message = f"{spec.target!r} is a guest's disk, and libvirt is {self._off}"
+            raise JobError("not_supported", message, field="target", value=spec.target, remedy="set libvirt.uri")
+        if spec.operation is not Operation.PULL:
+            message = f"a {spec.operation} of a running guest's disk is not supported yet; a pull is"
+            remedy = f"see virsh block{spec.operation}"
+            raise JobError("not_supported", message, field="target", value=spec.target, remedy=remedy)
+        found = await self._domains.disk(spec.target)
+        drive = Drive(found.domain.uuid, found.domain.name, found.disk.target)
+        self._refuse(spec, found, drive)
+        limits = replace(self._settings.limits, top_anywhere=spec.anywhere)
+        before = await self._files(lambda: chain.read_chain(found.disk, limits))
+        base = await self._files(lambda: chain.resolve_base(found.disk, before, spec.base))
+        after = pull.after(before, base)
+        need, free = _need(before, after), await self._free(before.top)
+        warnings = preflight(spec, need, free, "the overlay")
+        space = {"space": {"need": need, "free": free}}
+        return Plan(before, after, before.top.virtual_size, warnings, space, drive=drive)
+
+    def _refuse(self, spec: JobSpec, found: LiveDisk, drive: Drive) -> None:
+        def error(code: str, message: str, remedy: str) -> JobError:
+            return JobError(code, message, field="target", value=spec.target, remedy=remedy)
+
+        top = found.disk.top
+        assert top is not None
+        if not found.domain.active:
+            raise error("conflict", f"domain {drive.name} does not run", f"use the image: {top.path}")
+        if found.layer is not top:
+            raise error("invalid", f"{spec.target} is not the top of its disk", f"name the disk, {drive}, and --base")
+        if top.format == "raw":
+            raise error("invalid", f"the image of {drive} is raw: it stands on nothing", "there is nothing to pull")
+        if any(known.drive == drive for known in self._jobs.values()):
+            return  # the engine says which job of ours it is
+        if found.job is not None or found.disk.mirror is not None:
+            raise error("conflict", f"{drive} has a block job of somebody else's", _look_at(drive))
+        if (holder := self._claims.holder(drive.uuid)) is not None:
+            raise error("busy", f"{holder} works on domain {drive.name}", f"wait for {holder}, or end it")
+
+    async def prepare(self, job: Job) -> Mapping[str, Any]:
+        drive = drive_of(job)
+        self._claim(job)
+        if job.started is not None:
+            return {}
+        if not await self._disks.contact() and not self._jobs[job.id].ours:
+            remedy = "start libvirtd, then start the pull again"
+            raise JobError("unavailable", "libvirt is not connected", remedy=remedy)
+        disk = await self._disks.describe(drive)
+        found = await self._files(lambda: chain.files_of(disk))
+        if found not in ([layer.file for layer in job.before.layers], [layer.file for layer in job.after.layers]):
+            message = f"the chain of {drive} is not what it was when the job was planned"
+            raise JobError("image_changed", message, remedy="look at it, and start the pull again")
+        return {}
+
+    async def check(self, job: Job) -> tuple[str, ...]:
+        """Nothing: the tables of an image that a guest writes cannot be checked."""
+        return ()
+
+    # The job
+
+    async def start(self, job: Job) -> None:
+        known, drive = self._jobs[job.id], drive_of(job)
+        runs, found = await self._disks.look(drive)
+        if runs is None:
+            raise stopped(drive)
+        known.run = known.run or runs
+        if found is not None:
+            if found.type != PULL or not (known.ours or job.started):
+                raise JobError("conflict", f"{drive} has a block job of somebody else's", remedy=_look_at(drive))
+        elif (job.started is None or job.incremental) and not await self._proof.of_running(job):
+            await self._begin(job)
+
+    async def _begin(self, job: Job) -> None:
+        known = self._jobs[job.id]
+        known.pausing, known.said = False, None
+        try:
+            await self._pulling.begin(job)
+        except JobError as error:
+            known.ours = known.ours or error.code == "unresponsive"  # it may have begun
+            raise
+        known.ours = True
+
+    async def advance(self, job: Job, stop: asyncio.Event) -> int:
+        self._jobs[job.id].ours = True
+        self._jobs[job.id].said = None
+        return await self._pulling.advance(job, stop)
+
+    async def rest(self, job: Job) -> None:
+        """Nothing runs, and nothing is open for the job; the domain stays its own between two increments."""
+        self._claim(job)
+
+    async def observe(self, job: Job) -> Observation:
+        drive, known = drive_of(job), self._jobs.get(job.id)
+        try:
+            runs, found = await self._disks.look(drive)
+        except JobError:
+            # Of a paused job nothing runs, so nothing of it is unknown while libvirt is away.
+            paused = job.state is State.PAUSED
+            return Observation(Contact.ALIVE, Phase.PAUSED) if paused else Observation(Contact.UNRESPONSIVE)
+        if found is not None and found.type == PULL:
+            return Observation(Contact.ALIVE, Phase.RUNNING, None if job.incremental else Cursor(found.cur, found.end))
+        if runs is None or (known is not None and known.run not in (None, runs)):
+            return await self._without_guest(job)
+        proven = await self._proof.of_running(job)
+        if proven is None:
+            return Observation(Contact.UNRESPONSIVE)
+        if not proven and (job.state is State.PAUSED or (known is not None and known.pausing)):
+            return Observation(Contact.ALIVE, Phase.PAUSED)
+        if proven and not await self._durable(job, known):
+            if job.intent != "abort":
+                return Observation(Contact.ALIVE, Phase.PENDING, Cursor(job.cursor.end, job.cursor.end))
+            proven = False
+        error = None if proven else await self._why(job)
+        return Observation(Contact.ALIVE, Phase.ABSENT, None, error, proven)
+
+    async def _without_guest(self, job: Job) -> Observation:
+        """The QEMU that pulled is gone, in order or not: the file tells."""
+        proven = await self._proof.of_header(job)
+        if proven is None:
+            return Observation(Contact.UNRESPONSIVE)
+        if not (proven and job.dropped):
+            return Observation(Contact.DEAD, proven=proven)
+        try:
+            lost = await self._file.missing(job, running=False)
+            what = f"{lost} bytes of it were not written"
+        except JobError as failure:
+            lost, what = None, f"whether all of it was written cannot be said: {failure.message}"
+        if lost == 0:
+            return Observation(Contact.DEAD, proven=True)
+        top, base = job.before.layers[:2]
+        error = (
+            f"QEMU ended just as the pull did: {top.path} names its former backing file no more, and {what}. "
+            "Stand it on that again before it is used: "
+            f"qemu-img rebase -u -f {top.format} -F {base.format} -b {base.path} {top.path}"
+        )
+        return Observation(Contact.DEAD, error=error)
+
+    async def _durable(self, job: Job, known: _Known | None) -> bool:
+        """Whether the pull that QEMU has done is on the file. Maps of large images take long: not at every look."""
+        clock = asyncio.get_running_loop().time
+        if known is not None and known.waits is not None and clock() < known.again and job.intent != "abort":
+            return False
+        began = clock()
+        try:
+            lost = await self._file.missing(job, running=True)
+            waits = WAITS if lost else None
+        except JobError as error:
+            waits = f"{WAITS}, and it cannot be seen: {error.message}"
+        if known is not None:
+            known.since = known.since if known.waits else began
+            known.waits, known.again = waits, clock() + REST * (clock() - began)
+        return waits is None
+
+    async def _why(self, job: Job) -> str:
+        """libvirt gives no reason for a failure: what can be found instead. QEMU's own is in the guest's log."""
+        known, drive = self._jobs.get(job.id), drive_of(job)
+        said = known.said if known else None
+        if said == "cancelled":
+            return f"the pull of {drive} was aborted by somebody else (`virsh blockjob --abort`, or another program)"
+        free = await self._free(job.before.top)
+        if free is not None and free < FULL:
+            return f"the pull of {drive} ended, and there is no space left beside {job.before.top.path}"
+        what = f"libvirt told: {said}" if said else "libvirt gave no reason"
+        log = f"/var/log/libvirt/qemu/{drive.name}.log"
+        return f"the pull of {drive} ended before it was done; {what}; see the guest's log ({log})"
+
+    async def cancel(self, job: Job, *, force: bool = False) -> None:
+        """Asked for, and not waited for: a look tells when it is gone. The QEMU of a guest is never killed."""
+        if force:
+            remedy = "wait; or end the guest itself, which loses what it has not flushed"
+            raise JobError("not_supported", "a guest is not killed for a job", remedy=remedy)
+        known, drive = self._jobs.get(job.id), drive_of(job)
+        if known is None or not (known.ours or job.started):
+            return
+        _, found = await self._disks.look(drive)
+        if found is not None and found.type == PULL:
+            await self._disks.abort(drive)
+
+    async def pause(self, job: Job) -> None:
+        self._jobs[job.id].pausing = True
+        await self._pulling.end(job)
+
+    async def resume(self, job: Job) -> None:
+        if not self._disks.connected:
+            raise JobError("unavailable", "libvirt is not connected", remedy="start libvirtd, then resume again")
+        await self._begin(job)
+
+    async def set_speed(self, job: Job, bandwidth: int) -> None:
+        if job.state is State.PAUSED:
+            return  # it begins with it when it is resumed
+        try:
+            await self._disks.set_speed(drive_of(job), bandwidth)
+        except JobError:
+            if (await self._disks.look(drive_of(job)))[1] is not None:  # else it has just ended
+                raise
+
+    # What an offline job is asked before and after its end: QEMU ends a guest's pull by itself
+
+    async def audit(self, job: Job) -> tuple[str, ...]:
+        known = self._jobs.get(job.id)
+        if known is None or known.waits is None or asyncio.get_running_loop().time() < known.since + SOON:
+            return ()
+        return (known.waits,)
+
+    async def finalize(self, job: Job) -> None: ...
+
+    async def complete(self, job: Job) -> None: ...
+
+    async def seal(self, job: Job) -> None: ...
+
+    async def harden(self, job: Job) -> None: ...
+
+    async def name(self, job: Job) -> None: ...
+
+    async def discard(self, job: Job) -> None: ...
+
+    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
+        return ()
+
+    # After the job
+
+    async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
+        await record(())
+
+    async def drop(self, job: Job) -> None:
+        """libvirt has closed what the chain lost."""
+
+    async def leave(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+        self._claims.release(drive_of(job).uuid, _holder(job))
+
+    def recover(self, job: Job) -> None:
+        """After a restart: of a job that has begun, a pull that runs on the disk is its own."""
+        if job.state is not State.QUEUED and not job.state.terminal:
+            self._claim(job)
+            self._jobs[job.id].ours = True
+
+    def _claim(self, job: Job) -> None:
+        drive = drive_of(job)
+        self._claims.claim(drive.uuid, drive.name, _holder(job))
+        self._jobs.setdefault(job.id, _Known(drive))
+
+    # What libvirt tells: hints
+
+    def event(self, event: HypervisorEvent) -> None:
+        if isinstance(event, DiskJobEvent | DomainEvent | DiskErrorEvent):
+            for job, known in list(self._jobs.items()):
+                if known.drive.uuid == event.domain:
+                    _note(known, event)
+                    self._hint(job)
+
+    def resync(self) -> None:
+        self._disks.reconnected()
+        for job in list(self._jobs):
+            self._hint(job)
+
+    # Files
+
+    async def _files(self, look: Callable[[], T]) -> T:
+        """What a look at files says, within libvirt.file_timeout."""
+        timeout = self._settings.file_timeout
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(look), timeout)
+        except TimeoutError:
+            message = f"the files of the disk do not answer within {timeout:g} s (libvirt.file_timeout)"
+            raise JobError("unresponsive", message, remedy="see whether their storage hangs") from None
+
+    async def _free(self, top: Layer) -> int | None:
+        return None if top.device else await room(Path(top.path).parent, self._settings.file_timeout)
+
+
+def _look_at(drive: Drive) -> str:
+    return f"see `virsh blockjob {drive.name} {drive.target}`"
+
+
+def _holder(job: Job) -> str:
+    return f"job {job.id}"
+
+
+def _note(known: _Known, event: HypervisorEvent) -> None:
+    if isinstance(event, DiskJobEvent) and event.disk == known.drive.target:
+        known.said = event.reason or known.said
+    elif isinstance(event, DiskErrorEvent):
+        known.said = f"a request of the guest failed ({event.reason or 'input/output error'}) on {event.path}"
+
+
+def _need(before: Chain, after: Chain) -> int:
+    """Bytes that the pull may write: what is allocated in the layers that it takes in."""
+    if before.top.device:
+        return at_most(before.top.virtual_size)
+    stays = {layer.file for layer in after.layers}
+    taken = [layer for layer in before.layers[1:] if layer.file not in stays]
+    if any(layer.device for layer in taken):
+        return before.top.virtual_size
+    return min(sum(layer.allocated for layer in taken), before.top.virtual_size)

@@ -1,0 +1,63 @@
+"""Whether a pull is done, seen from outside: libvirt's chain and the image's header must both have lost its layers.
+
+The header is read while QEMU has the image open: it is the one thing of it that QEMU writes through at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from hostagent.guests.chain import files_of
+from hostagent.guests.disks import Disks, drive_of
+from hostagent.nbd.operations import durable_backing
+from jobs import pull
+from jobs.errors import JobError
+from jobs.model import Job
+
+log = logging.getLogger(__name__)
+
+LOOK_AGAIN = 0.1
+"""Seconds between two looks while header and libvirt do not agree."""
+
+
+class Proof:
+    """`timeout`: seconds for files; `agree`: until header and libvirt, which follows it, must agree."""
+
+    def __init__(self, disks: Disks, *, timeout: float, agree: float) -> None:
+        self._disks = disks
+        self._timeout = timeout
+        self._agree = agree
+
+    async def of_running(self, job: Job) -> bool | None:
+        """Of a guest that runs, and has no job on the disk; None when it cannot be asked now."""
+        deadline = asyncio.get_running_loop().time() + self._agree
+        while True:
+            header, live = await self.of_header(job), await self._live(job)
+            if header is None or live is None:
+                return None
+            if header == live or asyncio.get_running_loop().time() > deadline:
+                return header and live
+            await asyncio.sleep(LOOK_AGAIN)
+
+    async def of_header(self, job: Job) -> bool | None:
+        """What the image itself says; a file that is gone or replaced says no. None when it cannot be read now."""
+        try:
+            name, resolved = await durable_backing(job.before.top, None, self._timeout)
+        except (FileNotFoundError, NotADirectoryError, JobError) as error:
+            log.warning("the image proves nothing", extra={"fields": {"job": job.id, "error": str(error)}})
+            return False
+        except (TimeoutError, OSError) as error:
+            log.warning("the image cannot be read back", extra={"fields": {"job": job.id, "error": str(error)}})
+            return None
+        return pull.proven(job, name, resolved)
+
+    async def _live(self, job: Job) -> bool | None:
+        try:
+            disk = await self._disks.describe(drive_of(job))
+            found = await asyncio.wait_for(asyncio.to_thread(files_of, disk), self._timeout)
+        except JobError as error:
+            return False if error.code == "not_found" else None
+        except TimeoutError:
+            return None
+        return found == [layer.file for layer in job.after.layers]

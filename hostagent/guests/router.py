@@ -1,0 +1,95 @@
+"""Which driver a job has: the disk of a running guest is libvirt's, an image that nobody runs on ours.
+
+A job's driver never changes. The engine knows nothing of this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from jobs.model import Holder, Job, JobSpec, Plan
+from jobs.ports import BlockDriver, Observation
+
+
+def is_guests(target: str) -> bool:
+    """Whether a target is DOMAIN/DISK; an image's is an absolute path."""
+    return not target.startswith("/")
+
+
+class Router:
+    """A BlockDriver of two."""
+
+    def __init__(self, offline: BlockDriver, guests: BlockDriver) -> None:
+        self._offline = offline
+        self._guests = guests
+
+    def _of(self, job: Job) -> BlockDriver:
+        return self._offline if job.drive is None else self._guests
+
+    async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
+        return await (self._guests if is_guests(spec.target) else self._offline).plan(spec, preview=preview)
+
+    async def prepare(self, job: Job) -> Mapping[str, Any]:
+        return await self._of(job).prepare(job)
+
+    async def check(self, job: Job) -> tuple[str, ...]:
+        return await self._of(job).check(job)
+
+    async def start(self, job: Job) -> None:
+        await self._of(job).start(job)
+
+    async def advance(self, job: Job, stop: asyncio.Event) -> int:
+        return await self._of(job).advance(job, stop)
+
+    async def rest(self, job: Job) -> None:
+        await self._of(job).rest(job)
+
+    async def observe(self, job: Job) -> Observation:
+        return await self._of(job).observe(job)
+
+    async def audit(self, job: Job) -> tuple[str, ...]:
+        return await self._of(job).audit(job)
+
+    async def finalize(self, job: Job) -> None:
+        await self._of(job).finalize(job)
+
+    async def complete(self, job: Job) -> None:
+        await self._of(job).complete(job)
+
+    async def seal(self, job: Job) -> None:
+        await self._of(job).seal(job)
+
+    async def harden(self, job: Job) -> None:
+        await self._of(job).harden(job)
+
+    async def name(self, job: Job) -> None:
+        await self._of(job).name(job)
+
+    async def discard(self, job: Job) -> None:
+        await self._of(job).discard(job)
+
+    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
+        return await self._of(job).delete_dropped(job)
+
+    async def cancel(self, job: Job, *, force: bool = False) -> None:
+        await self._of(job).cancel(job, force=force)
+
+    async def pause(self, job: Job) -> None:
+        await self._of(job).pause(job)
+
+    async def resume(self, job: Job) -> None:
+        await self._of(job).resume(job)
+
+    async def set_speed(self, job: Job, bandwidth: int) -> None:
+        await self._of(job).set_speed(job, bandwidth)
+
+    async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
+        await self._of(job).conclude(job, record)
+
+    async def drop(self, job: Job) -> None:
+        await self._of(job).drop(job)
+
+    async def leave(self, job: Job) -> None:
+        await self._of(job).leave(job)

@@ -1,0 +1,247 @@
+"""What libvirt can do to a job on a guest's disk, and what is said of it then."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from events.model import DiskJobEvent, DiskJobKind, DomainEvent, DomainEventKind
+from hostagent.drivers.libvirt import BlockJobInfo
+from hostagent.guests import driver
+from jobs.errors import JobError
+from jobs.machine import Signal
+from jobs.model import Cursor, State
+from jobs.ports import Contact, Observation, Phase
+from jobs.settle import decide
+from tests.unit.guests.fake_libvirt import DRIVE, END, NOW, Host, play
+
+
+def on_a_host(test: Callable[[Host], Awaitable[None]]) -> Callable[[Path], None]:
+    def run(tmp_path: Path) -> None:
+        play(test(Host(tmp_path)))
+
+    run.__name__ = test.__name__
+    return run
+
+
+@on_a_host
+async def test_a_pull_is_done_when_header_libvirt_and_file_say_so(host: Host) -> None:
+    job = await host.started()
+    assert await host.driver.observe(job) == Observation(Contact.ALIVE, Phase.RUNNING, Cursor(5, END))
+    host.disks.job = None
+    assert not (await host.driver.observe(job)).proven
+    host.proof.header = True
+    assert not (await host.driver.observe(job)).proven, "libvirt says otherwise"
+    host.done()
+    host.file.lost = 1
+    assert (await host.driver.observe(job)).phase is Phase.PENDING
+    assert decide(job, await host.driver.observe(job)).signal is None
+    host.file.lost = 0
+    seen = await _until_not_pending(host, job)
+    assert seen == Observation(Contact.ALIVE, Phase.ABSENT, None, None, True)
+    assert decide(job, seen).signal is Signal.PROVEN_COMPLETED
+
+
+async def _until_not_pending(host: Host, job: object) -> Observation:
+    while (seen := await host.driver.observe(job)).phase is Phase.PENDING:  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+    return seen
+
+
+@on_a_host
+async def test_what_cannot_be_seen_on_the_file_is_not_done(host: Host) -> None:
+    job = await host.started()
+    host.done()
+    host.file.error = JobError("denied", "no")
+    assert (await host.driver.observe(job)).phase is Phase.PENDING
+    host.disks.run = None
+    dead = await host.driver.observe(job)
+    assert (dead.contact, dead.proven) == (Contact.DEAD, False)
+    failure = decide(job, dead).failure
+    assert failure is not None and failure.code == "guest_stopped" and "qemu-img rebase" in failure.message
+    host.file.error = None
+    assert (await host.driver.observe(job)).proven, "it ended in order"
+
+
+@on_a_host
+async def test_a_guest_that_was_started_anew_is_not_the_one_that_pulled(host: Host) -> None:
+    job = await host.started()
+    host.done()
+    host.file.lost, host.disks.run = 4096, 2
+    seen = await host.driver.observe(job)
+    assert (seen.contact, seen.proven) == (Contact.DEAD, False)
+    assert seen.error is not None and "4096 bytes" in seen.error
+
+
+@on_a_host
+async def test_libvirt_away_is_unknown_but_for_a_paused_job(host: Host) -> None:
+    job = await host.started()
+    await host.driver.pause(job)
+    host.disks.away = True
+    assert await host.driver.observe(job) == Observation(Contact.UNRESPONSIVE)
+    paused = replace(job, state=State.PAUSED)
+    assert (await host.driver.observe(paused)).phase is Phase.PAUSED
+    with pytest.raises(JobError) as refused:
+        await host.driver.resume(paused)
+    assert refused.value.code == "unavailable"
+    host.disks.away = False
+    assert (await host.driver.observe(paused)).phase is Phase.PAUSED
+    await host.driver.resume(paused)
+    assert (await host.driver.observe(job)).phase is Phase.RUNNING
+
+
+@on_a_host
+async def test_a_pause_whose_job_hangs_is_unknown_and_paused_when_it_is_gone(host: Host) -> None:
+    job = await host.started()
+    host.disks.stuck = True
+    with pytest.raises(JobError) as late:
+        await host.driver.pause(job)
+    assert late.value.code == "unresponsive"
+    host.disks.job = None
+    unknown = replace(job, state=State.UNKNOWN)
+    assert (await host.driver.observe(unknown)).phase is Phase.PAUSED
+
+
+@on_a_host
+async def test_a_job_that_ran_is_never_begun_again_by_a_start(host: Host) -> None:
+    job = await host.started()
+    host.disks.job = None
+    await host.driver.start(job)
+    assert host.disks.calls.count("pull to None") == 1
+    assert decide(job, await host.driver.observe(job)).signal is Signal.PROVEN_FAILED
+
+
+@on_a_host
+async def test_after_a_restart_a_pull_on_the_disk_is_joined(host: Host) -> None:
+    host.driver.recover(host.job)
+    host.disks.job = BlockJobInfo(1, 7, END, 0)
+    await host.driver.prepare(host.job)
+    await host.driver.start(host.job)
+    assert not any(call.startswith("pull") for call in host.disks.calls)
+
+
+@pytest.mark.parametrize("kind", [1, 2, 4, 5])
+def test_somebody_elses_job_is_left_alone(tmp_path: Path, kind: int) -> None:
+    async def story() -> None:
+        host = Host(tmp_path)
+        await host.driver.prepare(host.job)
+        host.disks.job = BlockJobInfo(kind, 0, END, 0)
+        with pytest.raises(JobError) as refused:
+            await host.driver.start(host.job)
+        assert refused.value.code == "conflict"
+        await host.driver.cancel(host.job)
+        assert "abort" not in host.disks.calls and host.disks.job is not None
+
+    play(story())
+
+
+@on_a_host
+async def test_one_job_on_a_domain(host: Host) -> None:
+    await host.driver.prepare(host.job)
+    other = replace(host.job, id="4712")
+    with pytest.raises(JobError) as refused:
+        await host.driver.prepare(other)
+    assert refused.value.code == "busy" and "4711" in refused.value.message
+    for _ in range(2):
+        await host.driver.leave(host.job)
+    await host.driver.prepare(other)
+
+
+@on_a_host
+async def test_a_job_whose_libvirt_is_away_before_it_began_fails(host: Host) -> None:
+    host.disks.away = True
+    with pytest.raises(JobError) as refused:
+        await host.driver.prepare(host.job)
+    assert refused.value.code == "unavailable"
+
+
+@on_a_host
+async def test_another_chain_than_the_planned_one_starts_nothing(host: Host) -> None:
+    host.disks.paths = host.disks.paths[::2]
+    with pytest.raises(JobError) as refused:
+        await host.driver.prepare(host.job)
+    assert refused.value.code == "image_changed"
+
+
+@on_a_host
+async def test_events_are_hints_and_explain(host: Host) -> None:
+    job = await host.started()
+    host.driver.event(DomainEvent(DomainEventKind.STOPPED, "another", "web2"))
+    assert host.hints == []
+    host.disks.job = None
+    host.driver.event(DiskJobEvent(DiskJobKind.FAILED, DRIVE.uuid, "web1", "vda", "pull", reason="cancelled"))
+    host.driver.resync()
+    assert host.hints == [job.id, job.id]
+    seen = await host.driver.observe(job)
+    assert seen.error is not None and "somebody else" in seen.error
+    aborted = decide(replace(job, intent="abort"), seen)
+    assert aborted.signal is Signal.PROVEN_ABORTED
+
+
+def test_a_full_file_system_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def none_left(place: Path, timeout: float) -> int:
+        return 0
+
+    async def story() -> None:
+        host = Host(tmp_path)
+        job = await host.started()
+        host.disks.job = None
+        host.driver.event(DiskJobEvent(DiskJobKind.FAILED, DRIVE.uuid, "web1", "vda", "pull", reason="failed"))
+        other = decide(job, await host.driver.observe(job)).failure
+        assert other is not None and other.code == "job_failed" and "web1.log" in other.message
+        monkeypatch.setattr(driver, "room", none_left)
+        failure = decide(job, await host.driver.observe(job)).failure
+        assert failure is not None and failure.code == "no_space"
+
+    play(story())
+
+
+@on_a_host
+async def test_an_increment_ends_past_its_goal_and_the_last_one_at_the_end(host: Host) -> None:
+    await host.driver.prepare(host.job)
+    spec = replace(host.job.spec, increment=END // 2)
+    job = replace(host.job, spec=spec, upto=END // 2, state=State.RUNNING, started=NOW)
+    running = asyncio.create_task(host.driver.advance(job, asyncio.Event()))
+    while host.disks.job is None:
+        await asyncio.sleep(0)
+    host.disks.job = BlockJobInfo(1, END // 2 + 9, END, 0)
+    assert await running == END // 2 + 9
+    assert host.disks.job is None
+    last = replace(job, upto=END, cursor=Cursor(END // 2 + 9, END))
+    running = asyncio.create_task(host.driver.advance(last, asyncio.Event()))
+    while host.disks.job is None:
+        await asyncio.sleep(0)
+    host.disks.job = BlockJobInfo(1, END, END, 0)
+    await asyncio.wait({running}, timeout=0.1)
+    assert not running.done(), "cur == end is no end"
+    host.done()
+    assert await running == END
+
+
+@on_a_host
+async def test_an_increment_that_ends_early_is_an_error_and_one_that_is_stopped_is_not(host: Host) -> None:
+    await host.driver.prepare(host.job)
+    job = replace(host.job, upto=END // 2, state=State.RUNNING, started=NOW)
+    stop = asyncio.Event()
+    stop.set()
+    assert await host.driver.advance(job, stop) == 5
+    running = asyncio.create_task(host.driver.advance(job, asyncio.Event()))
+    while host.disks.job is None:
+        await asyncio.sleep(0)
+    host.disks.job = None
+    with pytest.raises(JobError) as failed:
+        await running
+    assert failed.value.code == "job_failed"
+
+
+@on_a_host
+async def test_a_guest_is_never_killed(host: Host) -> None:
+    job = await host.started()
+    with pytest.raises(JobError) as refused:
+        await host.driver.cancel(job, force=True)
+    assert refused.value.code == "not_supported"
+    assert host.disks.job is not None

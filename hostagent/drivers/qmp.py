@@ -73,9 +73,12 @@ class Monitor:
         """
         try:
             await asyncio.wait_for(self._client.connect(connected or path), self._connect_timeout)
-        except (TimeoutError, QMPError, OSError) as error:
+        except (TimeoutError, QMPError, OSError, AssertionError) as error:
+            # The library asserts in the end that the session stands, which it does not when the daemon died after its
+            # greeting.
             await self._disconnect()
             what = f"no answer within {self._connect_timeout:g} s" if isinstance(error, TimeoutError) else str(error)
+            what = what or "it was closed"
             raise JobError(
                 "unresponsive",
                 f"the monitor {path!r} cannot be used: {what}",

@@ -73,6 +73,11 @@ def classify(job: Job, text: str) -> Failure:
         return Failure("no_space", f"no space left: {text}", remedy)
     if "input/output error" in lower or "transport endpoint" in lower:  # a disk, or the server of a file system
         return Failure("io_error", text, "look at the storage below the chain (dmesg); then " + again(job))
+    if "different sizes" in lower:
+        size = job.before.top.virtual_size
+        return Failure(
+            "invalid", text, f"make the target exactly as large as the image ({size} bytes), then copy again"
+        )
     if "permission denied" in lower:
         return Failure("denied", text, "run `hostagent doctor`")
     return Failure("job_failed", text, again(job))

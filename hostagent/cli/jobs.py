@@ -129,7 +129,12 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         help="qemu-img check before the start; never also starts where space is short",
     )
     parser.add_argument("--label", metavar="K=V", type=arguments.label, action="append", default=[], help="may repeat")
-    parser.add_argument("--id", metavar="UUID", type=arguments.object_id, help="the job's id, for a safe retry")
+    parser.add_argument(
+        "--id",
+        metavar="UUID",
+        type=arguments.object_id,
+        help="the id (of several disks: of their group), for a safe retry",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, change nothing")
     parser.add_argument("--wait", action="store_true", help="stay until the end; Ctrl-C aborts the job")
     parser.add_argument("--timeout", metavar="S", type=arguments.seconds, help="with --wait: abort after S seconds")

@@ -35,7 +35,7 @@ def _status(args: argparse.Namespace) -> int:
         terminal.data({"host": host, "jobs": jobs, "exports": exports})
         return EXIT_OK
     _print_head(terminal, host)
-    _print_alarms(terminal, host)
+    _print_alarms(terminal, host, exports)
     _print_jobs(terminal, jobs)
     _print_exports(terminal, exports)
     _print_errors(terminal, host.get("last_errors") or [])
@@ -75,10 +75,11 @@ def _libvirt(state: Json) -> str:
     return str(state.get("version") or "connected")
 
 
-def _print_alarms(terminal: Terminal, host: Json) -> None:
+def _print_alarms(terminal: Terminal, host: Json, exports: list[Json]) -> None:
     alarms = [
         *_store_alarms(host),
         *_daemon_alarms(host),
+        *_export_alarms(exports),
         *_file_alarms(host),
         *_revocation_alarms(host),
         *_drain_alarms(host),
@@ -111,6 +112,13 @@ def _daemon_alarms(host: Json) -> list[tuple[str, str]]:
         remedy = f"it holds {orphan.get('holds') or 'nothing'}; when nothing uses that: kill {orphan['pid']}"
         found.append((what, remedy))
     return found
+
+
+def _export_alarms(exports: list[Json]) -> list[tuple[str, str]]:
+    """An export that goes on, and of which something is to be said: what was written to it is not durable."""
+    spoilt = [export for export in exports if export["state"] == "running" and export.get("reason")]
+    remedy = "read what is there from another client now; `hostagent export stop --force` gives up what is not"
+    return [(f"export {export['id']} of {export['path']}: {export['reason']}", remedy) for export in spoilt]
 
 
 def _unstick(daemon: Json) -> str:

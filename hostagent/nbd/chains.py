@@ -130,6 +130,16 @@ class Chains:
                     holders=[str(other.writer)],
                 )
 
+    def refuse_used(self, layer: Layer) -> None:
+        """Raise busy when the file is exported: a copy is about to go over it. Jobs go by their leases: one that
+        has just ended may still be listed here."""
+        chains = [chain for chain in self._chains.values() if chain.uses(layer.file)]
+        users = sorted({str(user) for chain in chains for user in chain.users if user.kind == "export"})
+        if users:
+            message = f"{layer.path!r} is used by {', '.join(users)}"
+            remedy = "stop the export first, or copy somewhere else"
+            raise JobError("busy", message, field="dest", value=layer.path, remedy=remedy, holders=users)
+
     def apart_on(self, file: FileId) -> list[Holder]:
         """The exports of this file, or of an image that stands on it, that have a storage daemon for themselves."""
         chains = [chain for chain in self._chains.values() if chain.apart is not None and chain.uses(file)]

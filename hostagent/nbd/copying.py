@@ -90,6 +90,7 @@ class Copy:
             device, fd = opened.chain.top, opened.fds[0]
             if device.file in {layer.file for layer in source.chain.layers}:
                 raise _unfit(spec.dest, f"is a member of the chain of {source.chain.top.path!r}", "copy somewhere else")
+            self._chains.refuse_used(device)
             await self._aside(devices.refuse_claimed, device.path, fd)
             if format_ != "raw" and spec.reuse_external:
                 target, _ = await self._existing(spec, source, format_)
@@ -108,6 +109,7 @@ class Copy:
             top, below = opened.chain.top, opened.chain.layers[1:2]
             if top.file in {layer.file for layer in source.chain.layers}:
                 raise _unfit(spec.dest, f"is a member of the chain of {source.chain.top.path!r}", "copy somewhere else")
+            self._chains.refuse_used(top)
             if top.virtual_size != source.chain.top.virtual_size:
                 sizes = f"has {top.virtual_size} bytes, and the image {source.chain.top.virtual_size}"
                 raise _unfit(spec.dest, sizes, "make it as large as the image")

@@ -664,7 +664,7 @@ POISON: list[tuple[str, Json, str, str | None, str | None]] = [
     ("/v1/jobs", {"operation": "copy", "target": "/x"}, "invalid", "dest", "absolute path"),
     ("/v1/jobs", {"operation": "commit", "target": "/x", "shallow": True}, "invalid", "shallow", "leave it out"),
     ("/v1/jobs", {"operation": "steal", "target": "/x"}, "invalid", "operation", "pull"),
-    ("/v1/jobs", {"operation": "pull", "target": "web1/vda"}, "not_supported", "target", "absolute path"),
+    ("/v1/jobs", {"operation": "pull", "target": "web1/vda"}, "not_supported", "target", "libvirt.uri"),
     ("/v1/jobs", {"operation": "pull", "target": "./x"}, "invalid", "target", "absolute path"),
     ("/v1/jobs", {"operation": "pull", "target": ""}, "invalid", "target", None),
     ("/v1/jobs", {"operation": "pull", "target": "/x\0y"}, "invalid", "target", None),

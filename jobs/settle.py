@@ -64,6 +64,12 @@ def explain(job: Job, seen: Observation) -> Failure:
     return Failure("unproven", "the storage daemon does not know the job", again(job))
 
 
+STORAGE = (
+    "input/output error", "transport endpoint", "caused connection abort", "stale file handle", "no such device",
+)  # fmt: skip
+"""What a disk that is broken or gone makes QEMU say, or the server of a file system that died or forgot the file."""
+
+
 def classify(job: Job, text: str) -> Failure:
     """QEMU's error text as a code. QEMU says "read" even where writing the overlay failed, so the text decides."""
     lower = text.lower()
@@ -71,7 +77,7 @@ def classify(job: Job, text: str) -> Failure:
         where = {Operation.PULL: "the overlay", Operation.COPY: "the target", Operation.COMMIT: "the base"}
         remedy = f"make space on the file system of {where[job.spec.operation]}; {again(job)}"
         return Failure("no_space", f"no space left: {text}", remedy)
-    if "input/output error" in lower or "transport endpoint" in lower:  # a disk, or the server of a file system
+    if any(words in lower for words in STORAGE):
         return Failure("io_error", text, "look at the storage below the chain (dmesg); then " + again(job))
     if "different sizes" in lower:
         size = job.before.top.virtual_size

@@ -239,7 +239,7 @@ class Ledger:
                 raise
             return AccessResult("", AccessVerdict.PENDING, error.message)
         if not rows and (known is None or known.verdict == AccessVerdict.REVOKED):
-            return self._nothing_to_do(known)
+            return await self._nothing_to_do(known)
         was = known or self._blank(file, rows[-1].path)
         try:
             finding = await self._grant(was, rows) if rows else await self._revoke(was, trigger)
@@ -283,12 +283,30 @@ class Ledger:
             return os.fstat(handle).st_nlink == 0
         return _is_former(row.path, row.file) and (os.path.lexists(row.path) or not alone)
 
-    def _nothing_to_do(self, known: AccessFile | None) -> AccessResult:
+    async def _nothing_to_do(self, known: AccessFile | None) -> AccessResult:
+        """What was proven once may have changed: somebody else gave access, or another file has that inode number
+        by now."""
         if self._subject.own:
             return AccessResult(known.path if known else "", AccessVerdict.KEPT, self._own_reason)
         if known is None:
             return AccessResult("", AccessVerdict.UNCHANGED)
+        try:
+            reason = await self._thread(known.file, lambda: self._open_again(known))
+        except FileNotFoundError:  # what is asked about may be another file, somewhere else
+            return AccessResult(known.path, AccessVerdict.UNCHANGED)
+        except JobError as error:
+            return AccessResult(known.path, AccessVerdict.PENDING, error.message)
+        if reason is not None:
+            return AccessResult(known.path, AccessVerdict.KEPT, reason)
         return AccessResult(known.path, AccessVerdict.REVOKED, known.reason)
+
+    def _open_again(self, known: AccessFile) -> str | None:
+        """Why the user can open a file by now that was revoked."""
+        try:
+            with self._opened(known) as fd:
+                return self._still_open(fd)
+        finally:
+            self._forget_handle(known.file)
 
     @property
     def _own_reason(self) -> str:

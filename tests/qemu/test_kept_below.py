@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.harness import AgentProcess, overlay, user_can_read
-from tests.qemu.faults import ROOT, Pair, eventually
+from tests.qemu.faults import ROOT, Pair, eventually, storage_daemons
 
 pytestmark = [pytest.mark.qemu, pytest.mark.skipif(not ROOT, reason="needs another user, and so root")]
 
@@ -22,6 +22,7 @@ def test_a_base_that_left_the_chain_by_another_job_is_taken_back_at_once(agent: 
     agent.post(f"/v1/jobs/{job['id']}/abort")
     assert agent.until_ended(job["id"])["state"] == "aborted"
 
+    assert eventually(lambda: storage_daemons(agent) == [])  # what it had open is closed a moment later
     lower = agent.until_ended(agent.pull(images.top)["id"])  # the base leaves the chain; the image above keeps it still
     assert (lower["state"], lower["revocation"]) == ("completed", "kept")
     assert user_can_read(images.base, agent.user)
@@ -40,6 +41,7 @@ def test_what_an_image_kept_goes_when_a_commit_deletes_it(agent: AgentProcess, i
     agent.post(f"/v1/jobs/{job['id']}/abort")
     assert agent.until_ended(job["id"])["state"] == "aborted"
     assert user_can_read(images.top, agent.user)
+    assert eventually(lambda: storage_daemons(agent) == [])
 
     request = {"operation": "commit", "target": str(top), "top": str(upper), "base": str(images.top), "delete": True}
     assert agent.until_ended(agent.post("/v1/jobs", request)["id"])["state"] == "completed"

@@ -219,6 +219,35 @@ class TestAnotherUser:
 
         given_user(scenario)
 
+    def test_revoked_is_said_only_of_what_is_closed_now(self, given_user: Play) -> None:
+        async def scenario(host: Host) -> None:
+            file = host.file("disk")
+            await host.acquire(JOB, (file, "r"))
+            assert verdict(await host.release(JOB)) is AccessVerdict.REVOKED
+            file.chmod(0o644)  # or libvirt gave it to the user
+            found = (await host.ledger.converge([identity(file)], trigger="pull"))[identity(file)]
+            assert (found.verdict, found.reason) == (AccessVerdict.KEPT, "mode 0644 lets everybody read")
+            file.rename(file.with_name("elsewhere"))
+            Path(file).write_bytes(b"another file")
+            moved = (await host.ledger.converge([identity(file.with_name("elsewhere"))], trigger="pull")).popitem()[1]
+            assert moved.verdict is AccessVerdict.KEPT
+
+        given_user(scenario)
+
+    def test_what_was_told_of_a_file_that_is_gone_is_not_told_of_its_inode_number(self, given_user: Play) -> None:
+        async def scenario(host: Host) -> None:
+            file = host.file("disk")
+            number = identity(file)
+            await host.acquire(JOB, (file, "r"))
+            file.unlink()
+            await host.ledger.converge_all(trigger="timer")
+            await host.release(JOB)
+            await host.ledger.converge([number], trigger="operator")
+            found = (await host.ledger.converge([number], trigger="pull"))[number]
+            assert found.verdict is AccessVerdict.UNCHANGED
+
+        given_user(scenario)
+
     def test_a_file_that_another_holder_needs_is_not_taken(self, given_user: Play) -> None:
         async def scenario(host: Host) -> None:
             file = host.file("base")

@@ -130,6 +130,7 @@ def test_every_end_that_is_not_completed_says_why(job: Job, seen: Observation, f
         ("Could not read: No space left on device", "no_space"),
         ("write failed: Disk quota exceeded", "no_space"),
         ("Input/output error", "io_error"),
+        ("Software caused connection abort", "io_error"),
         ("Could not open '/x': Permission denied", "denied"),
         ("Something new", "job_failed"),
         ("", "job_failed"),

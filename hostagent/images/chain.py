@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class OpenChain:
         self.chain = Chain(tuple(member.layer for member in members))
         self.headers = tuple(member.header for member in members)
         self._fds = tuple(member.fd for member in members)
+        self._turn = threading.Lock()
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -49,24 +51,28 @@ class OpenChain:
         return self._fds
 
     def keep(self, files: Collection[FileId]) -> None:
-        """Close the layers that are not among `files`, and forget them."""
-        members = list(zip(self.chain.layers, self.headers, self._fds, strict=True))
-        for layer, _, fd in members:
-            if layer.file not in files:
-                os.close(fd)
-        members = [member for member in members if member[0].file in files]
-        self.chain = Chain(tuple(layer for layer, _, _ in members))
-        self.headers = tuple(header for _, header, _ in members)
-        self._fds = tuple(fd for _, _, fd in members)
+        """Close the layers that are not among `files`, and forget them first: threads may do so at one time, as when a
+        storage daemon dies while its chain changes, and a number that is closed twice is by then somebody else's."""
+        with self._turn:
+            members = list(zip(self.chain.layers, self.headers, self._fds, strict=True))
+            gone = [fd for layer, _, fd in members if layer.file not in files]
+            members = [member for member in members if member[0].file in files]
+            self.chain = Chain(tuple(layer for layer, _, _ in members))
+            self.headers = tuple(header for _, header, _ in members)
+            self._fds = tuple(fd for _, _, fd in members)
+        for fd in gone:
+            os.close(fd)
 
     def put_on_top(self, layer: Layer, fd: int) -> None:
         """A layer that came to stand on the chain; `fd` is taken over."""
-        self.chain = Chain((layer, *self.chain.layers))
-        self.headers = (None, *self.headers)
-        self._fds = (fd, *self._fds)
+        with self._turn:
+            self.chain = Chain((layer, *self.chain.layers))
+            self.headers = (None, *self.headers)
+            self._fds = (fd, *self._fds)
 
     def close(self) -> None:
-        fds, self._fds = self._fds, ()
+        with self._turn:
+            fds, self._fds = self._fds, ()
         for fd in fds:
             os.close(fd)
 

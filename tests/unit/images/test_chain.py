@@ -426,3 +426,24 @@ def test_a_second_look_names_what_changed(images: Images) -> None:
     change("the backing file was base.raw and is nothing")
     with opened(top) as now, pytest.raises(JobError, match="had 2 layers and has 1"):
         verify(now, Chain((now.chain.top, earlier.layers[1])))
+
+
+def test_two_that_let_go_at_one_time_close_each_file_once(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a storage daemon dies while a job's end gives up a layer."""
+    images.raw("base.raw")
+    top = images.qcow2("top.qcow2", "base.raw", "raw")
+    opened = open_chain(str(top), limits=ChainLimits())
+    fds, closed = set(opened.fds), []
+    close = os.close
+
+    def closing(fd: int) -> None:
+        if fd in fds:
+            closed.append(fd)
+            if len(closed) == 1:
+                opened.keep(())  # the other one, in the midst of it
+        close(fd)
+
+    monkeypatch.setattr(os, "close", closing)
+    opened.keep({opened.chain.layers[1].file})
+    monkeypatch.undo()
+    assert sorted(closed) == sorted(fds)

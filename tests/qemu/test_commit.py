@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, check_clean, overlay, same_content
-from tests.qemu.faults import HASTE, ROOT, Pair, Reader, daemon_of, eventually, sound, storage_daemons
+from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, check_clean, overlay, same_content, sound
+from tests.qemu.faults import HASTE, ROOT, Pair, Reader, daemon_of, eventually, storage_daemons
 
 pytestmark = pytest.mark.qemu
 SLOW = MIB

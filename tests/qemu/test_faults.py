@@ -25,7 +25,7 @@ import pytest
 from hostagent import config
 from hostagent.daemon import Agent
 from hostagent.nbd.prepared import PreparedChain
-from tests.harness import MIB, AgentProcess, ApiError, Json, check_clean, reachable, same_content, user_can_read
+from tests.harness import MIB, AgentProcess, ApiError, Json, check_clean, reachable, same_content, sound, user_can_read
 from tests.qemu.faults import (
     ROOT,
     BadSectors,
@@ -36,7 +36,6 @@ from tests.qemu.faults import (
     eventually,
     permissions,
     send,
-    sound,
     stopped,
     storage_daemons,
 )

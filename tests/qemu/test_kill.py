@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, check_clean, reachable, same_content
-from tests.qemu.faults import ROOT, Pair, Reader, eventually, permissions, send, sound, storage_daemons
+from tests.harness import MIB, AgentProcess, check_clean, reachable, same_content, sound
+from tests.qemu.faults import ROOT, Pair, Reader, eventually, permissions, send, storage_daemons
 from tests.qemu.kills import (
     SEED,
     SETTINGS,

@@ -20,8 +20,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, check_clean, overlay, reachable, same_content
-from tests.qemu.faults import ROOT, Pair, Reader, backing_name, eventually, permissions, send, sound, storage_daemons
+from tests.harness import (
+    MIB,
+    AgentProcess,
+    ApiError,
+    Json,
+    backing_of,
+    check_clean,
+    overlay,
+    reachable,
+    same_content,
+    sound,
+)
+from tests.qemu.faults import ROOT, Pair, Reader, backing_name, eventually, permissions, send, storage_daemons
 from tests.qemu.kills import (
     SEED,
     SETTINGS,

@@ -37,8 +37,8 @@ from jobs.model import FileId, Holder, Operation, Revocation, State
 from jobs.ports import SystemClock
 from tests.contract.driver_suite import MIB, SIZE, Rig, on_a_rig
 from tests.contract.group_suite import GroupSuite
-from tests.harness import backing_of, overlay, raw_image, same_content
-from tests.qemu.faults import eventually, open_below, sound
+from tests.harness import backing_of, overlay, raw_image, same_content, sound
+from tests.qemu.faults import eventually, open_below
 
 pytestmark = pytest.mark.qemu
 

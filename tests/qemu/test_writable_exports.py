@@ -26,6 +26,7 @@ from tests.harness import (
     raw_image,
     reachable,
     same_content,
+    sound,
 )
 from tests.qemu.faults import (
     HASTE,
@@ -35,7 +36,6 @@ from tests.qemu.faults import (
     eventually,
     permissions,
     send,
-    sound,
     stopped,
     writable_for_qemu,
 )

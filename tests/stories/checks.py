@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from tests.harness import TEST_USER, AgentProcess, Json
-from tests.qemu.faults import PATIENCE, ROOT, backing_name, eventually, sound, storage_daemons
+from tests.harness import TEST_USER, AgentProcess, Json, sound
+from tests.qemu.faults import PATIENCE, ROOT, backing_name, eventually, storage_daemons
 from tests.stories.model import CLUSTER, CLUSTERS, Bitmap, Image, Tree
 from tests.stories.tally import Tally
 

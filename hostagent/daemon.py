@@ -42,9 +42,10 @@ from events.model import (
 from hostagent import __version__, sdnotify
 from hostagent.access import holders, owner
 from hostagent.access.leases import Lease, LeaseMode
-from hostagent.access.ledger import Ledger, Subject
+from hostagent.access.ledger import Ledger
 from hostagent.access.ledger import Settings as LedgerSettings
 from hostagent.access.prober import Prober
+from hostagent.access.subject import OwnProbe, Probe, Subject
 from hostagent.api.changes import Changes
 from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
@@ -155,16 +156,6 @@ class _FileLease:
         self._lease.release()
 
 
-class _Owner:
-    """In place of the prober when the agent is the hypervisor user itself: its own opening is the proof."""
-
-    def can_open(self, fd: int, mode: str) -> bool:
-        return os.access(f"/proc/self/fd/{fd}", os.R_OK if mode == "r" else os.R_OK | os.W_OK)
-
-    def close(self) -> None:
-        pass
-
-
 class Agent:
     """Everything that lives as long as the process does."""
 
@@ -185,8 +176,8 @@ class Agent:
             publish=self._publish,
             busy_timeout=config.store.busy_timeout,
         )
-        self._prober: Prober | _Owner = (
-            _Owner()
+        self._prober: Probe = (
+            OwnProbe()
             if self._user.is_us
             else Prober(self._user.uid, self._user.gid, self._user.groups, timeout=config.access.probe_timeout)
         )

@@ -17,7 +17,8 @@ from typing import Any
 
 from events.model import Record, now
 from hostagent import __version__
-from hostagent.access.ledger import Ledger, Subject
+from hostagent.access.ledger import Ledger
+from hostagent.access.subject import Subject
 from hostagent.api import views
 from hostagent.api.changes import Changes
 from hostagent.api.peer import Peer

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from hostagent.access.ledger import Ledger, Settings, Subject
-from hostagent.daemon import _FileLease, _Owner
+from hostagent.access.ledger import Ledger, Settings
+from hostagent.access.subject import OwnProbe, Subject
+from hostagent.daemon import _FileLease
 from hostagent.drivers import qsd
 from hostagent.drivers.process import User
 from hostagent.images.chain import ChainLimits
@@ -90,7 +91,7 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
     ledger = Ledger(
         store,
         Subject("us", os.geteuid(), (), own=True),
-        _Owner(),
+        OwnProbe(),
         settings=Settings(5.0, manage_shared=False),
         clock=SystemClock(),
         daemons=lambda: {},

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hostagent.access.ledger import Ledger, Settings, Subject
+from hostagent.access.ledger import Ledger, Settings
 from hostagent.access.prober import Prober
+from hostagent.access.subject import Subject
 from hostagent.records import Label, Use
 from hostagent.store import Store
 from jobs.model import FileId, Holder, Layer, Need

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from events.model import Event, GrantEvent, Record
 from hostagent.access import acl
 from hostagent.access.acl import FileSystem
-from hostagent.access.ledger import Ledger, Settings, Subject
+from hostagent.access.ledger import Ledger, Settings
 from hostagent.access.prober import Prober
-from hostagent.daemon import _Owner
+from hostagent.access.subject import OwnProbe, Subject
 from hostagent.records import AccessFile, Label
 from hostagent.store import Store
 from jobs.errors import JobError
@@ -59,7 +59,7 @@ class Host:
 
     folder: Path
     store: CrashingStore
-    probe: Prober | _Owner
+    probe: Prober | OwnProbe
     heard: list[Record]
     own: bool = False
     manage_shared: bool = False
@@ -136,7 +136,7 @@ def guest() -> Iterator[Prober]:
 
 
 def play(
-    folder: Path, probe: Prober | _Owner, scenario: Callable[[Host], Coroutine[Any, Any, None]], **kind: Any
+    folder: Path, probe: Prober | OwnProbe, scenario: Callable[[Host], Coroutine[Any, Any, None]], **kind: Any
 ) -> None:
     async def go() -> None:
         state = folder / "state"
@@ -630,7 +630,7 @@ def test_an_agent_of_the_same_user_touches_no_mode_and_says_so(tmp_path: Path) -
         assert look(file) == before
         assert await host.store.access_files() == []
 
-    play(tmp_path, _Owner(), scenario, own=True)
+    play(tmp_path, OwnProbe(), scenario, own=True)
 
 
 def test_an_agent_of_the_same_user_keeps_its_files_while_another_needs_them(tmp_path: Path) -> None:
@@ -641,7 +641,7 @@ def test_an_agent_of_the_same_user_keeps_its_files_while_another_needs_them(tmp_
         assert verdict(await host.release(JOB)) is AccessVerdict.GRANTED
         assert verdict(await host.release(EXPORT)) is AccessVerdict.KEPT
 
-    play(tmp_path, _Owner(), scenario, own=True)
+    play(tmp_path, OwnProbe(), scenario, own=True)
 
 
 def test_a_file_that_nobody_ever_needed_is_left_alone(tmp_path: Path) -> None:
@@ -651,7 +651,7 @@ def test_a_file_that_nobody_ever_needed_is_left_alone(tmp_path: Path) -> None:
         assert await host.store.access_files() == []
         assert host.heard == []
 
-    play(tmp_path, _Owner(), scenario, own=True)
+    play(tmp_path, OwnProbe(), scenario, own=True)
 
 
 @contextlib.contextmanager

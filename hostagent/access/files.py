@@ -1,0 +1,119 @@
+"""The very file that an entry of the ledger tells of, wherever it was moved to: found, opened and held.
+
+An O_PATH descriptor stands for each file from the first grant to the last revocation, so that neither a rename nor a
+swap leads to another one. After a restart it is looked for at its path, and in its folder by inode. Everything here
+may wait for storage: it belongs into a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hostagent.records import AccessFile
+from jobs.errors import JobError
+from jobs.model import FileId
+
+MOST_ENTRIES = 100_000
+"""Entries of one folder that are looked through for a file that was renamed."""
+
+
+class Files:
+    """The descriptors, by file."""
+
+    def __init__(self) -> None:
+        self._handles: dict[FileId, int] = {}
+
+    def held(self, file: FileId) -> int | None:
+        """The descriptor that stands for the file, if one does."""
+        return self._handles.get(file)
+
+    @contextlib.contextmanager
+    def opened(self, entry: AccessFile) -> Iterator[int]:
+        """The file for reading; from now on it is held. FileNotFoundError when it cannot be found."""
+        handle = self._handles.get(entry.file)
+        if handle is None:
+            handle = self._handles[entry.file] = find(entry)
+        with reading(handle) as fd:
+            yield fd
+
+    @contextlib.contextmanager
+    def grasped(self, entry: AccessFile) -> Iterator[int]:
+        """An O_PATH descriptor for the moment: a domain that is off must not hold a file system against an unmount."""
+        if (handle := self._handles.get(entry.file)) is not None:
+            yield handle
+            return
+        handle = find(entry)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+    def forget(self, file: FileId) -> None:
+        if (handle := self._handles.pop(file, None)) is not None:
+            os.close(handle)
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+
+@contextlib.contextmanager
+def reading(handle: int) -> Iterator[int]:
+    """The file of an O_PATH descriptor, opened for reading."""
+    fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def find(entry: AccessFile) -> int:
+    """An O_PATH descriptor of the file: at its path, else by inode in its folder. FileNotFoundError when not there."""
+    if (handle := _grasp(entry.path, entry.file)) is not None:
+        return handle
+    folder = Path(entry.path).parent
+    if folder.stat().st_dev != entry.file.dev:
+        raise JobError(
+            "unavailable",
+            f"the file system of {entry.path!r} is not mounted",
+            remedy="mount it again; what was given there is taken back then",
+        )
+    with os.scandir(folder) as items:
+        for item in itertools.islice(items, MOST_ENTRIES):
+            if item.inode() == entry.file.ino and (handle := _grasp(item.path, entry.file)) is not None:
+                return handle
+    raise FileNotFoundError(entry.path)
+
+
+def _grasp(path: str, file: FileId) -> int | None:
+    try:
+        handle = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    found = os.fstat(handle)
+    if FileId(found.st_dev, found.st_ino) == file:
+        return handle
+    os.close(handle)
+    return None
+
+
+def is_former(path: str, file: FileId) -> bool:
+    """Whether the path leads to nothing, or to another file."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return True
+    return FileId(found.st_dev, found.st_ino) != file
+
+
+def is_deleted(path: str, dev: int) -> bool:
+    """Whether there is no such file in a folder that is there: a file system that is away says nothing."""
+    try:
+        return Path(path).parent.stat().st_dev == dev and not os.path.lexists(path)
+    except OSError:
+        return False

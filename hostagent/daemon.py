@@ -50,7 +50,8 @@ from hostagent.api.changes import Changes
 from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
 from hostagent.api.service import AgentService, HostFacts, Trouble
-from hostagent.config import Config, plain
+from hostagent.config import Config
+from hostagent.config_text import plain
 from hostagent.drain import Drain
 from hostagent.drivers import process
 from hostagent.drivers import qsd as qsd_driver

@@ -35,7 +35,7 @@ def socket_path(args: argparse.Namespace) -> Path:
     named = args.socket or os.environ.get("HOSTAGENT_SOCKET")
     if named:
         return Path(named)
-    from hostagent.config import default_runtime_dir
+    from hostagent.config_text import default_runtime_dir
 
     return default_runtime_dir(os.environ) / "hostagent.sock"
 

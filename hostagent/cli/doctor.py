@@ -53,16 +53,16 @@ def _print(terminal: Terminal, findings: list[Finding]) -> None:
 
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
-    from hostagent import config
+    from hostagent import config_text
     from hostagent.cli import doctor_host
 
     try:
-        settings = config.load(file=args.config or config.default_file(os.environ))
+        settings = config_text.load(file=args.config or config_text.default_file(os.environ))
         yield ok("settings", "understood")
     except AgentError as error:
         yield fail("settings", error.message, error.remedy)
-        plain = {key: value for key, value in os.environ.items() if not key.startswith(config.ENV_PREFIX)}
-        settings = config.load(env=plain)  # the defaults, so that the other checks can still be made
+        plain = {key: value for key, value in os.environ.items() if not key.startswith(config_text.ENV_PREFIX)}
+        settings = config_text.load(env=plain)  # the defaults, so that the other checks can still be made
     named = args.socket or os.environ.get("HOSTAGENT_SOCKET")
     socket = Path(named) if named else settings.api.socket
     if args.config:  # asked for by name

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
-from hostagent import config
+from hostagent import config, config_text
 from hostagent.cli.client import RETRY_PAUSE, Client, CliError, Json, patient, quoted
 from hostagent.errors import AgentError
 
@@ -121,7 +121,7 @@ def _wait(display: Display, limits: Limits, job: Json) -> float:
 def revocation_wait() -> float:
     """Seconds after the end of a job: access.wait, as this user's settings say."""
     try:
-        return config.load(file=config.default_file(os.environ)).access.wait
+        return config_text.load(file=config_text.default_file(os.environ)).access.wait
     except AgentError:
         return config.Access().wait  # what is wrong with the settings is the agent's to tell
 

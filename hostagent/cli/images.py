@@ -168,7 +168,7 @@ def _kind(extent: Extent) -> str:
 
 def _settings(args: argparse.Namespace) -> Judged:
     from hostagent.cli.judged import judged
-    from hostagent.config import default_file, load
+    from hostagent.config_text import default_file, load
 
     own = load(file=default_file(os.environ))
     named = args.socket or os.environ.get("HOSTAGENT_SOCKET")

@@ -31,11 +31,11 @@ class Judged:
 
 def judged(socket: Path, own: Config) -> Judged:
     """The settings of the agent at `socket`; `own` where it cannot be asked, with the reason."""
-    from hostagent import config
+    from hostagent import config_text
 
     try:
         values = Client(socket, owner=os.geteuid(), timeout=ASK_TIMEOUT).get("/v1/host").data["settings"]
-        return Judged(config.restored(values, "the running agent"), agent=True, whose=f"the agent's at {socket}")
+        return Judged(config_text.restored(values, "the running agent"), agent=True, whose=f"the agent's at {socket}")
     except CliError as error:
         reasons = {"unreachable": "no agent answers", "denied": "the agent is another user's"}
         why = f"{reasons.get(error.code, error.message)} at {socket}"

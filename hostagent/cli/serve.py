@@ -30,14 +30,14 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from hostagent import config, logs
+    from hostagent import config_text, logs
 
     overrides = {key: getattr(args, name) for name, key in SETTINGS.items() if getattr(args, name) is not None}
     if args.socket:
         overrides["api.socket"] = arguments.path(args.socket)
-    settings = config.load(file=args.config or config.default_file(os.environ), overrides=overrides)
+    settings = config_text.load(file=args.config or config_text.default_file(os.environ), overrides=overrides)
     if args.show_config:
-        print(config.show(settings), end="")
+        print(config_text.show(settings), end="")
         return EXIT_OK
     logs.setup(settings.logs.level, settings.logs.format, sys.stderr)
     from hostagent.daemon import run

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 
 from hostagent.api import routes
 from hostagent.cli.main import parser
-from hostagent.config import load
+from hostagent.config_text import load
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

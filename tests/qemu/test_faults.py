@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from hostagent import config
+from hostagent import config, config_text
 from hostagent.daemon import Agent
 from hostagent.nbd.prepared import PreparedChain
 from tests.harness import MIB, AgentProcess, ApiError, Json, check_clean, reachable, same_content, sound, user_can_read
@@ -342,7 +342,7 @@ async def _pull_over(line: Callable[[Callable[[], None]], None], place: AgentPro
     overrides |= {"jobs.progress_interval": "0.1"}
     if place.user:
         overrides["access.hypervisor_user"] = place.user
-    agent = Lossy(config.load(env={}, overrides=overrides), line)
+    agent = Lossy(config_text.load(env={}, overrides=overrides), line)
     try:
         await agent.start()
         job = await asyncio.to_thread(pulled, place, images, spec)

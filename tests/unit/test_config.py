@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from hostagent import config
+from hostagent import config, config_text
 from hostagent.errors import AgentError
 
 REPOSITORY = Path(__file__).parents[2]
 EVERY = [
     (section, item)
     for section in config.SECTIONS
-    for item in dataclasses.fields(type(getattr(config.load(env={}), section)))
+    for item in dataclasses.fields(type(getattr(config_text.load(env={}), section)))
 ]
 
 
@@ -27,13 +27,13 @@ def file(tmp_path: Path) -> Path:
 
 def _refused(**given: object) -> AgentError:
     with pytest.raises(AgentError) as refused:
-        config.load(**{"env": {}, **given})  # type: ignore[arg-type]
+        config_text.load(**{"env": {}, **given})  # type: ignore[arg-type]
     assert refused.value.code == "invalid"
     return refused.value
 
 
 def test_defaults_are_in_force_without_a_file() -> None:
-    loaded = config.load(env={})
+    loaded = config_text.load(env={})
     assert loaded.jobs.width == 4
     assert loaded.api.socket == loaded.agent.runtime_dir / "hostagent.sock"
     assert loaded.qsd.user == loaded.access.hypervisor_user
@@ -46,7 +46,7 @@ def test_each_source_overrides_the_one_before(file: Path) -> None:
     (file.parent / "hostagent.d" / "10-a.toml").write_text("[jobs]\nqueue = 7\nslice = 16777216\n")
     (file.parent / "hostagent.d" / "no.txt").write_text("not TOML")
     env = {"HOSTAGENT_JOBS_SLICE": "8M", "HOSTAGENT_JOBS_SETTLE_RETRY_MAX": "9.5", "HOSTAGENT_SOCKET": "/x"}
-    loaded = config.load(file=file, env=env, overrides={"jobs.settle_retry_max": "10"})
+    loaded = config_text.load(file=file, env=env, overrides={"jobs.settle_retry_max": "10"})
     assert (loaded.jobs.width, loaded.jobs.queue, loaded.jobs.slice, loaded.jobs.settle_retry_max) == (
         5,
         8,
@@ -116,8 +116,8 @@ def test_a_wrong_number_in_the_environment_is_refused(text: str) -> None:
 
 
 def test_a_list_in_the_environment_is_written_like_path() -> None:
-    assert config.load(env={"HOSTAGENT_IMAGES_POOLS": "/a:/b c"}).images.pools == ("/a", "/b c")
-    assert config.load(env={"HOSTAGENT_IMAGES_POOLS": ""}).images.pools == ()
+    assert config_text.load(env={"HOSTAGENT_IMAGES_POOLS": "/a:/b c"}).images.pools == ("/a", "/b c")
+    assert config_text.load(env={"HOSTAGENT_IMAGES_POOLS": ""}).images.pools == ()
 
 
 @pytest.mark.parametrize("content", [b"[jobs", b"\xff\xfe", b"#" * (2 << 20)], ids=["syntax", "bytes", "size"])
@@ -137,29 +137,29 @@ def test_a_socket_too_long_for_a_unix_socket_is_refused() -> None:
 
 
 def test_an_empty_hypervisor_user_is_our_own() -> None:
-    loaded = config.load(env={}, overrides={"access.hypervisor_user": ""})
+    loaded = config_text.load(env={}, overrides={"access.hypervisor_user": ""})
     assert loaded.access.hypervisor_user == loaded.qsd.user == ""
 
 
 def test_the_storage_user_may_be_another_one() -> None:
-    loaded = config.load(env={"HOSTAGENT_QSD_USER": "nbd", "HOSTAGENT_ACCESS_HYPERVISOR_USER": "qemu"})
+    loaded = config_text.load(env={"HOSTAGENT_QSD_USER": "nbd", "HOSTAGENT_ACCESS_HYPERVISOR_USER": "qemu"})
     assert (loaded.access.hypervisor_user, loaded.qsd.user) == ("qemu", "nbd")
 
 
 def test_a_plain_user_gets_the_xdg_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     env = {"HOME": "/home/u", "XDG_RUNTIME_DIR": "/run/user/1000"}
-    loaded = config.load(env=env)
+    loaded = config_text.load(env=env)
     assert str(loaded.agent.state_dir) == "/home/u/.local/state/hostagent"
     assert str(loaded.api.socket) == "/run/user/1000/hostagent/hostagent.sock"
     assert loaded.access.hypervisor_user == ""
-    assert str(config.load(env={"HOME": "/home/u"}).agent.runtime_dir) == "/tmp/hostagent-1000"
-    assert str(config.load(env=env | {"XDG_STATE_HOME": "/s"}).agent.state_dir) == "/s/hostagent"
+    assert str(config_text.load(env={"HOME": "/home/u"}).agent.runtime_dir) == "/tmp/hostagent-1000"
+    assert str(config_text.load(env=env | {"XDG_STATE_HOME": "/s"}).agent.state_dir) == "/s/hostagent"
 
 
 def test_root_gets_the_system_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    loaded = config.load(env={"XDG_RUNTIME_DIR": "/run/user/0"})
+    loaded = config_text.load(env={"XDG_RUNTIME_DIR": "/run/user/0"})
     assert (str(loaded.agent.state_dir), str(loaded.agent.runtime_dir)) == ("/var/lib/hostagent", "/run/hostagent")
     assert loaded.access.hypervisor_user == "libvirt-qemu"
 
@@ -178,9 +178,9 @@ def test_every_setting_has_a_manual_and_a_default_within_its_own_rule(
 
 
 def test_what_show_prints_reads_back_as_the_same_settings(file: Path) -> None:
-    shown = config.load(env={"HOSTAGENT_IMAGES_POOLS": '/a "b":/c\x1b', "HOSTAGENT_JOBS_SLICE": "3M"})
-    file.write_text(config.show(shown))
-    again = config.load(file=file, env={})
+    shown = config_text.load(env={"HOSTAGENT_IMAGES_POOLS": '/a "b":/c\x1b', "HOSTAGENT_JOBS_SLICE": "3M"})
+    file.write_text(config_text.show(shown))
+    again = config_text.load(file=file, env={})
     for section in config.SECTIONS:
         assert getattr(again, section) == getattr(shown, section)
     assert "# from: HOSTAGENT_JOBS_SLICE" in file.read_text()
@@ -189,27 +189,27 @@ def test_what_show_prints_reads_back_as_the_same_settings(file: Path) -> None:
 
 def test_settings_that_an_agent_tells_as_json_are_read_back_the_same() -> None:
     env = {"HOSTAGENT_IMAGES_POOLS": "/a:/b", "HOSTAGENT_ACCESS_HYPERVISOR_USER": "", "HOSTAGENT_JOBS_SLICE": "16MiB"}
-    loaded = config.load(env=env)
-    told = json.loads(json.dumps(config.plain(loaded)))
-    again = config.restored({**told, "of.later": 1}, "the agent")
-    assert config.plain(again) == config.plain(loaded)
+    loaded = config_text.load(env=env)
+    told = json.loads(json.dumps(config_text.plain(loaded)))
+    again = config_text.restored({**told, "of.later": 1}, "the agent")
+    assert config_text.plain(again) == config_text.plain(loaded)
     assert again.images.pools == ("/a", "/b") and again.qsd.user == loaded.qsd.user
     with pytest.raises(AgentError):
-        config.restored({**told, "jobs.width": "much"}, "the agent")
+        config_text.restored({**told, "jobs.width": "much"}, "the agent")
 
 
 def test_the_example_file_is_the_generated_one_and_changes_nothing() -> None:
     text = (REPOSITORY / "units" / "hostagent.toml").read_text()
-    assert text == config.example()
+    assert text == config_text.example()
     assert all(table == {} for table in tomllib.loads(text).values())
 
 
 def test_the_example_uncommented_is_what_root_gets(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    lines = config.example().splitlines()
+    lines = config_text.example().splitlines()
     file.write_text(
         "\n".join(line.removeprefix("#") if line.startswith("#") and " = " in line else line for line in lines)
     )
-    loaded, plain = config.load(file=file, env={}), config.load(env={})
+    loaded, plain = config_text.load(file=file, env={}), config_text.load(env={})
     for section in config.SECTIONS:
         assert getattr(loaded, section) == getattr(plain, section)

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = {"events", "jobs", "hostagent"}
 LEAVES = {
     f"hostagent.{name}"
-    for name in ("config", "errors", "sizes", "logs", "sdnotify", "nbdclient", "locks", "schema", "selection", "turns")
+    for name in (
+        *("config", "config_text", "errors", "sizes", "logs", "sdnotify", "nbdclient"),
+        *("locks", "schema", "selection", "turns"),
+    )
 }
 SIBLINGS = ("store", "images", "drivers", "nbd", "guests", "access", "transfers")
 AMONG_SIBLINGS = {

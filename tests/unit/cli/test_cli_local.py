@@ -16,7 +16,7 @@ from test_cli_objects import grant, host
 
 from hostagent.cli import arguments
 from hostagent.cli.judged import judged
-from hostagent.config import load, plain
+from hostagent.config_text import load, plain
 
 PLAIN = {key: value for key, value in os.environ.items() if not key.startswith("HOSTAGENT_")}
 

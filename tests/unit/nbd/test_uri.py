@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hostagent.config import load
+from hostagent.config_text import load
 from hostagent.drivers.qmp import Refused
 from hostagent.errors import AgentError
 from hostagent.nbd.network import network_layer, refused

@@ -1,0 +1,392 @@
+"""The settings as text: read and checked, and printed; where each value came from.
+
+A value comes from the default, then hostagent.toml, then its drop-ins in name order, then HOSTAGENT_SECTION_KEY, then
+the command line; the last one wins. Whatever is unknown, of the wrong type or out of range is refused before anything
+starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hostagent.config import DEFAULTS, GIB, MIB, SECTIONS, UNSET, Config, Rule, rules
+from hostagent.errors import AgentError
+from hostagent.sizes import parse_size
+
+DEFAULT_FILE = "/etc/hostagent/hostagent.toml"
+ENV_PREFIX = "HOSTAGENT_"
+CLIENT_VARIABLES = frozenset({"HOSTAGENT_SOCKET"})  # read by the command line, not settings of the agent
+_LARGEST_FILE = 1 * MIB  # of TOML; a settings file has a few KiB
+_LONGEST_SOCKET = 107  # bytes of sun_path before its NUL (unix(7))
+
+
+def default_file(env: Mapping[str, str]) -> Path | None:
+    """The settings file to read when none was named: /etc's for root, the XDG one for a plain user, if it is there."""
+    if os.geteuid() == 0:
+        path = Path(DEFAULT_FILE)
+    else:
+        path = Path(env.get("XDG_CONFIG_HOME") or _home(env) / ".config") / "hostagent" / "hostagent.toml"
+    return path if path.exists() else None
+
+
+def default_runtime_dir(env: Mapping[str, str]) -> Path:
+    if os.geteuid() == 0:
+        return Path("/run/hostagent")
+    base = env.get("XDG_RUNTIME_DIR", "")
+    return Path(base) / "hostagent" if base.startswith("/") else Path(f"/tmp/hostagent-{os.geteuid()}")  # noqa: S108
+
+
+def load(
+    *,
+    file: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> Config:
+    """The settings in force. `overrides` are the command line's, by `section.key`."""
+    env = os.environ if env is None else env
+    values: dict[str, Any] = {}
+    origin = {f"{section}.{key}": "default" for section in SECTIONS for key in rules(section)}
+    for name, raw, source in _sources(file, env, overrides or {}):
+        section, key = name.split(".", 1)
+        values[name] = _checked(section, key, raw, source)
+        origin[name] = source
+    return _settled(values, origin, env)
+
+
+def example() -> str:
+    """hostagent.toml with every setting at its default, commented out."""
+    head = (
+        "# Settings of `hostagent serve`. What stands here, commented out, is the default; `hostagent serve\n"
+        "# --show-config` prints what is in force and where it came from. Files in hostagent.d/ beside this one are\n"
+        "# read after it, in name order; then HOSTAGENT_SECTION_KEY from the environment; then the command line.\n"
+        '# Sizes are bytes, or text like "64MiB".\n'
+    )
+    parts = [head]
+    for section in SECTIONS:
+        lines = [f"[{section}]"]
+        for key, (default, rule) in rules(section).items():
+            lines += [*_manual(rule), f"#{key} = {_toml(rule.usual or default, rule)}", ""]
+        parts.append("\n".join(lines))
+    return "\n".join(parts)
+
+
+def show(config: Config) -> str:
+    """The settings in force as TOML, each with its manual and its origin."""
+    parts = []
+    for section in SECTIONS:
+        lines = [f"[{section}]"]
+        for key, (_, rule) in rules(section).items():
+            value = getattr(getattr(config, section), key)
+            source = json.dumps(config.origin.get(f"{section}.{key}", "default"), ensure_ascii=True)[1:-1]
+            lines += [*_manual(rule), f"{key} = {_toml(value, rule)}  # from: {source}", ""]
+        parts.append("\n".join(lines))
+    return "\n".join(parts)
+
+
+def plain(config: Config) -> dict[str, object]:
+    """`section.key` → value, as JSON can carry it; `restored` reads it."""
+    return {
+        f"{section}.{key}": _plain(getattr(getattr(config, section), key))
+        for section in SECTIONS
+        for key in rules(section)
+    }
+
+
+def restored(values: Mapping[str, object], source: str) -> Config:
+    """The settings that an agent says it has. One of another version may know others: those are left out."""
+    known = {f"{section}.{key}" for section in SECTIONS for key in rules(section)} & values.keys()
+    checked: dict[str, Any] = {}
+    for name in known:
+        section, key = name.split(".", 1)
+        checked[name] = _checked(section, key, values[name], source)
+    origin = {f"{section}.{key}": "default" for section in SECTIONS for key in rules(section)}
+    return _settled(checked, origin | dict.fromkeys(known, source), {})
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return "" if value == UNSET else str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+# Where values come from
+
+
+def _sources(
+    file: Path | None, env: Mapping[str, str], overrides: Mapping[str, str]
+) -> Iterator[tuple[str, object, str]]:
+    for path in _files(file):
+        yield from _from_toml(path)
+    for name in sorted(env):
+        if name.startswith(ENV_PREFIX) and name not in CLIENT_VARIABLES:
+            section, key = _env_name(name)
+            yield f"{section}.{key}", _from_text(section, key, env[name]), name
+    for name, text in overrides.items():
+        section, _, key = name.partition(".")
+        _known(section, key, "the command line")
+        yield name, _from_text(section, key, text), "the command line"
+
+
+def _files(file: Path | None) -> list[Path]:
+    if file is None:
+        return []
+    drop_ins = file.parent / "hostagent.d"
+    return [file, *sorted(path for path in drop_ins.glob("*.toml") if path.is_file())]
+
+
+def _from_toml(path: Path) -> Iterator[tuple[str, object, str]]:
+    for section, table in _parsed(path).items():
+        _known(section, None, str(path))
+        if not isinstance(table, dict):
+            raise AgentError("invalid", f"{path}: {section} must be a [{section}] table", field=section, value=table)
+        for key, value in table.items():
+            _known(section, key, str(path))
+            yield f"{section}.{key}", value, str(path)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(_LARGEST_FILE + 1)
+    except OSError as problem:
+        raise AgentError(
+            "invalid", f"cannot read the settings in {path}: {problem.strerror}", field="config", value=str(path)
+        ) from problem
+    if len(text) > _LARGEST_FILE:
+        raise AgentError("invalid", f"{path} is larger than {_LARGEST_FILE} bytes", field="config", value=str(path))
+    try:
+        return tomllib.loads(text.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        raise AgentError("invalid", f"{path} is not TOML: {problem}", field="config", value=str(path)) from problem
+
+
+def _env_name(name: str) -> tuple[str, str]:
+    section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("_")
+    if section in SECTIONS and key in rules(section):
+        return section, key
+    every = {f"{ENV_PREFIX}{s}_{k}".upper(): (s, k) for s in SECTIONS for k in rules(s)}
+    raise _unknown("setting", name, list(every), "the environment")
+
+
+def _from_text(section: str, key: str, text: str) -> object:
+    """A value of the environment or the command line, as TOML would have given it."""
+    default, rule = rules(section)[key]
+    if isinstance(default, tuple):
+        return [item for item in text.split("," if rule.servers else ":") if item]  # as in PATH
+    if isinstance(default, int) and not rule.size:
+        return int(text) if text.strip().lstrip("-").isdecimal() and len(text) < 20 else text
+    if isinstance(default, float):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text
+
+
+# What a value must be
+
+
+def _known(section: str, key: str | None, source: str) -> None:
+    if section not in SECTIONS:
+        raise _unknown("section", section, list(SECTIONS), source)
+    if key is not None and key not in rules(section):
+        raise _unknown("setting", f"{section}.{key}", [f"{section}.{k}" for k in rules(section)], source)
+
+
+def _unknown(what: str, name: str, known: list[str], source: str) -> AgentError:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return AgentError(
+        "invalid",
+        f"{source} has the unknown {what} {name!r}; the nearest known one is {near!r}",
+        field=name,
+        remedy=f"write {near}, or remove it; `hostagent serve --show-config` lists every setting",
+    )
+
+
+def _checked(section: str, key: str, raw: object, source: str) -> Any:
+    """`raw` as the type of the default, within the rule, or a refusal that names key, value, origin and need."""
+    default, rule = rules(section)[key]
+    name = f"{section}.{key}"
+    if rule.size and isinstance(raw, str):
+        try:
+            raw = parse_size(raw, field=name)
+        except AgentError as problem:
+            raise _wrong(name, raw, source, 'a size in bytes, or text like "64MiB"') from problem
+    if isinstance(default, tuple):
+        fits, what = (_is_server, "servers (HOST, HOST:PORT) and absolute paths") if rule.servers else _PATHS
+        if not isinstance(raw, list) or not all(fits(item) for item in raw):
+            raise _wrong(name, raw, source, f"a list of {what}")
+        return tuple(raw)
+    if isinstance(default, Path):
+        if raw == "" and default == UNSET and not rule.unset:
+            return UNSET  # said to be not set
+        if not _is_absolute(raw):
+            raise _wrong(name, raw, source, "an absolute path")
+        return Path(str(raw))
+    if isinstance(default, str):
+        if not isinstance(raw, str) or not raw.isprintable() or (rule.choices and raw not in rule.choices):
+            raise _wrong(name, raw, source, " or ".join(rule.choices) or "text")
+        return raw
+    return _number(name, raw, source, default=default, rule=rule)
+
+
+def _is_absolute(raw: object) -> bool:
+    return isinstance(raw, str) and raw.startswith("/") and "\0" not in raw
+
+
+def _is_server(raw: object) -> bool:
+    if _is_absolute(raw):
+        return True
+    found = _SERVER.fullmatch(raw) if isinstance(raw, str) else None
+    return found is not None and int(found["port"] or 1) in range(1, 1 << 16)
+
+
+_SERVER = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9][a-z0-9._-]*)(:(?P<port>[0-9]{1,5}))?", re.ASCII | re.IGNORECASE)
+_PATHS = (_is_absolute, "absolute paths")
+
+
+def _number(name: str, raw: object, source: str, *, default: float, rule: Rule) -> float:
+    whole = isinstance(default, int)
+    kind = "a size in bytes" if rule.size else "a whole number" if whole else "a number of seconds"
+    if isinstance(raw, bool) or not isinstance(raw, int if whole else int | float):
+        raise _wrong(name, raw, source, kind)
+    low, high = rule.low, rule.high
+    value = raw if whole else float(raw)
+    if not (low is None or value >= low) or not (high is None or value <= high):
+        raise _wrong(name, raw, source, f"{kind}, {_range(low, high)}")
+    return value
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return f"at least {low:.15g}" if low is not None else f"at most {high:.15g}"
+    return f"from {low:.15g} to {high:.15g}"
+
+
+def _wrong(name: str, value: object, source: str, expected: str) -> AgentError:
+    return AgentError(
+        "invalid",
+        f"{name} is {str(value)[:200]!r} in {source}; it must be {expected}",
+        field=name,
+        value=value if isinstance(value, int | float | str) else repr(value)[:200],
+        remedy=f"set {name} to {expected}",
+    )
+
+
+# Settings whose default depends on the machine or the user
+
+
+def _settled(values: Mapping[str, Any], origin: Mapping[str, str], env: Mapping[str, str]) -> Config:
+    sections: dict[str, Any] = {}
+    for section in SECTIONS:
+        given = {key: values[f"{section}.{key}"] for key in rules(section) if f"{section}.{key}" in values}
+        sections[section] = replace(getattr(DEFAULTS, section), **given)
+    config = Config(**sections, origin=dict(origin))
+    root = os.geteuid() == 0
+    agent = replace(
+        config.agent,
+        state_dir=_or(config.agent.state_dir, _default_state_dir(env)),
+        runtime_dir=_or(config.agent.runtime_dir, default_runtime_dir(env)),
+        host=config.agent.host or socket.gethostname(),
+    )
+    user = config.access.hypervisor_user
+    if not user and "access.hypervisor_user" not in values and root:
+        user = "libvirt-qemu"
+    uri = config.libvirt.uri
+    if not uri and "libvirt.uri" not in values and root:
+        uri = "qemu:///system"
+    heir = config.access.unknown_owner
+    if not heir and "access.unknown_owner" not in values and root:
+        heir = "root:root"
+    config = replace(
+        config,
+        agent=agent,
+        libvirt=replace(config.libvirt, uri=uri),
+        access=replace(config.access, hypervisor_user=user, unknown_owner=heir),
+        qsd=replace(config.qsd, user=config.qsd.user or user),
+        api=replace(config.api, socket=_or(config.api.socket, agent.runtime_dir / "hostagent.sock")),
+    )
+    _fits_together(config)
+    return config
+
+
+def _fits_together(config: Config) -> None:
+    if len(os.fsencode(config.api.socket)) > _LONGEST_SOCKET:
+        raise AgentError(
+            "invalid",
+            f"the socket {str(config.api.socket)!r} has more than {_LONGEST_SOCKET} bytes, the limit of unix sockets",
+            field="api.socket",
+            value=str(config.api.socket),
+            remedy="set agent.runtime_dir to a shorter path",
+        )
+    if config.libvirt.reconnect_wait > config.libvirt.reconnect_wait_max:
+        raise _wrong(
+            "libvirt.reconnect_wait", config.libvirt.reconnect_wait, config.origin["libvirt.reconnect_wait"],
+            f"at most libvirt.reconnect_wait_max ({config.libvirt.reconnect_wait_max:g})",
+        )  # fmt: skip
+    if config.jobs.settle_retry > config.jobs.settle_retry_max:
+        raise _wrong(
+            "jobs.settle_retry", config.jobs.settle_retry, config.origin["jobs.settle_retry"],
+            f"at most jobs.settle_retry_max ({config.jobs.settle_retry_max:g})",
+        )  # fmt: skip
+
+
+def _or(value: Path, default: Path) -> Path:
+    return default if value == UNSET else value
+
+
+def _default_state_dir(env: Mapping[str, str]) -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/lib/hostagent")
+    base = env.get("XDG_STATE_HOME", "")
+    return (Path(base) if base.startswith("/") else _home(env) / ".local/state") / "hostagent"
+
+
+def _home(env: Mapping[str, str]) -> Path:
+    home = env.get("HOME", "")
+    return Path(home) if home.startswith("/") else Path.home()
+
+
+# TOML text
+
+
+def _manual(rule: Rule) -> list[str]:
+    text = rule.manual
+    if rule.choices:
+        text += f" One of: {', '.join(rule.choices)}."
+    if rule.unset:
+        text += f" Default: {'; '.join(filter(None, (rule.usual, rule.unset)))}."
+    lines, line = [], "#"
+    for word in text.split():
+        if len(line) + len(word) >= 118:
+            lines.append(line)
+            line = "#"
+        line += f" {word}"
+    return [*lines, line]
+
+
+def _toml(value: Any, rule: Rule) -> str:
+    if isinstance(value, Path):
+        return '""' if value == UNSET else json.dumps(str(value))
+    if isinstance(value, tuple):
+        return json.dumps(list(value))
+    if rule.size:
+        return _whole_size(value)
+    return json.dumps(value)
+
+
+def _whole_size(size: int) -> str:
+    """The size in the largest unit that says it exactly, so that what is printed reads back the same."""
+    for unit, factor in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):
+        if size and size % factor == 0:
+            return f'"{size // factor}{unit}"'
+    return str(size)

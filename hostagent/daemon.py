@@ -53,8 +53,7 @@ from hostagent.api.service import AgentService, HostFacts, Trouble
 from hostagent.config import Config
 from hostagent.config_text import plain
 from hostagent.drain import Drain
-from hostagent.drivers import process
-from hostagent.drivers import qsd as qsd_driver
+from hostagent.drivers import process, qsd_process
 from hostagent.drivers.process import User
 from hostagent.errors import AgentError
 from hostagent.guests.disks import Disks
@@ -228,7 +227,7 @@ class Agent:
     def _make_chains(self) -> Chains:
         config = self._config
         settings = nbd_chains.Settings(
-            qsd=qsd_driver.Settings(
+            qsd=qsd_process.Settings(
                 binary=config.qsd.binary,
                 user=self._user,
                 connect_timeout=config.qmp.connect_timeout,

@@ -1,4 +1,4 @@
-"""One qemu-storage-daemon: its process, its block graph, its exports, its job.
+"""One qemu-storage-daemon: its block graph, its exports, its job.
 
 The graph has two nodes for each layer, `f<n>` (the file) and `l<n>` (its format), n counted from the top, and every
 backing link is explicit. Files are reached through inherited O_PATH descriptors (`/proc/self/fd/N`): such a descriptor
@@ -13,73 +13,25 @@ QEMU facts: qapi/block-core.json, qapi/block-export.json, docs/interop/qemu-stor
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import os
-import shutil
-import signal
-import socket
-import subprocess
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hostagent.drivers.process import User, Watch, command_line, launch
-from hostagent.drivers.qmp import Monitor, Refused
-from hostagent.drivers.tls import TlsListener
+from hostagent.drivers import descriptors
+from hostagent.drivers.qmp import Refused
+from hostagent.drivers.qsd_process import DaemonProcess
 from hostagent.records import Node
 from jobs.errors import JobError
-from jobs.model import Cursor, FileId, Layer
+from jobs.model import Cursor, Layer
 from jobs.ports import Phase
-
-log = logging.getLogger(__name__)
 
 STREAM_FILTER = "stream"
 STREAM_TOP = "pull"
 MIRROR_FILTER = "mirror"
 COMMIT_FILTER = "commit"
 COPY_ON_READ = "cor"
-MOMENT = 0.5
-"""Seconds between a process's closing of its sockets and its end, at most (it is flushing nothing any more then)."""
 EXPORT = "export-"
 """Prefix of QEMU's export ids, which must begin with a letter; the NBD name is what follows."""
-CHARDEV = "hostagent-"
-"""Prefix of the monitor's chardev id, followed by the daemon's id: how a process is known for ours."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    binary: str
-    user: User
-    connect_timeout: float
-    call_timeout: float
-    start_timeout: float
-    stop_timeout: float
-    flush_timeout: float
-    open_files: int
-    max_connections: int
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """The daemon's files: `folder` (0700) has the monitor and the log, `socket` is the NBD listener."""
-
-    folder: Path
-    monitor: Path
-    socket: Path
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log"
-
-    def remove(self) -> None:
-        """The files of a process that has ended."""
-        for path in (self.socket, self.monitor, self.log):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
-
 
 Link = tuple[Node, Node | None]
 """A layer and the one below it."""
@@ -92,221 +44,8 @@ class BlockJob:
     error: str | None = None
 
 
-class StorageDaemon:
-    """A running daemon. Callbacks run on the event loop: `on_event(name, data)`, `on_exit()`."""
-
-    def __init__(
-        self,
-        daemon_id: str,
-        places: Places,
-        settings: Settings,
-        *,
-        on_event: Callable[[str, Mapping[str, Any]], None],
-        on_exit: Callable[[], None],
-        tls: TlsListener | None = None,
-    ) -> None:
-        """`tls`: it listens there, and not on the unix socket."""
-        self.id = daemon_id
-        self.places = places
-        self._settings = settings
-        self._tls = tls
-        self.port: int | None = None
-        self._on_exit = on_exit
-        self._on_event = on_event
-        self.pid = 0
-        self.inodes: frozenset[int] = frozenset()
-        """The inode numbers of what it was given to open. No other file can ever be open in it."""
-        self._watch: Watch
-        self._monitor: Monitor | None = None
-        self._connecting = asyncio.Lock()
-
-    # Process
-
-    async def launch(self, descriptors: Sequence[int]) -> None:
-        """Start the process. `descriptors` (O_PATH) keep their numbers inside it."""
-        self.inodes = frozenset(os.fstat(fd).st_ino for fd in descriptors)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            with theirs:
-                child = await self._launched(descriptors, theirs)
-            self.pid = child.pid
-            self._watch = Watch(child.pid, self._on_exit, child)
-        except BaseException:
-            ours.close()
-            raise
-        try:
-            await self.monitor(ours)
-        except BaseException as error:
-            died = isinstance(error, JobError) and await self.ended(MOMENT)
-            await self.kill()  # nobody has had anything of it yet
-            await self.detach()
-            if isinstance(error, JobError):
-                raise self._no_start(died=died) from error
-            raise
-
-    async def _launched(self, descriptors: Sequence[int], first: socket.socket) -> subprocess.Popen[bytes]:
-        """The child. The thread that starts it cannot be stopped, and uses our descriptors: a caller that is cancelled
-        waits for it, and ends what nobody would know of."""
-        launching = asyncio.ensure_future(asyncio.to_thread(self._launch, descriptors, first))
-        try:
-            return await asyncio.shield(launching)
-        except asyncio.CancelledError:
-            with contextlib.suppress(JobError):
-                child = await launching
-                child.kill()
-                await asyncio.to_thread(child.wait)
-            raise
-
-    def _no_start(self, *, died: bool) -> JobError:
-        limit = f"did not answer within {self._settings.start_timeout:g} s (qsd.start_timeout)"
-        remedy = "see the machine's load, and that the hypervisor user may execute qsd.binary; then try again"
-        if self._tls is not None:
-            remedy = f"see that {self._settings.user.name} can read what is in {self._tls.folder}, and that it is valid"
-        message = f"a new storage daemon {'ended at once' if died else limit}{self._last_words()}"
-        return JobError("unavailable", message, remedy=remedy)
-
-    def _launch(self, descriptors: Sequence[int], first: socket.socket) -> subprocess.Popen[bytes]:
-        """Two monitors: one on `first`, which is connected, and one that listens, for an agent that comes back.
-
-        Connecting to the listener of a daemon that is just starting is a race in QEMU (7.2): its main thread and its
-        monitor thread may both accept. In 2 of 100 starts it never answered, or greeted twice and lost the handshake.
-        """
-        if shutil.which(self._settings.binary) is None:
-            raise JobError(
-                "unavailable",
-                f"{self._settings.binary!r} is not installed",
-                remedy="install qemu-system-common (Debian), or set qsd.binary; run `hostagent doctor`",
-            )
-        with (
-            _listener(self.places.monitor, 2) as monitor,
-            self._nbd_listener() as nbd,
-        ):
-            argv = [
-                self._settings.binary,
-                "--chardev",
-                f"socket,id=first,fd={first.fileno()},server=off",
-                "--monitor",
-                "chardev=first",
-                "--chardev",
-                f"socket,id={CHARDEV}{self.id},fd={monitor.fileno()},server=on,wait=off",
-                "--monitor",
-                f"chardev={CHARDEV}{self.id}",
-                *(self._tls.options() if self._tls else ()),
-                "--nbd-server",
-                f"addr.type=fd,addr.str={nbd.fileno()},max-connections={self._settings.max_connections}"
-                + (self._tls.server_options() if self._tls else ""),
-            ]
-            try:
-                return launch(
-                    argv,
-                    user=self._settings.user,
-                    pass_fds=(first.fileno(), monitor.fileno(), nbd.fileno(), *descriptors),
-                    log_path=self.places.log,
-                    open_files=self._settings.open_files,
-                )
-            except (OSError, subprocess.SubprocessError) as error:
-                raise JobError(
-                    "unavailable",
-                    f"{self._settings.binary!r} cannot be started as {self._settings.user.name!r}: {error}",
-                    remedy="run `hostagent doctor`",
-                ) from error
-
-    @contextlib.contextmanager
-    def _nbd_listener(self) -> Iterator[socket.socket]:
-        backlog = self._settings.max_connections
-        if self._tls is not None:
-            with self._tls.bind(backlog) as listener:
-                self.port = int(listener.getsockname()[1])
-                yield listener
-            return
-        with _listener(self.places.socket, backlog) as listener:
-            self.places.socket.chmod(0o600)
-            yield listener
-
-    async def adopt(self, pid: int) -> None:
-        """Take over a process that an earlier agent started. The caller has proven its identity."""
-        self.pid = pid
-        self._watch = Watch(pid, self._on_exit)
-        self.inodes = await asyncio.to_thread(_inodes, pid)
-        with contextlib.suppress(JobError):  # one that does not answer is adopted all the same: it is ours
-            await self.monitor()
-
-    @property
-    def alive(self) -> bool:
-        return not self._watch.gone
-
-    async def ended(self, within: float) -> bool:
-        """Whether the process ends in the next moments: a broken connection is seen before the end of its peer."""
-        return await self._watch.wait(within)
-
-    async def monitor(self, first: socket.socket | None = None) -> Monitor:
-        """The connection; made anew when it was lost and the process lives. `first` is the one that it starts with."""
-        async with self._connecting:
-            if self._monitor is None:
-                if not self.alive:
-                    raise self.death()
-                monitor = Monitor(
-                    f"storage daemon {self.id}",
-                    connect_timeout=self._settings.start_timeout if first else self._settings.connect_timeout,
-                    call_timeout=self._settings.call_timeout,
-                    on_event=self._on_event,
-                    on_close=self._disconnected,
-                )
-                await monitor.connect(str(self.places.monitor), first)
-                self._monitor = monitor
-            return self._monitor
-
-    @property
-    def connected(self) -> bool:
-        return self._monitor is not None
-
-    def _disconnected(self) -> None:
-        self._monitor = None
-
-    async def execute(self, command: str, timeout: float | None = None, **arguments: Any) -> Any:
-        monitor = await self.monitor()
-        try:
-            return await monitor.execute(command, timeout, **arguments)
-        except JobError as error:
-            if isinstance(error, Refused) or not await self.ended(0.0 if monitor.connected else MOMENT):
-                raise
-            raise self.death() from error
-
-    def death(self) -> JobError:
-        return JobError(
-            "storage_daemon_died",
-            f"storage daemon {self.id} (pid {self.pid}) ended{self._last_words()}",
-            remedy="start the job again: it goes on from what is already there",
-        )
-
-    async def quit(self) -> bool:
-        """SIGTERM: it cancels its job, flushes, closes and ends. True when it has ended within qsd.stop_timeout."""
-        if self.alive:
-            self._watch.signal(signal.SIGTERM)
-            if not await self._watch.wait(self._settings.stop_timeout):
-                return False
-        await self.detach()
-        return True
-
-    async def kill(self) -> None:
-        """SIGKILL. What it had not written is lost; only for a daemon that serves nobody but a job."""
-        self._watch.signal(signal.SIGKILL)
-        if await self._watch.wait(self._settings.stop_timeout):
-            await self.detach()
-
-    async def detach(self) -> None:
-        """Let go of the process, running or not."""
-        if self._monitor is not None:
-            await self._monitor.close()
-            self._monitor = None
-        self._watch.close()
-
-    def _last_words(self) -> str:
-        try:
-            lines = self.places.log.read_text(errors="replace")[-2000:].strip().splitlines()
-        except OSError:
-            lines = []
-        return "".join(f": {word}" for word in (self._watch.how, lines[-1] if lines else None) if word)
+class StorageDaemon(DaemonProcess):
+    """A running daemon: what it is told to do with its block graph. A JobError storage_daemon_died is its end."""
 
     # Graph
 
@@ -364,7 +103,7 @@ class StorageDaemon:
         from then on it is reached through that descriptor, as the others are through theirs."""
         await self._remove(_pin(index))
         self.inodes |= {layer.file.ino}
-        known = await asyncio.to_thread(self._descriptors_of, layer.file)
+        known = await asyncio.to_thread(descriptors.reading, self.pid, layer.file)
         await self.execute(
             "blockdev-add",
             driver=_protocol(layer),
@@ -373,7 +112,7 @@ class StorageDaemon:
             read_only=True,
             locking="off",
         )
-        found = await asyncio.to_thread(self._descriptors_of, layer.file) - known
+        found = await asyncio.to_thread(descriptors.reading, self.pid, layer.file) - known
         if not found:
             await self._remove(_pin(index))
             raise JobError("image_changed", f"{path!r} is another file now", field="dest", remedy="see who replaced it")
@@ -620,48 +359,6 @@ class StorageDaemon:
             if "not found" not in text and "cannot accept" not in text and (not done or done not in text):
                 raise
 
-    # What the kernel says
-
-    def _descriptors_of(self, file: FileId) -> set[int]:
-        """The descriptors by which the process has `file` open for reading only. Blocking."""
-        found = set()
-        for entry in _entries(Path(f"/proc/{self.pid}/fd")):
-            with contextlib.suppress(OSError, ValueError):
-                flags, inode = _fdinfo(self.pid, entry)
-                if inode == file.ino and not flags & os.O_PATH and flags & os.O_ACCMODE == os.O_RDONLY:
-                    stat = Path(f"/proc/{self.pid}/fd/{entry}").stat()
-                    if FileId(stat.st_dev, stat.st_ino) == file:
-                        found.add(int(entry))
-        return found
-
-    def sockets(self) -> set[int]:
-        """The inode numbers of the process's sockets: a connection that was made anew is another one. Blocking."""
-        found = set()
-        for entry in _entries(Path(f"/proc/{self.pid}/fd")):
-            with contextlib.suppress(OSError):
-                name = str(Path(f"/proc/{self.pid}/fd/{entry}").readlink())
-                if name.startswith("socket:["):
-                    found.add(int(name[len("socket:[") : -1]))
-        return found
-
-    def open_modes(self, files: Collection[FileId]) -> dict[FileId, bool]:
-        """Which of `files` the process has open for data, and whether for writing. Blocking.
-
-        Only what has the inode number of one of them is asked for its device: others may lie on dead storage.
-        """
-        inodes = {file.ino for file in files}
-        found: dict[FileId, bool] = {}
-        for entry in _entries(Path(f"/proc/{self.pid}/fd")):
-            with contextlib.suppress(OSError, ValueError):
-                flags, inode = _fdinfo(self.pid, entry)
-                if flags & os.O_PATH or inode not in inodes:
-                    continue
-                stat = Path(f"/proc/{self.pid}/fd/{entry}").stat()
-                file = FileId(stat.st_dev, stat.st_ino)
-                if file in files:
-                    found[file] = found.get(file, False) or flags & os.O_ACCMODE == os.O_RDWR
-        return found
-
 
 _PHASES = {
     "undefined": Phase.RUNNING,
@@ -676,46 +373,6 @@ _PHASES = {
     "concluded": Phase.CONCLUDED,
     "null": Phase.CONCLUDED,
 }
-
-
-def is_ours(pid: int, daemon_id: str) -> bool:
-    """Whether the process says on its command line that it is this daemon."""
-    return any(f"id={CHARDEV}{daemon_id}," in word for word in command_line(pid))
-
-
-def find_ours() -> dict[str, int]:
-    """Every storage daemon on this host that some hostagent started: id → pid."""
-    found = {}
-    for entry in _entries(Path("/proc")):
-        if entry.isdigit():
-            for word in command_line(int(entry)):
-                if word.startswith(f"socket,id={CHARDEV}"):
-                    found[word.removeprefix(f"socket,id={CHARDEV}").partition(",")[0]] = int(entry)
-    return found
-
-
-def _entries(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)  # noqa: PTH208 - names only, hot path
-    except OSError:
-        return []
-
-
-def _inodes(pid: int) -> frozenset[int]:
-    """The inode numbers of all that the process has open, O_PATH too."""
-    found = set()
-    for entry in _entries(Path(f"/proc/{pid}/fd")):
-        with contextlib.suppress(OSError, ValueError):
-            found.add(_fdinfo(pid, entry)[1])
-    return frozenset(found)
-
-
-def _fdinfo(pid: int, fd: str) -> tuple[int, int]:
-    """A descriptor's flags and inode number (proc(5); before Linux 5.14, which has no `ino`, the file is asked)."""
-    lines = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines()
-    values = dict(line.split(":", 1) for line in lines if ":" in line)
-    inode = int(values["ino"]) if "ino" in values else Path(f"/proc/{pid}/fd/{fd}").stat().st_ino
-    return int(values["flags"], 8), inode
 
 
 def _pin(index: int) -> str:
@@ -748,21 +405,3 @@ def _format_options(node: Node, below: str | None, *, writable: bool) -> dict[st
     elif node.part is not None:  # 0 is what QEMU takes for unsaid: from the beginning, and to the end
         options |= {key: value for key, value in node.part._asdict().items() if value}
     return options
-
-
-@contextlib.contextmanager
-def _listener(path: Path, backlog: int) -> Any:
-    """A listening unix socket at `path`; a stale file there is ours and is replaced."""
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        try:
-            listener.bind(str(path))
-        except OSError as error:
-            raise JobError(
-                "unavailable",
-                f"cannot listen on {str(path)!r}: {error}",
-                remedy="choose a shorter --runtime-dir (socket names have 107 bytes), writable for the agent",
-            ) from error
-        listener.setblocking(False)  # a QEMU thread that comes second to accept() must not wait in it for ever
-        listener.listen(backlog)
-        yield listener

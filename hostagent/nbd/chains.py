@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from hostagent.drivers import process, qsd
+from hostagent.drivers import process, qsd_process
 from hostagent.drivers.qmp import Refused
-from hostagent.drivers.qsd import Places, StorageDaemon
+from hostagent.drivers.qsd import StorageDaemon
+from hostagent.drivers.qsd_process import Places
 from hostagent.images.chain import ChainLimits, OpenChain, open_chain
 from hostagent.nbd import network
 from hostagent.nbd.prepared import Apart, Key, Leasing, PreparedChain
@@ -60,7 +61,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    qsd: qsd.Settings
+    qsd: qsd_process.Settings
     limits: ChainLimits
     daemons: Path
     sockets: Path
@@ -371,7 +372,7 @@ class Chains:
         return (
             record.boot_id == process.boot_id()
             and process.start_time(record.pid) == record.start_time
-            and qsd.is_ours(record.pid, record.id)
+            and qsd_process.is_ours(record.pid, record.id)
         )
 
     async def _adopt(self, record: DaemonRecord) -> None:
@@ -447,7 +448,7 @@ class Chains:
     async def _find_orphans(self) -> None:
         known = {chain.daemon.id for chain in self._chains.values() if chain.daemon}
         self.orphans = []
-        alive = await asyncio.to_thread(qsd.find_ours)
+        alive = await asyncio.to_thread(qsd_process.find_ours)
         for folder in sorted(self.settings.daemons.iterdir()):
             if folder.name in alive and folder.name not in known:
                 await self._examine(folder.name, alive[folder.name])

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hostagent import nbdclient
-from hostagent.drivers.qsd import COPY_ON_READ, MOMENT
+from hostagent.drivers.qsd import COPY_ON_READ
+from hostagent.drivers.qsd_process import MOMENT
 from hostagent.errors import AgentError
 from hostagent.images.chain import OpenChain
 from hostagent.nbd.operations import at_most, backing_name, durable_backing, job_name, node_of, preflight, room

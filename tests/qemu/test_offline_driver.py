@@ -18,7 +18,7 @@ import pytest
 from hostagent.access.ledger import Ledger, Settings
 from hostagent.access.subject import OwnProbe, Subject
 from hostagent.daemon import _FileLease
-from hostagent.drivers import qsd
+from hostagent.drivers import qsd_process
 from hostagent.drivers.process import User
 from hostagent.images.chain import ChainLimits
 from hostagent.images.measure import Measure
@@ -60,7 +60,7 @@ def make_chains(folder: Path, store: Store) -> Chains:
     for name in ("qsd", "nbd"):
         (folder / name).mkdir(mode=0o700)
     settings = nbd_chains.Settings(
-        qsd=qsd.Settings(
+        qsd=qsd_process.Settings(
             binary="qemu-storage-daemon",
             user=User.current(),
             connect_timeout=5.0,

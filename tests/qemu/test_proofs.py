@@ -25,7 +25,8 @@ import pytest
 
 from hostagent.drivers.process import User
 from hostagent.drivers.qmp import Monitor
-from hostagent.drivers.qsd import BlockJob, Places, Settings, StorageDaemon
+from hostagent.drivers.qsd import BlockJob, StorageDaemon
+from hostagent.drivers.qsd_process import Places, Settings
 from hostagent.images.chain import ChainLimits, open_chain
 from hostagent.records import Node
 from jobs.errors import JobError

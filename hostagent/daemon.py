@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import grp
 import logging
 import os
-import resource
 import signal
-import socket
-import stat
-import subprocess
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
@@ -39,9 +34,9 @@ from events.model import (
     Record,
     now,
 )
-from hostagent import __version__, sdnotify
-from hostagent.access import holders, owner
-from hostagent.access.leases import Lease, LeaseMode
+from hostagent import __version__, host, reboot, sdnotify
+from hostagent.access import holders
+from hostagent.access.leases import FileLease
 from hostagent.access.ledger import Ledger
 from hostagent.access.ledger import Settings as LedgerSettings
 from hostagent.access.prober import Prober
@@ -53,9 +48,8 @@ from hostagent.api.service import AgentService, HostFacts, Trouble
 from hostagent.config import Config
 from hostagent.config_text import plain
 from hostagent.drain import Drain
-from hostagent.drivers import process, qsd_process
-from hostagent.drivers.process import User
-from hostagent.errors import AgentError
+from hostagent.drivers import qsd_process
+from hostagent.gauges import Gauges
 from hostagent.guests.disks import Disks
 from hostagent.guests.driver import GuestDriver
 from hostagent.guests.driver import Settings as GuestSettings
@@ -70,7 +64,7 @@ from hostagent.images.member import ChainLimits
 from hostagent.images.qemu_img import QemuImg, RunAs, ToolLimits
 from hostagent.images.tool import Tool
 from hostagent.live import Live
-from hostagent.metrics import JobGauge, Metrics, Snapshot
+from hostagent.metrics import Metrics
 from hostagent.nbd import chains as nbd_chains
 from hostagent.nbd import exports as nbd_exports
 from hostagent.nbd import offline_bitmaps
@@ -88,11 +82,11 @@ from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.nbd.space import Space
 from hostagent.nbd.tls import TlsSettings
 from hostagent.nbd.watch import Watch
-from hostagent.records import ExportRecord, Label
+from hostagent.records import ExportRecord
 from hostagent.retention import Retention, keep_house
 from hostagent.store import Store
 from jobs.engine import Engine
-from jobs.model import Chain, FileId, Job, State
+from jobs.model import FileId, Job, State
 from jobs.outcome import job_event
 from jobs.ports import SystemClock
 from jobs.world import Limits
@@ -140,22 +134,6 @@ def _leave_hanging_threads(timeout: float) -> None:
                 os._exit(0)
 
 
-class _FileLease:
-    """access.leases for the chains."""
-
-    def __init__(self, fd: int, *, exclusive: bool, ours: Sequence[int]) -> None:
-        self._lease = Lease.exclusive(fd, ours=ours) if exclusive else Lease.shared(fd, ours=ours)
-
-    def exclude(self, *, ours: Sequence[int]) -> None:
-        self._lease.convert(LeaseMode.EXCLUSIVE, tolerate_readers=bool(ours), ours=ours)
-
-    def share(self, *, ours: Sequence[int]) -> None:
-        self._lease.convert(LeaseMode.SHARED, ours=ours)
-
-    def release(self) -> None:
-        self._lease.release()
-
-
 class Agent:
     """Everything that lives as long as the process does."""
 
@@ -165,8 +143,8 @@ class Agent:
         self._bus = Bus()
         self._changes = Changes()
         self._state_dir, self._runtime_dir = Path(config.agent.state_dir), Path(config.agent.runtime_dir)
-        self._user = _user(config)
-        self._group = _group(config)
+        self._user = host.storage_user(config)
+        self._group = host.socket_group(config)
         self._background: list[asyncio.Task[Any]] = []
         self._refreshing = False
         self._serving: asyncio.Task[None] | None = None
@@ -184,8 +162,8 @@ class Agent:
         self._subject = Subject(
             self._user.name, self._user.uid, (self._user.gid, *self._user.groups), own=self._user.is_us
         )
-        self._qemu = _qemu_version(config)
-        self._metrics = Metrics(self._snapshot, version=__version__, qemu=self._qemu)
+        self._qemu = host.qemu_version(config)
+        self._metrics = Metrics(lambda: self._gauges.snapshot(), version=__version__, qemu=self._qemu)
         self._live = Live(
             config.libvirt,
             record=lambda event: self._later(self._store.record([event])),
@@ -203,7 +181,15 @@ class Agent:
         self._drain = Drain(self._store, self._engine, self._clock, self._later)
         self._service: AgentService
         self._server: Server
-        self._gauges: dict[str, Any] = {"pending": 0, "oldest": None, "grants": {}}
+        self._gauges = Gauges(
+            store=self._store,
+            engine=self._engine,
+            chains=self._chains,
+            exports=self._exports,
+            watch=self._watch,
+            live=self._live,
+            bus=self._bus,
+        )
 
     # Making
 
@@ -217,7 +203,7 @@ class Agent:
                 access.converge_timeout,
                 access.shared_filesystems == "manage",
                 protected=access.protected,
-                unknown_owner=_unknown_owner(access.unknown_owner),
+                unknown_owner=host.unknown_owner(access.unknown_owner),
             ),
             clock=self._clock,
             daemons=lambda: {c.daemon.pid: c.daemon.inodes for c in self._chains.all() if c.daemon},
@@ -248,7 +234,7 @@ class Agent:
             inspect_timeout=config.images.inspect_timeout,
             network=NetworkSettings(config.images.network, config.exports.open_timeout),
         )
-        chains = Chains(settings, self._store, _FileLease, self._clock)
+        chains = Chains(settings, self._store, FileLease, self._clock)
         chains.sink = self
         return chains
 
@@ -360,16 +346,11 @@ class Agent:
     # Life
 
     async def start(self) -> None:
-        _raise_file_limit()
-        try:
-            self._make_folders()
-        except OSError as error:
-            what = f"a folder of the agent's cannot be made: {error}"
-            remedy = "choose other folders with --state-dir and --runtime-dir"
-            raise AgentError("unavailable", what, remedy=remedy) from error
-        _refuse_second_listener(self._config.api.socket)
+        host.raise_file_limit()
+        host.make_folders(self._state_dir, self._runtime_dir, self._group)
+        host.refuse_second_listener(self._config.api.socket)
         await self._store.open()
-        await self._after_reboot()
+        await reboot.renumber(self._store)
         await self._chains.recover()
         await self._exports.recover()
         unsettled = await self._store.unsettled()
@@ -386,9 +367,10 @@ class Agent:
         recovered = await self._engine.recover()
         self._later(self._drain.settle())
         self._make_service()
-        await self._refresh()
+        await self._gauges.refresh()
         self._live.start()
-        self._serving = asyncio.create_task(self._server.serve(sockets=[self._listen()]), name="api")
+        listener = host.listen(self._config.api.socket, self._group)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="api")
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._watch.run(), name="watch"),
@@ -431,31 +413,6 @@ class Agent:
             await self._store.close()
         log.info("agent stopped")
 
-    def _make_folders(self) -> None:
-        self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        (self._runtime_dir / "qsd").mkdir(mode=0o700, exist_ok=True)
-        sockets = self._runtime_dir / "nbd"
-        sockets.mkdir(mode=0o750, exist_ok=True)
-        if self._group is not None:
-            os.chown(sockets, -1, self._group)
-        _refuse_foreign_folder(self._state_dir, "agent.state_dir")
-        for folder in (self._runtime_dir, self._runtime_dir / "qsd", sockets):
-            _refuse_foreign_folder(folder, "agent.runtime_dir")
-
-    async def _after_reboot(self) -> None:
-        """A new boot may give file systems other device numbers: files are found again by path and inode."""
-        boot = process.boot_id()
-        if await self._store.fact("boot_id") == boot:
-            return
-        found = {entry.file: _renumbered(entry.path, entry.file) for entry in await self._store.access_files()}
-        await self._store.rekey({old: new for old, new in found.items() if new != old})
-        for job in await self._store.unsettled():
-            before, after = _renumbered_chain(job.before), _renumbered_chain(job.after)
-            if before != job.before:
-                await self._store.save(replace(job, before=before, after=after))
-        await self._store.set_fact("boot_id", boot)
-
     def _make_service(self) -> None:
         config = self._config
         facts = HostFacts(
@@ -490,20 +447,6 @@ class Agent:
         app = build_app(self._service, self._bus, settings=settings, metrics=self._metrics.render)
         policy = PeerPolicy.for_group(config.api.socket_group if self._group is not None else None)
         self._server = Server(app, self._bus, policy=policy, settings=settings)
-
-    def _listen(self) -> socket.socket:
-        """The API's socket, with its mode from the first moment on."""
-        path = self._config.api.socket
-        _refuse_second_listener(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with _umask(0o177):
-            listener.bind(str(path))
-        if self._group is not None:
-            os.chown(path, -1, self._group)
-            path.chmod(0o660)
-        listener.listen(128)
-        listener.setblocking(False)
-        return listener
 
     def _retention(self) -> Retention:
         jobs, exports, store = self._config.jobs, self._config.exports, self._config.store
@@ -575,6 +518,10 @@ class Agent:
             self._refreshing = True
             self._later(self._refresh())
 
+    async def _refresh(self) -> None:
+        self._refreshing = False
+        await self._gauges.refresh()
+
     def _note_trouble(self, event: Event) -> None:
         trouble = None
         if isinstance(event, JobEvent) and event.kind is JobEventKind.FAILED and event.error:
@@ -602,175 +549,7 @@ class Agent:
         if not task.cancelled() and (error := task.exception()):
             log.warning("a background task failed", extra={"fields": {"error": str(error)}})
 
-    # Metrics
-
-    async def _refresh(self) -> None:
-        """Read what gauges show and only the store knows; after events, so that a scrape reads memory only."""
-        self._refreshing = False
-        pending, oldest, grants = await self._store.access_gauges()
-        self._gauges = {"pending": pending, "oldest": oldest.timestamp() if oldest else None, "grants": grants}
-
-    def _snapshot(self) -> Snapshot:
-        chains = [chain for chain in self._chains.all() if chain.daemon]
-        daemons = {"running": sum(c.answers for c in chains), "unresponsive": sum(not c.answers for c in chains)}
-        exports: dict[str, int] = {}
-        for record in self._exports.active():
-            mode = "rw" if record.writable else "ro"
-            exports[mode] = exports.get(mode, 0) + 1
-        return Snapshot(
-            taken=time.time(),
-            jobs=[self._gauge(job) for job in self._engine.active()],
-            exports=exports,
-            grants=self._gauges["grants"],
-            daemons={**daemons, "orphan": len(self._chains.orphans)},
-            libvirt_connected=self._live.status.connected,
-            libvirt=self._live.version,
-            qmp_connected=sum(chain.answers for chain in chains),
-            revocations_pending=self._gauges["pending"],
-            oldest_pending=self._gauges["oldest"],
-            changed_files=len({drift.path for drift in self._watch.found}),
-            dropped={**self._bus.dropped, "libvirt": self._live.hypervisor.dropped},
-        )
-
-    def _gauge(self, job: Job) -> JobGauge:
-        view = self._engine.view(job.id)
-        return JobGauge(
-            target=job.drive.target if job.drive else job.before.top.path,
-            domain=job.drive.name if job.drive else "",
-            operation=job.spec.operation.value,
-            state=job.state.value,
-            cur=job.cursor.cur,
-            end=job.cursor.end,
-            bandwidth=job.bandwidth,
-            stalled=view.stalled if view else 0.0,
-        )
-
 
 def _openers(file: FileId) -> list[str]:
     """The processes that have the file open, but for this one. Blocking."""
     return [str(process) for process in holders.find_open([file], skip_pids=[os.getpid()])[file]]
-
-
-def _user(config: Config) -> User:
-    """Who storage daemons run as."""
-    name = config.qsd.user or config.access.hypervisor_user
-    if not name:
-        return User.current()
-    try:
-        user = User.named(name)
-    except KeyError:
-        raise AgentError(
-            "invalid",
-            f"there is no user {name!r} on this host",
-            field="access.hypervisor_user",
-            value=name,
-            remedy="install the hypervisor (its package makes the user), or say --hypervisor-user NAME",
-        ) from None
-    if not user.is_us and os.geteuid() != 0:
-        raise AgentError(
-            "denied",
-            f"only root can run storage daemons as {name!r}",
-            field="access.hypervisor_user",
-            value=name,
-            remedy="run the agent as root, or leave the setting empty to work as yourself",
-        )
-    return user
-
-
-def _unknown_owner(text: str) -> Label | None:
-    """access.unknown_owner as numbers."""
-    if not text:
-        return None
-    try:
-        return owner.parse(text)
-    except KeyError:
-        raise AgentError(
-            "invalid",
-            f"access.unknown_owner is {text!r}; it must be USER:GROUP, both known on this host",
-            field="access.unknown_owner",
-            value=text,
-            remedy="write root:root, or leave it empty: then files whose owner was not seen are only reported",
-        ) from None
-
-
-def _group(config: Config) -> int | None:
-    """The group that may use the sockets: root's agent, and only if it exists."""
-    if os.geteuid() != 0:
-        return None
-    try:
-        return grp.getgrnam(config.api.socket_group).gr_gid
-    except KeyError:
-        return None
-
-
-def _qemu_version(config: Config) -> str:
-    """What the storage daemon says of itself; empty when it is not there, which `doctor` explains."""
-    try:
-        done = subprocess.run(
-            [config.qsd.binary, "--version"], capture_output=True, text=True, timeout=config.qsd.start_timeout
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    words = done.stdout.split()
-    return words[words.index("version") + 1] if "version" in words[:-1] else ""
-
-
-def _raise_file_limit() -> None:
-    """Exports and leases are descriptors: take what the system lets us have."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _renumbered(path: str, file: FileId) -> FileId:
-    """The file under the number that its device has now; as it was when it cannot be seen to be the same."""
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return file
-    return FileId(found.st_dev, found.st_ino) if found.st_ino == file.ino else file
-
-
-def _renumbered_chain(chain: Chain) -> Chain:
-    return Chain(tuple(replace(layer, file=_renumbered(layer.path, layer.file)) for layer in chain.layers))
-
-
-def _refuse_foreign_folder(folder: Path, setting: str) -> None:
-    """Sockets and the store are only as safe as the folder that they lie in."""
-    found = folder.resolve().stat()
-    if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
-        raise AgentError(
-            "denied",
-            f"others can put files into {str(folder)!r} (uid {found.st_uid}, mode {found.st_mode & 0o7777:04o})",
-            field=setting,
-            value=str(folder),
-            remedy="choose a folder that only this user can write",
-        )
-
-
-def _refuse_second_listener(path: Path) -> None:
-    """Remove a socket that nobody listens on; refuse one that is answered, and anything that is no socket."""
-    if not os.path.lexists(path):
-        return
-    refuse = {"field": "api.socket", "value": str(path), "remedy": "choose another path"}
-    if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise AgentError("invalid", f"{str(path)!r} exists and is no socket", **refuse)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except OSError as error:
-            raise AgentError("unavailable", f"cannot use the socket {str(path)!r}: {error}", **refuse) from error
-    raise AgentError("busy", f"another agent answers at {str(path)!r}", **refuse)
-
-
-@contextlib.contextmanager
-def _umask(mask: int) -> Iterator[None]:
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)

@@ -181,6 +181,22 @@ class Lease:
         self._fd = plain
 
 
+class FileLease:
+    """A lease that goes back and forth between the modes, as chains have it; `ours` counts once it is exclusive."""
+
+    def __init__(self, fd: int, *, exclusive: bool, ours: Collection[int]) -> None:
+        self._lease = Lease.exclusive(fd, ours=ours) if exclusive else Lease.shared(fd, ours=ours)
+
+    def exclude(self, *, ours: Collection[int]) -> None:
+        self._lease.convert(LeaseMode.EXCLUSIVE, tolerate_readers=bool(ours), ours=ours)
+
+    def share(self, *, ours: Collection[int]) -> None:
+        self._lease.convert(LeaseMode.SHARED, ours=ours)
+
+    def release(self) -> None:
+        self._lease.release()
+
+
 class _Footing:
     """What a leased device stands on, marked as in use; of a file nothing."""
 

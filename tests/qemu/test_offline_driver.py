@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from hostagent.access.leases import FileLease
 from hostagent.access.ledger import Ledger, Settings
 from hostagent.access.subject import OwnProbe, Subject
-from hostagent.daemon import _FileLease
 from hostagent.drivers import qsd_process
 from hostagent.drivers.process import User
 from hostagent.images.chain import ChainLimits
@@ -81,7 +81,7 @@ def make_chains(folder: Path, store: Store) -> Chains:
         inspect_timeout=10.0,
         network=network.Settings((), 5),
     )
-    chains = Chains(settings, store, _FileLease, SystemClock())
+    chains = Chains(settings, store, FileLease, SystemClock())
     chains.sink = Quiet()
     return chains
 

@@ -25,11 +25,8 @@ from events import cloudevents, normalize
 from events.bus import Bus
 from events.model import (
     Event,
-    ExportEvent,
-    ExportEventKind,
     HostEvent,
     HostEventKind,
-    JobEvent,
     JobEventKind,
     Record,
     now,
@@ -44,7 +41,9 @@ from hostagent.access.subject import OwnProbe, Probe, Subject
 from hostagent.api.changes import Changes
 from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
-from hostagent.api.service import AgentService, HostFacts, Trouble
+from hostagent.api.service import AgentService
+from hostagent.api.status import HostFacts
+from hostagent.api.trouble import Trouble, trouble_of
 from hostagent.config import Config
 from hostagent.config_text import plain
 from hostagent.drain import Drain
@@ -523,15 +522,7 @@ class Agent:
         await self._gauges.refresh()
 
     def _note_trouble(self, event: Event) -> None:
-        trouble = None
-        if isinstance(event, JobEvent) and event.kind is JobEventKind.FAILED and event.error:
-            trouble = Trouble(now(), f"job {event.job}", str(event.error["message"]), event.error.get("remedy"))
-        elif isinstance(event, ExportEvent) and event.kind is ExportEventKind.LOST:
-            trouble = Trouble(now(), f"export {event.export}", event.reason or "lost", "start it again")
-        elif isinstance(event, HostEvent) and event.kind is HostEventKind.UNRESPONSIVE:
-            trouble = Trouble(now(), event.subject, event.reason or "unresponsive", "see whether its storage hangs")
-        elif isinstance(event, HostEvent) and event.kind is HostEventKind.DISCONNECTED:
-            trouble = Trouble(now(), event.subject, event.reason or "disconnected", "it is connected again by itself")
+        trouble = trouble_of(event, now())
         if trouble is not None and hasattr(self, "_service"):
             self._service.troubles.append(trouble)
 

@@ -9,60 +9,33 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from events.model import Record, now
-from hostagent import __version__
+from events.model import Record
 from hostagent.access.ledger import Ledger
 from hostagent.access.subject import Subject
-from hostagent.api import views
+from hostagent.api import requests, views
 from hostagent.api.changes import Changes
+from hostagent.api.grants import Grants
 from hostagent.api.peer import Peer
+from hostagent.api.status import HostFacts, Status
+from hostagent.api.trouble import Trouble
 from hostagent.drain import Drain
 from hostagent.images.bitmap_changes import Add, Change, Merge, Remove
 from hostagent.live import Live
 from hostagent.nbd import serving
 from hostagent.nbd.chains import Chains
-from hostagent.nbd.export_spec import ExportSpec
 from hostagent.nbd.exports import Exports
 from hostagent.nbd.offline_bitmaps import Bitmaps, Found
-from hostagent.nbd.prepared import PreparedChain
-from hostagent.nbd.uri import is_uri
 from hostagent.nbd.watch import Watch
-from hostagent.records import AccessFile, ExportRecord
+from hostagent.records import ExportRecord
 from hostagent.store import Store
 from jobs.engine import Engine
 from jobs.errors import JobError
-from jobs.model import Completion, Holder, Job, JobSpec, Operation, Plan, State
+from jobs.model import Completion, Holder, Job, JobSpec, Plan, State
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class HostFacts:
-    """What does not change while the agent runs."""
-
-    host: str
-    qemu: str
-    state_dir: Path
-    runtime_dir: Path
-    started: datetime
-    min_free: int
-    settings: Mapping[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """One of the last errors, for `status`."""
-
-    time: datetime
-    what: str
-    message: str
-    remedy: str | None
 
 
 class AgentService:
@@ -88,31 +61,41 @@ class AgentService:
         self._chains = chains
         self._ledger = ledger
         self._store = store
-        self._subject = subject
-        self._facts = facts
         self._changes = changes
         self._drain = drain
-        self._watch = watch
         self._live = live
         self.troubles: deque[Trouble] = deque(maxlen=20)
+        self._grants = Grants(store=store, ledger=ledger, engine=engine, exports=exports, bitmaps=bitmaps)
+        self._status = Status(
+            facts,
+            subject,
+            store=store,
+            engine=engine,
+            exports=exports,
+            chains=chains,
+            drain=drain,
+            watch=watch,
+            live=live,
+            troubles=self.troubles,
+        )
 
     # Jobs
 
     async def start_job(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
-        self._has_room()
-        job_id = _id(spec)
-        asked = _job_spec(spec, self._anywhere(peer))
+        self._status.require_room()
+        job_id = requests.id_of(spec)
+        asked = requests.job_spec(spec, self._anywhere(peer))
         known = job_id and await self._store.get(job_id)
-        with self._admitted(known), _about("target"):
-            if not (known or _is_guests(asked.target)):
+        with self._admitted(known), requests.about("target"):
+            if not (known or requests.is_guests(asked.target)):
                 await self._live.refuse_guests(asked.target, whole_chain=False)
             job, created = await self._engine.create(asked, job_id)
         return self._job(job), created
 
     async def plan_job(self, spec: Json, *, peer: Peer) -> Json:
-        asked = _job_spec(spec, self._anywhere(peer))
-        with _about("target"):
-            if not _is_guests(asked.target):
+        asked = requests.job_spec(spec, self._anywhere(peer))
+        with requests.about("target"):
+            if not requests.is_guests(asked.target):
                 await self._live.refuse_guests(asked.target, whole_chain=False)
             plan = await self._engine.plan(asked)
         return await self._plan(asked, plan)
@@ -185,15 +168,15 @@ class AgentService:
     # Groups
 
     async def start_group(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
-        self._has_room()
-        group_id = _id(spec)
-        with self._admitted(group_id and await self._store.jobs(group=group_id, limit=1)), _about("target"):
-            jobs, created = await self._engine.create_group(_group_specs(spec, self._anywhere(peer)), group_id)
+        self._status.require_room()
+        group_id = requests.id_of(spec)
+        with self._admitted(group_id and await self._store.jobs(group=group_id, limit=1)), requests.about("target"):
+            jobs, created = await self._engine.create_group(requests.group_specs(spec, self._anywhere(peer)), group_id)
         return self._group(jobs), created
 
     async def plan_group(self, spec: Json, *, peer: Peer) -> Json:
-        asked = _group_specs(spec, self._anywhere(peer))
-        with _about("target"):
+        asked = requests.group_specs(spec, self._anywhere(peer))
+        with requests.about("target"):
             plans = await self._engine.plan_group(asked)
         return {"dry_run": True, "disks": [await self._plan(*one) for one in zip(asked, plans, strict=True)]}
 
@@ -215,27 +198,13 @@ class AgentService:
     # Exports
 
     async def start_export(self, spec: Json, *, peer: Peer) -> tuple[Json, bool]:
-        self._has_room()
-        asked = ExportSpec(
-            image=spec["image"] if is_uri(spec["image"]) else _offline(spec["image"], "image"),
-            format=spec.get("format"),
-            shallow=bool(spec.get("shallow")),
-            writable=bool(spec.get("writable")),
-            offset=spec.get("offset"),
-            size=spec.get("size"),
-            max_clients=spec.get("max_clients"),
-            tcp=spec.get("tcp"),
-            tls=spec.get("tls"),
-            bitmaps=tuple(dict.fromkeys(spec.get("bitmaps") or ())),
-            ttl=spec.get("ttl"),
-            idle_timeout=spec.get("idle_timeout"),
-            labels=spec.get("labels") or {},
-        )
+        self._status.require_room()
+        asked = requests.export_spec(spec)
         if asked.tcp is not None and not self._anywhere(peer):
             raise JobError("denied", "only root may export over TCP", field="tcp", remedy="leave it out")
-        export_id = _id(spec)
+        export_id = requests.id_of(spec)
         known = export_id and await self._store.export(export_id)
-        with self._admitted(known), _about("image"):
+        with self._admitted(known), requests.about("image"):
             if asked.writable and not known:
                 await self._live.refuse_guests(asked.image, whole_chain=True)
             record, created = await self._exports.start(asked, export_id, anywhere=self._anywhere(peer))
@@ -269,15 +238,15 @@ class AgentService:
     # Images and grants
 
     async def inspect_image(self, path: str, format: str | None, *, peer: Peer) -> Json:
-        with _about("path"):
-            image, anywhere = _offline(path, "path"), self._anywhere(peer)
+        with requests.about("path"):
+            image, anywhere = requests.offline(path, "path"), self._anywhere(peer)
             opened = await self._chains.open(image, format=format, anywhere=anywhere)
         with opened:
             return views.image(opened.chain, opened.headers)
 
     async def list_bitmaps(self, path: str, *, peer: Peer) -> Json:
-        with _about("path"):
-            return _bitmaps(await self._bitmaps.list(_offline(path, "path"), anywhere=self._anywhere(peer)))
+        with requests.about("path"):
+            return _bitmaps(await self._bitmaps.list(requests.offline(path, "path"), anywhere=self._anywhere(peer)))
 
     async def add_bitmap(self, path: str, spec: Json, *, peer: Peer) -> Json:
         change = Add(spec["name"], spec.get("granularity"), recording=not spec.get("disabled"))
@@ -287,140 +256,34 @@ class AgentService:
         return await self._change_bitmaps(path, Remove(name), peer=peer)
 
     async def merge_bitmap(self, path: str, spec: Json, *, peer: Peer) -> Json:
-        source = _offline(spec["source"], "source") if spec.get("source") else None
+        source = requests.offline(spec["source"], "source") if spec.get("source") else None
         return await self._change_bitmaps(path, Merge(spec["name"], spec["source_name"]), source=source, peer=peer)
 
     async def _change_bitmaps(self, path: str, change: Change, *, source: str | None = None, peer: Peer) -> Json:
-        self._has_room()
-        with self._drain.work(), _about("path"):
+        self._status.require_room()
+        with self._drain.work(), requests.about("path"):
             found = await self._bitmaps.change(
-                _offline(path, "path"), change, source=source, anywhere=self._anywhere(peer)
+                requests.offline(path, "path"), change, source=source, anywhere=self._anywhere(peer)
             )
         return _bitmaps(found)
 
     async def list_grants(self, *, path: str | None, holder: str | None, limit: int, after: str | None) -> Json:
-        items = [
-            item
-            for item in await self._grants()
-            if path in (None, item["path"])
-            and holder in (None, item["holder"]["id"], f"{item['holder']['kind']}:{item['holder']['id']}")
-        ]
-        if after is not None:
-            items = items[1 + next((n for n, item in enumerate(items) if item["id"] == after), len(items)) :]
-        return {"items": items[:limit], "next": items[limit - 1]["id"] if len(items) > limit else None}
+        return await self._grants.page(path=path, holder=holder, limit=limit, after=after)
 
     async def get_grant(self, id: str) -> Json:
-        for item in await self._grants():
-            if item["id"] == id:
-                return item
-        raise JobError("not_found", f"no grant {id}", field="id", value=id, remedy="see `hostagent grant list`")
+        return await self._grants.get(id)
 
     async def revoke_grant(self, id: str) -> Json:
-        """Take back what nobody who lives needs; what somebody needs is `busy`, naming them."""
-        grant = await self.get_grant(id)
-        entry = next((row for row in await self._store.access_rows() if row.id == id), None)
-        if entry is None:
-            files = [f for f in await self._store.access_files() if views.leftover(f)["id"] == id]
-        else:
-            rows = await self._store.access_rows([entry.file])
-            needy = [row.title for row in rows if await self._needs(row.holder)]
-            if needy:
-                raise JobError(
-                    "busy",
-                    f"{grant['path']!r} is needed by {', '.join(needy)}",
-                    field="id",
-                    value=id,
-                    remedy="end them first; their access ends with them",
-                    holders=needy,
-                )
-            await self._store.delete_row(id)
-            files = await self._store.access_files([entry.file])
-        results = await self._ledger.converge([f.file for f in files], trigger="operator")
-        for result in results.values():
-            grant |= {"state": result.verdict.value, "detail": result.reason}
-        return grant
+        return await self._grants.revoke(id)
 
     async def undo_grant(self, id: str, *, peer: Peer) -> Json:
-        """Give a file back to the user from whom libvirt's ownership of it was taken."""
         self._only_operators(peer)
-        await self.get_grant(id)
-        entry = next((f for f in await self._store.access_files() if views.leftover(f)["id"] == id), None)
-        if entry is None or entry.taken is None:
-            raise JobError(
-                "conflict",
-                f"grant {id} is none whose owner was changed at its end",
-                field="id",
-                value=id,
-                remedy="see `hostagent grant list`: those have the access `owner` and the state `revoked`",
-            )
-        result = await self._ledger.undo(entry.file)
-        after = next(iter(await self._store.access_files([entry.file])), entry)
-        return views.leftover(after) | {"state": result.verdict.value, "detail": result.reason}
-
-    async def _needs(self, holder: Holder) -> bool:
-        """Whether the holder lives. An image that merely stands on a file is not open; it gets access when it is."""
-        if holder.kind == "job":
-            return any(job.id == holder.id for job in self._engine.active())
-        if holder.kind == "export":
-            return any(export.id == holder.id for export in self._exports.active())
-        if holder.kind == "tool":
-            return self._bitmaps.runs(holder)
-        return holder.kind == "domain"
-
-    async def _grants(self) -> list[Json]:
-        files = {entry.file: entry for entry in await self._store.access_files()}
-        rows = await self._store.access_rows()
-        held = {row.file for row in rows}
-        left = [f for f in files.values() if f.file not in held and (f.verdict in ("kept", "pending") or f.taken)]
-        return [*(views.grant(row, files.get(row.file)) for row in rows), *(views.leftover(f) for f in left)]
+        return await self._grants.undo(id)
 
     # The host
 
     async def host(self) -> Json:
-        pending = await self._owed()
-        oldest = min(pending, key=lambda file: file.since, default=None)
-        exports: dict[str, int] = {}
-        for record in self._exports.active():
-            exports[record.state] = exports.get(record.state, 0) + 1
-        return {
-            "host": self._facts.host,
-            "version": __version__,
-            "qemu": self._facts.qemu,
-            "libvirt": self._live.facts(),
-            "user": {"name": self._subject.name, "uid": self._subject.uid},
-            "access": "own" if self._subject.own else "acl",
-            "pid": os.getpid(),
-            "started": views.time(self._facts.started),
-            "state_dir": str(self._facts.state_dir),
-            "runtime_dir": str(self._facts.runtime_dir),
-            "storage_daemons": [self._daemon(chain) for chain in self._chains.all() if chain.daemon],
-            "orphans": [
-                {"id": o.id, "pid": o.pid, "image": None, "exports": list(o.exports), "holds": o.holds}
-                for o in self._chains.orphans
-            ],
-            "revocations": {
-                "pending": len(pending),
-                "oldest_seconds": (now() - oldest.since).total_seconds() if oldest else None,
-                "oldest": {"path": oldest.path, "reason": oldest.reason} if oldest else None,
-            },
-            "changed_files": [
-                {"path": d.path, "what": d.what, "lost": d.lost, "remedy": d.remedy} for d in self._watch.found
-            ],
-            "last_errors": [
-                {"time": views.time(t.time), "what": t.what, "message": t.message, "remedy": t.remedy}
-                for t in reversed(self.troubles)
-            ],
-            "store": {
-                "path": str(self._facts.state_dir),
-                "events": self._store.last_seq(),
-                "free": self._free(),
-                "min_free": self._facts.min_free,
-            },
-            "jobs": await self._store.counts(),
-            "exports": exports,
-            "drain": {"draining": self._drain.on, "since": views.time(self._drain.record.since)},
-            "settings": dict(self._facts.settings),
-        }
+        return await self._status.host()
 
     async def drain(self, pause: bool, *, peer: Peer) -> Json:
         self._only_operators(peer)
@@ -433,49 +296,10 @@ class AgentService:
         return await self.drain_state()
 
     async def drain_state(self) -> Json:
-        clients = await asyncio.to_thread(serving.clients_of, self._exports.active())
-        exports = [(one, [c._asdict() for c in clients.get(one.id, [])]) for one in self._exports.active()]
-        return views.drain(
-            self._drain.record,
-            jobs=[*self._drain.holding(), *self._engine.settling()],
-            exports=exports,
-            revocations=len(await self._owed()),
-            beginning=self._drain.beginning,
-        )
-
-    async def _owed(self) -> list[AccessFile]:
-        return [f for f in await self._store.access_files() if f.verdict == "pending"]
-
-    def _daemon(self, chain: PreparedChain) -> Json:
-        assert chain.daemon is not None
-        users = sorted(str(user) for user in chain.users)
-        return {
-            "id": chain.daemon.id,
-            "pid": chain.daemon.pid,
-            "state": "running" if chain.answers else "unresponsive",
-            "since": views.time(chain.silent),
-            "image": chain.path,
-            "exports": sum(1 for user in chain.users if user.kind == "export"),
-            "job": next((user.removeprefix("job:") for user in users if user.startswith("job:")), None),
-            "writable": bool(chain.writable) or chain.writer is not None,
-        }
+        return await self._status.drain()
 
     async def ready(self) -> Json:
-        checks: Json = {}
-        try:
-            await self._store.counts()
-            self._has_room()
-            checks["store"] = {"ok": True, "detail": str(self._facts.state_dir)}
-        except JobError as error:
-            checks["store"] = {"ok": False, "detail": error.message, "remedy": error.remedy}
-        stuck = [chain.path for chain in self._chains.all() if not chain.answers]
-        detail = f"unresponsive: {', '.join(stuck)}" if stuck else "all answer"
-        checks["storage_daemons"] = {"ok": True, "detail": detail}
-        since = views.time(self._drain.record.since)
-        drain = f"since {since}: no new work is taken" if self._drain.on else "not being drained"
-        checks["drain"] = {"ok": not self._drain.on, "detail": drain}
-        checks["libvirt"] = self._live.check()
-        return {"ready": all(check["ok"] for check in checks.values()), "checks": checks}
+        return await self._status.ready()
 
     async def events_since(self, seq: int, limit: int) -> list[Record] | None:
         return await self._store.events_since(seq, limit)
@@ -497,128 +321,6 @@ class AgentService:
         if not self._anywhere(peer):
             raise JobError("denied", "only root and the agent's own user may drain the host", remedy="ask as root")
 
-    def _free(self) -> int:
-        """Bytes that are free beside the store."""
-        room = os.statvfs(self._facts.state_dir)
-        return room.f_bavail * room.f_frsize
-
-    def _has_room(self) -> None:
-        free = self._free()
-        if free < self._facts.min_free:
-            raise JobError(
-                "store_full",
-                f"only {free} bytes are free beside the store in {str(self._facts.state_dir)!r}",
-                remedy="make space there, or lower store.min_free; running work goes on",
-            )
-
-
-@contextlib.contextmanager
-def _about(field: str) -> Iterator[None]:
-    """What is wrong with an image is said of the member of the request that named it."""
-    try:
-        yield
-    except JobError as error:
-        if error.field in (None, "path"):
-            error.field = field
-        raise
-
 
 def _bitmaps(found: Found) -> Json:
     return views.bitmaps(found.path, found.bitmaps.items, lost=found.bitmaps.lost, holders=found.holders)
-
-
-def _job_spec(spec: Json, anywhere: bool) -> JobSpec:
-    try:
-        operation = Operation(spec["operation"])
-    except ValueError:
-        known = ", ".join(operation.value for operation in Operation)
-        raise JobError(
-            "invalid",
-            f"operation {spec['operation']!r} is not known",
-            field="operation",
-            value=spec["operation"],
-            remedy=f"one of {known}",
-        ) from None
-    for field in _FIELDS - _FIELDS_OF[operation]:
-        if spec.get(field):
-            remedy = f"leave it out: it is not for a {operation.value}"
-            raise JobError("invalid", f"{field} and {operation.value}", field=field, value=spec[field], remedy=remedy)
-    if operation is Operation.COPY and not spec.get("dest"):
-        remedy = "say where the copy goes: an absolute path"
-        raise JobError("invalid", "a copy without dest", field="dest", remedy=remedy)
-    completion = spec.get("completion")
-    return JobSpec(
-        operation=operation,
-        target=_target(spec["target"]),
-        base=spec.get("base"),
-        top=spec.get("top"),
-        dest=_dest(spec["dest"]) if spec.get("dest") else None,
-        format=spec.get("format"),
-        source_format=spec.get("source_format"),
-        shallow=bool(spec.get("shallow")),
-        reuse_external=bool(spec.get("reuse_external")),
-        completion=Completion(completion) if completion else None,
-        delete=bool(spec.get("delete")),
-        prune_bitmaps=bool(spec.get("prune_bitmaps")),
-        increment=spec.get("increment"),
-        bandwidth=spec.get("bandwidth") or 0,
-        check=spec.get("check") or "auto",
-        labels=spec.get("labels") or {},
-        anywhere=anywhere,
-    )
-
-
-def _group_specs(spec: Json, anywhere: bool) -> list[JobSpec]:
-    each = {key: value for key, value in spec.items() if key not in ("id", "disks")}
-    return [_job_spec({**each, "operation": Operation.COPY, **disk}, anywhere) for disk in spec["disks"]]
-
-
-def _dest(dest: str) -> str:
-    return dest if is_uri(dest) else _offline(dest, "dest")
-
-
-_FIELDS_OF = {
-    Operation.PULL: {"base", "increment"},
-    Operation.COPY: {"dest", "format", "source_format", "shallow", "reuse_external", "completion"},
-    Operation.COMMIT: {"base", "top", "delete", "prune_bitmaps", "completion"},
-}
-_FIELDS = set().union(*_FIELDS_OF.values())
-
-
-def _is_guests(target: str) -> bool:
-    """Whether it reads as DOMAIN/DISK."""
-    domain, slash, disk = target.partition("/")
-    return bool(domain and slash and disk) and not domain.startswith(".") and "://" not in target
-
-
-def _target(target: str) -> str:
-    return target if _is_guests(target) else _offline(target, "target")
-
-
-def _offline(target: str, field: str) -> str:
-    if target.startswith("/"):
-        return target
-    if "://" in target:
-        raise _network(target, field)
-    if _is_guests(target):
-        raise JobError(
-            "not_supported",
-            f"{target!r} is a domain's disk: only jobs work on those, not yet this",
-            field=field,
-            value=target,
-            remedy="give the absolute path of an image that no guest uses",
-        )
-    raise JobError("invalid", f"{target!r} is no target", field=field, value=target, remedy="give an absolute path")
-
-
-def _network(target: str, field: str) -> JobError:
-    """The URI is not repeated: it may have a password."""
-    if field == "image":
-        remedy = "write nbd://HOST:PORT/NAME or nbd+unix:///NAME?socket=PATH"
-        return JobError("not_supported", "URIs of this kind cannot be exported", field=field, remedy=remedy)
-    remedy = "a network image can be exported, and be where a copy goes; copy it into a file for anything else"
-    return JobError("not_supported", "a network image cannot be used here", field=field, remedy=remedy)
-
-
-def _id(spec: Json) -> str | None:
-    return str(spec["id"]) if spec.get("id") else None

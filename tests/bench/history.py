@@ -87,7 +87,7 @@ async def _fill(state: Path, count: int, runs: int) -> float:
         present = sum((await store.counts()).values())
         for first in range(present, count, 5000):
             jobs = [_job(number) for number in range(first, min(count, first + 5000))]
-            await store._run(lambda db, jobs=jobs: [_put_job(db, job) for job in jobs])
+            await store._db.run(lambda db, jobs=jobs: [_put_job(db, job) for job in jobs])
         times = []
         for number in range(count, count + runs):
             job = _job(number)

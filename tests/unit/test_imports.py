@@ -31,7 +31,7 @@ AMONG_SIBLINGS = {
     *(("transfers", other) for other in ("nbd", "access")),
 }
 USE_CASES = {f"hostagent.api.{name}" for name in ("service", "grants", "requests", "status")}
-BELOW_SERVICE = {f"hostagent.{name}" for name in (*SIBLINGS, "records")}
+BELOW_SERVICE = {f"hostagent.{name}" for name in (*SIBLINGS, "records", "database", "ledger_rows", "forgetting")}
 
 # Where a third-party package may be imported at all, and where it may be imported as the module is loaded.
 HOMES = {
@@ -46,7 +46,7 @@ HOMES = {
     "h11": ("hostagent/data/", "hostagent/api/"),
     "prometheus_client": ("hostagent/metrics.py", "hostagent/data/metrics.py"),
     "rich": ("hostagent/cli/",),
-    "sqlite3": ("hostagent/store.py",),
+    "sqlite3": ("hostagent/database.py",),
     "grpc": ("hostagent/api/grpc.py",),
     "dbus_fast": ("hostagent/api/dbus.py",),
 }

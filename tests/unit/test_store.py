@@ -403,12 +403,12 @@ def test_ten_thousand_jobs_stay_quick_to_list_and_to_start_from(tmp_path: Path) 
 
     async def scenario(it: Opened) -> None:
         await it.store.save(JOB)
-        db = it.store._db
+        db = it.store._db._db
         insert = (
             "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000) INSERT INTO jobs "
             "SELECT printf('%05d', i), 'completed', path, origin, created, ?, 'done', body FROM jobs, n"
         )
-        await it.store._run(lambda _: db.execute(insert, (NOW.isoformat(),)))
+        await it.store._db.run(lambda _: db.execute(insert, (NOW.isoformat(),)))
         begin = time.perf_counter()
         assert len(await it.store.jobs(limit=100)) == 100
         assert len(await it.store.jobs(after="05000", limit=100)) == 100

@@ -41,11 +41,11 @@ FILTERS: dict[str, dict[str, Any]] = {
 async def plan(it: Opened, **asked: Any) -> list[str]:
     """How SQLite goes about a list."""
     heard: list[str] = []
-    await it.store._run(lambda db: db.set_trace_callback(heard.append))
+    await it.store._db.run(lambda db: db.set_trace_callback(heard.append))
     await it.store.jobs(**asked)
-    await it.store._run(lambda db: db.set_trace_callback(None))
+    await it.store._db.run(lambda db: db.set_trace_callback(None))
     (query,) = [sql for sql in heard if sql.startswith("SELECT jobs.body")]
-    steps = await it.store._run(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall())
+    steps = await it.store._db.run(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall())
     return [step[3] for step in steps]
 
 

@@ -23,10 +23,10 @@ __all__ = ["small"]
 async def commits(it: Opened, during: Callable[[], Any]) -> int:
     """How many commits there were."""
     heard: list[str] = []
-    await it.store._run(lambda db: db.set_trace_callback(heard.append))
+    await it.store._db.run(lambda db: db.set_trace_callback(heard.append))
     heard.clear()
     await during()
-    await it.store._run(lambda db: db.set_trace_callback(None))
+    await it.store._db.run(lambda db: db.set_trace_callback(None))
     return heard.count("COMMIT")
 
 
@@ -63,7 +63,7 @@ def test_a_transaction_that_fails_as_a_whole_is_tried_again_one_by_one(tmp_path:
         def disk_error(db: sqlite3.Connection) -> None:
             raise sqlite3.OperationalError("disk I/O error")
 
-        works = [it.store.save(replace(JOB, id="a")), it.store._run(disk_error), it.store.save(replace(JOB, id="b"))]
+        works = [it.store.save(replace(JOB, id="a")), it.store._db.run(disk_error), it.store.save(replace(JOB, id="b"))]
         done = await asyncio.gather(*works, return_exceptions=True)
         assert [getattr(one, "code", one) for one in done] == [None, "store_full", None]
         assert await it.store.counts() == {"queued": 2}

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from test_ledger import USER, Crash, Host, Play, identity, look, need, opened_by_guest, play, verdict
 
+from hostagent import forgetting
 from hostagent.access import acl, holders, owner
 from hostagent.access.acl import FileSystem
 from hostagent.access.prober import Prober
+from hostagent.database import Connection
 from hostagent.records import AccessFile, Label, Use
-from hostagent.store import Store
 from jobs.errors import JobError
 from jobs.model import FileId, Holder
 from jobs.ports import AccessResult, AccessVerdict
@@ -510,14 +511,12 @@ def test_what_can_be_undone_is_remembered_as_long_as_jobs(tmp_path: Path, given_
         await hold(host, WEB, other)
         await drop(host)
 
-        def pruned(horizon: str) -> Callable[[Store], None]:
-            from hostagent.store import _prune_verdicts
+        def pruned(horizon: str) -> Callable[[Connection], int]:
+            return lambda db: forgetting.verdicts(db, horizon, 10)
 
-            return lambda db: _prune_verdicts(db, horizon, 10)  # type: ignore[arg-type,return-value]
-
-        await host.store._run(pruned("2000-01-01"))  # type: ignore[arg-type]
+        await host.store._db.run(pruned("2000-01-01"))
         assert {e.file for e in await host.store.access_files()} == {identity(file), identity(other)}
-        await host.store._run(pruned("9999-01-01"))  # type: ignore[arg-type]
+        await host.store._db.run(pruned("9999-01-01"))
         assert {e.file for e in await host.store.access_files()} == {identity(other)}  # libvirt's still
 
     given_user(scenario)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pwd
@@ -172,10 +173,11 @@ def _unknown_owner(config: Config) -> Finding:
     remedy = "set access.unknown_owner to root:root, or to nothing: then such files are only reported"
     try:
         label = owner.parse(text)
-        if label.uid == pwd.getpwnam(config.access.hypervisor_user).pw_uid:
-            return warn(name, f"{text} is the hypervisor user: what libvirt leaves stays open to all guests", remedy)
     except KeyError:
         return fail(name, f"{text!r} is not USER:GROUP, both known on this host", remedy)
+    with contextlib.suppress(KeyError):  # that there is no such user is said by another check
+        if label.uid == pwd.getpwnam(config.access.hypervisor_user).pw_uid:
+            return warn(name, f"{text} is the hypervisor user: what libvirt leaves stays open to all guests", remedy)
     return ok(name, f"files that libvirt leaves and whose owner was not seen go to {text}")
 
 

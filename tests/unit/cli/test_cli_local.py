@@ -150,6 +150,7 @@ def test_doctor_reports_what_the_agent_knows(agent: FakeAgent, run, capsys) -> N
 def test_doctor_finds_missing_programs_users_and_bad_folders(run, capsys, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOSTAGENT_QSD_BINARY", "/nowhere/qsd")
     monkeypatch.setenv("HOSTAGENT_ACCESS_HYPERVISOR_USER", "no-such-user")
+    monkeypatch.setenv("HOSTAGENT_ACCESS_UNKNOWN_OWNER", "root:root")
     monkeypatch.setenv("HOSTAGENT_IMAGES_POOLS", f"{tmp_path}:{tmp_path}/missing")
     (tmp_path / "state").mkdir(mode=0o755)
     (tmp_path / "run").mkdir()
@@ -159,6 +160,7 @@ def test_doctor_finds_missing_programs_users_and_bad_folders(run, capsys, monkey
     checks = _checks(out)
     assert checks["qsd"]["result"] == "fail" and "qsd.binary" in checks["qsd"]["remedy"]
     assert checks["hypervisor user"]["result"] == "fail"
+    assert checks["unknown owners"]["result"] == "ok", "that is about another user"
     assert checks["state folder"]["result"] == "warn"
     assert checks["runtime folder"]["result"] == "fail"
     access = [check for check in json.loads(out)["checks"] if check["name"] == "access control"]

@@ -18,7 +18,7 @@ from jobs.errors import JobError
 from jobs.machine import Signal, step
 from jobs.model import Cursor, Failure, FileId, Holder, Job, Kept, Revocation, State
 from jobs.outcome import END_EVENTS, access_change, job_event
-from jobs.ports import AccessResult, AccessVerdict, JobStore
+from jobs.ports import AccessVerdict, JobStore
 from jobs.progress import Progress, View, advance
 from jobs.world import World
 
@@ -209,11 +209,9 @@ class Keeper:
         job = self.job
         if job.revocation is not Revocation.PENDING:
             return True
-        found = await self._w.access.converge([layer.file for layer in job.dropped], trigger=job.spec.operation)
+        at = {layer.file: layer.path for layer in job.dropped}
+        found = await self._w.access.converge(list(at), trigger=job.spec.operation, at=at)
         results = [(layer.path, found[layer.file]) for layer in job.dropped]
-        if job.drive is not None:  # told of another path, it is a deleted file's, whose inode number this one has
-            unknown = AccessResult("", AccessVerdict.UNCHANGED)
-            results = [(path, result if result.path == path else unknown) for path, result in results]
         if any(result.verdict is AccessVerdict.PENDING for _, result in results):
             return False
         revoked = tuple(path for path, result in results if result.verdict is AccessVerdict.REVOKED)

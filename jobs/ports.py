@@ -182,7 +182,10 @@ class JobStore(Protocol):
 
 
 class Access(Protocol):
-    async def converge(self, files: Sequence[FileId], *, trigger: str) -> dict[FileId, AccessResult]: ...
+    async def converge(
+        self, files: Sequence[FileId], *, trigger: str, at: Mapping[FileId, str] | None = None
+    ) -> dict[FileId, AccessResult]:
+        """`at` is where the files were found, for a file of which nothing else is known."""
 
 
 class Clock(Protocol):

@@ -1,8 +1,8 @@
 """The very file that an entry of the ledger tells of, wherever it was moved to: found, opened and held.
 
 An O_PATH descriptor stands for each file from the first grant to the last revocation, so that neither a rename nor a
-swap leads to another one. After a restart it is looked for at its path, and in its folder by inode. Everything here
-may wait for storage: it belongs into a thread.
+swap leads to another one. After a restart it is looked for at its path, and in its folder by inode; one with its inode
+number that was made at another time is another file. Everything here may wait for storage: it belongs into a thread.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from hostagent.access.birth import born, is_later
 from hostagent.records import AccessFile
 from jobs.errors import JobError
 from jobs.model import FileId
@@ -74,6 +75,34 @@ def reading(handle: int) -> Iterator[int]:
 
 def find(entry: AccessFile) -> int:
     """An O_PATH descriptor of the file: at its path, else by inode in its folder. FileNotFoundError when not there."""
+    handle = _numbered(entry)
+    if is_later(handle, entry.born):
+        os.close(handle)
+        raise FileNotFoundError(entry.path)
+    return handle
+
+
+def is_reused(entry: AccessFile, paths: Collection[str]) -> bool | None:
+    """Whether another file has the inode number now: then the entry's is gone for good. None when that cannot be told.
+
+    `paths` are where the file with that number is said to be, besides the entry's own path and folder.
+    """
+    if entry.born is None:
+        return None
+    handle = next((one for path in paths if (one := _grasp(path, entry.file)) is not None), None)
+    try:
+        handle = _numbered(entry) if handle is None else handle
+    except (FileNotFoundError, JobError):
+        return None
+    try:
+        made = born(handle)
+    finally:
+        os.close(handle)
+    return None if made is None else made != entry.born
+
+
+def _numbered(entry: AccessFile) -> int:
+    """What has the entry's device and inode number, at its path or in its folder."""
     if (handle := _grasp(entry.path, entry.file)) is not None:
         return handle
     folder = Path(entry.path).parent
@@ -93,7 +122,7 @@ def find(entry: AccessFile) -> int:
 def _grasp(path: str, file: FileId) -> int | None:
     try:
         handle = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     found = os.fstat(handle)
     if FileId(found.st_dev, found.st_ino) == file:

@@ -12,6 +12,7 @@ from typing import Any
 
 from hostagent.access import acl
 from hostagent.access.acl import Snapshot
+from hostagent.access.birth import born
 from hostagent.access.files import Files, reading
 from hostagent.access.subject import Mode, Probe, Subject
 from hostagent.records import AccessFile
@@ -33,7 +34,7 @@ class Grants:
         with self._files.opened(entry) as fd:
             if self._probe.can_open(fd, need):
                 reason = acl.explain(acl.read(fd), self._subject.uid, self._subject.groups, need)
-                return replace(entry, reason=reason)
+                return replace(entry, reason=reason, born=born(fd))
             system = acl.file_system(fd)
             if system.shared and not self._manage_shared:
                 raise JobError(
@@ -51,8 +52,8 @@ class Grants:
                     value=entry.path,
                     remedy=f"let {self._subject.name} read the file, or move it to a file system with ACLs",
                 )
-            before = _encode(acl.read(fd))
-            return replace(entry, mode=need, before=before, given=None, verdict=AccessVerdict.PENDING)
+            plan = replace(entry, mode=need, before=_encode(acl.read(fd)), given=None, born=born(fd))
+            return replace(plan, verdict=AccessVerdict.PENDING)
 
     def apply(self, entry: AccessFile, need: Mode) -> AccessFile:
         """Give what was planned: the entry with the ACL that the file has now."""
@@ -70,7 +71,7 @@ class Grants:
                     value=entry.path,
                     remedy="see whether AppArmor or SELinux forbids it (`hostagent doctor`)",
                 )
-            return replace(entry, mode=need, given=_encode(given))
+            return replace(entry, mode=need, given=_encode(given), born=born(fd))
 
     def undo(self, fd: int, entry: AccessFile) -> None:
         """Take back what was given."""

@@ -8,10 +8,11 @@ look into; as root there are none of the last kind. A process that goes away whi
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from hostagent.access.birth import is_later
 from jobs.model import FileId
 
 PROC = Path("/proc")
@@ -43,14 +44,16 @@ def find_open(
     uids: Collection[int] | None = None,
     pids: Iterable[int] | None = None,
     skip_pids: Collection[int] = (),
+    made: Mapping[FileId, int] | None = None,
 ) -> dict[FileId, list[Process]]:
     """The processes that have each of the files open: an empty list for a file that nobody has.
 
-    `uids` limits the search to processes of these users, `pids` to these processes.
+    `uids` limits the search to processes of these users, `pids` to these processes. `made` is when files were made, in
+    ns since 1970: a later one with the inode number of a deleted one is not it.
     """
     found: dict[FileId, list[Process]] = {file: [] for file in files}
     for pid, uid in _processes(uids, pids, skip_pids):
-        opened = list(_opened(pid, files))
+        opened = list(_opened(pid, files, made or {}))
         for file in {one.file for one in opened}:
             writes = any(one.writes for one in opened if one.file == file)
             found[file].append(Process(pid, process_name(pid), uid, writes))
@@ -61,7 +64,7 @@ def find_lockers(file: FileId, byte: int, *, skip_pids: Collection[int] = ()) ->
     """The processes with a record lock on this byte of the file."""
     found = []
     for pid, uid in _processes(None, None, skip_pids):
-        opened = [one for one in _opened(pid, {file}) if any(byte in locked for locked in one.locked)]
+        opened = [one for one in _opened(pid, {file}, {}) if any(byte in locked for locked in one.locked)]
         if opened:
             found.append(Process(pid, process_name(pid), uid, any(one.writes for one in opened)))
     return found
@@ -90,7 +93,7 @@ def _processes(
             yield pid, uid
 
 
-def _opened(pid: int, files: Collection[FileId]) -> Iterator[_Opened]:
+def _opened(pid: int, files: Collection[FileId], made: Mapping[FileId, int]) -> Iterator[_Opened]:
     folder = f"{PROC}/{pid}"
     try:
         descriptors = os.listdir(f"{folder}/fd")  # noqa: PTH208 - thousands of them, and Path costs; so below
@@ -107,10 +110,18 @@ def _opened(pid: int, files: Collection[FileId]) -> Iterator[_Opened]:
                 continue
             info = os.stat(link)  # noqa: PTH116
             file = FileId(info.st_dev, info.st_ino)
-            if file in files:
+            if file in files and not (file in made and _is_later(link, made[file])):
                 yield from _described(file, fdinfo)
         except OSError:  # gone, or on storage that answers with an error: then it is not the file that we could stat
             continue
+
+
+def _is_later(link: str, when: int) -> bool:
+    fd = os.open(link, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return is_later(fd, when)
+    finally:
+        os.close(fd)
 
 
 def _may_be(fdinfo: str, inodes: Collection[int]) -> bool:

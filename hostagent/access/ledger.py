@@ -22,7 +22,7 @@ from typing import Protocol
 
 from events.model import Event, GrantEvent, GrantEventKind
 from hostagent.access import holders, owner
-from hostagent.access.files import Files, is_deleted, is_former
+from hostagent.access.files import Files, is_deleted, is_former, is_reused
 from hostagent.access.grants import Grants, cleared, still_has
 from hostagent.access.ownership import Ownership
 from hostagent.access.subject import Mode, Probe, Subject
@@ -144,7 +144,7 @@ class Ledger:
         image_changed where it is not as we left it; then nothing is changed.
         """
         async with self._locks.alone(file):
-            known = next(iter(await self._store.access_files([file])), None)
+            known = await self._known(file)
             if known is None or known.taken is None:
                 raise JobError("not_found", "no owner was changed here", remedy="see `hostagent grant list`")
             rows = await self._store.access_rows([file])
@@ -167,12 +167,18 @@ class Ledger:
         async with self._locks.alone(file):
             await self._settle(file, "grant", strict=True)
 
-    async def converge(self, files: Sequence[FileId], *, trigger: str) -> dict[FileId, AccessResult]:
-        """Make these files match the ledger. A file that cannot be settled now is `pending`, and never an exception."""
+    async def converge(
+        self, files: Sequence[FileId], *, trigger: str, at: Mapping[FileId, str] | None = None
+    ) -> dict[FileId, AccessResult]:
+        """Make these files match the ledger. A file that cannot be settled now is `pending`, and never an exception.
+
+        `at` is where the caller found them: of a file that no row names, nothing else tells it from a deleted one whose
+        inode number it has.
+        """
         results = {}
         for file in files:
             async with self._locks.alone(file):
-                results[file] = await self._settle(file, trigger)
+                results[file] = await self._settle(file, trigger, at=(at or {}).get(file))
         return results
 
     async def converge_all(self, *, trigger: str) -> dict[FileId, AccessResult]:
@@ -197,7 +203,9 @@ class Ledger:
     async def keepers(self, file: FileId, leaving: Collection[Holder], path: str) -> list[str]:
         """Who would keep the file when `leaving` need it no more: other rows, and foreign processes."""
         rows = [row for row in await self._store.access_rows([file]) if row.holder not in leaving]
-        entry = next(iter(await self._store.access_files([file])), None) or self._blank(file, path)
+        entry = await self._known(file)
+        if entry is None or await self._is_reused(entry, [path]):
+            entry = self._blank(file, path)
         processes = await self._open_in(entry)
         mine = set(self._daemons())
         keepers = [row.title for row in rows] + [str(p) for p in processes if p.pid not in mine]
@@ -207,14 +215,22 @@ class Ledger:
 
     # The converger
 
-    async def _settle(self, file: FileId, trigger: str, *, strict: bool = False) -> AccessResult:
+    async def _settle(self, file: FileId, trigger: str, *, strict: bool = False, at: str | None = None) -> AccessResult:
         """One file. `strict` raises what stands in the way of a grant. A network image is its server's to give and to
         take: there is nothing to do here, and nothing to say of it."""
         if file.network:
             return AccessResult("", AccessVerdict.UNCHANGED, "a network image: access is its server's to give and take")
         try:
             rows = await self._rows(file)
-            known = await self._entry(file, rows)
+            known = await self._known(file)
+            if known is not None:
+                paths = [*(row.path for row in rows), *([at] if at else [])]
+                reused = await self._is_reused(known, paths)
+                gone = await self._forget(known, trigger) if reused else None
+                if gone is not None and not paths:
+                    return gone
+                if reused or (reused is None and await self._seems_another(known, paths, needed=bool(rows))):
+                    known = None
         except JobError as error:
             if strict:
                 raise
@@ -228,7 +244,7 @@ class Ledger:
             if strict:
                 raise
             # What was written down before it was to be done must not be forgotten: it may have been done.
-            latest = next(iter(await self._store.access_files([file])), was)
+            latest = await self._known(file) or was
             finding = _Finding(replace(latest, verdict=AccessVerdict.PENDING, reason=error.message, holders=()), None)
             log.warning("access is pending", extra={"fields": {"path": was.path, "error": error.message}})
         return await self._record(was, finding, trigger)
@@ -243,17 +259,30 @@ class Ledger:
             await self._store.delete_row(row.id)
         return [row for row in rows if row not in stale]
 
-    async def _entry(self, file: FileId, rows: Sequence[AccessRow]) -> AccessFile | None:
-        """What was done to the file; nothing, when that was a deleted file whose inode number is used again."""
-        found = next(iter(await self._store.access_files([file])), None)
-        if found is not None and rows and await self._threads.run(file, functools.partial(self._was_another, found)):
-            return None
-        return found
+    async def _known(self, file: FileId) -> AccessFile | None:
+        """What was done to the file that has this number, or to a deleted one that had it."""
+        return next(iter(await self._store.access_files([file])), None)
 
-    def _was_another(self, entry: AccessFile) -> bool:
-        if self._files.held(entry.file) is not None or not is_former(entry.path, entry.file):
+    async def _is_reused(self, entry: AccessFile, paths: Sequence[str]) -> bool | None:
+        """Whether the entry is a deleted file's, whose inode number another one has by now; None when nothing tells."""
+        if self._files.held(entry.file) is not None:
             return False
-        return not still_has(entry)
+        return await self._threads.run(entry.file, lambda: is_reused(entry, paths))
+
+    async def _seems_another(self, entry: AccessFile, paths: Sequence[str], *, needed: bool) -> bool:
+        """The same without a birth to go by. What we gave it proves a file that is found by another name; and what is
+        still to be taken back is not let go of because its file cannot be found."""
+        if not paths or ((entry.mode or entry.labels) and not needed):
+            return False
+        return await self._threads.run(entry.file, lambda: is_former(entry.path, entry.file) and not still_has(entry))
+
+    async def _forget(self, entry: AccessFile, trigger: str) -> AccessResult | None:
+        """The entry's file was deleted: told, unless its end was told before, and remembered no longer."""
+        told = None
+        if entry.verdict != AccessVerdict.REVOKED:
+            told = await self._record(entry, self._gone(entry), trigger)
+        await self._store.forget_access_file(entry.file)
+        return told
 
     def _is_stale(self, row: AccessRow, *, alone: bool) -> bool:
         """Whether the image was deleted, or the row tells of a deleted file: inode numbers are used again. One that is
@@ -265,8 +294,7 @@ class Ledger:
         return is_former(row.path, row.file) and (os.path.lexists(row.path) or not alone)
 
     async def _nothing_to_do(self, known: AccessFile | None) -> AccessResult:
-        """What was proven once may have changed: somebody else gave access, or another file has that inode number
-        by now."""
+        """What was proven once may have changed: somebody else gave access."""
         if self._subject.own:
             return AccessResult(known.path if known else "", AccessVerdict.KEPT, self._own_reason)
         if known is None:
@@ -406,7 +434,7 @@ class Ledger:
             with self._files.opened(was) as fd:
                 if was.mode:
                     self._grants.undo(fd, was)
-                gone = bool(was.labels) and (os.fstat(fd).st_nlink == 0 or owner.is_later(fd, was.born))
+                gone = bool(was.labels) and os.fstat(fd).st_nlink == 0
                 reason = None if gone else obstacle or self._grants.still_open(fd)
         except FileNotFoundError:
             return self._not_found(was, trigger)
@@ -428,10 +456,13 @@ class Ledger:
         reason = f"it is not in its folder; if it was moved, {what} went with it"
         told = was.verdict == AccessVerdict.KEPT and was.reason != reason  # that it stays open, before it went
         if trigger == "operator" or not (was.mode or (was.labels and not told)):
-            gone = replace(cleared(was), verdict=AccessVerdict.REVOKED, labels=(), taken=None, holders=())
-            entry = replace(gone, reason="the file is gone")
-            return _Finding(entry, GrantEventKind.REVOKED)
+            return self._gone(was)
         return _Finding(replace(was, verdict=AccessVerdict.KEPT, reason=reason, holders=()), GrantEventKind.KEPT)
+
+    def _gone(self, was: AccessFile) -> _Finding:
+        """What was given, or libvirt's, went with the file."""
+        gone = replace(cleared(was), verdict=AccessVerdict.REVOKED, labels=(), taken=None, holders=())
+        return _Finding(replace(gone, reason="the file is gone"), GrantEventKind.REVOKED)
 
     async def _protector(self, entry: AccessFile) -> str | None:
         """Which setting of access.protected keeps the file."""
@@ -459,5 +490,6 @@ class Ledger:
         file, uids = entry.file, None if entry.labels else [self._subject.uid]
         others = {pid for pid, inodes in self._daemons().items() if file.ino not in inodes}
         skip = {os.getpid(), *others}
-        search = functools.partial(holders.find_open, [file], uids=uids, skip_pids=skip)
+        made = {} if entry.born is None else {file: entry.born}
+        search = functools.partial(holders.find_open, [file], uids=uids, skip_pids=skip, made=made)
         return (await self._threads.run(file, search))[file]

@@ -11,13 +11,11 @@ obstacle, a sentence for people, and the file stays as it is: its ownership is l
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import grp
 import os
 import pwd
 import stat
-import struct
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -33,29 +31,10 @@ MOST_LABELS = 16
 """Labels of one file that are remembered, the newest: domains may have labels of their own."""
 
 
-AT_EMPTY_PATH, STATX_BTIME, BTIME_OFFSET = 0x1000, 0x800, 80  # statx(2)
-
-
 def of(fd: int) -> Label:
     """Who has the file. Any descriptor will do, also an O_PATH one."""
     found = os.fstat(fd)
     return Label(found.st_uid, found.st_gid)
-
-
-def born(fd: int) -> int | None:
-    """When the inode was made, in ns since 1970; None where the file system does not say (statx(2))."""
-    found = ctypes.create_string_buffer(256)
-    if ctypes.CDLL(None).statx(fd, b"", AT_EMPTY_PATH, STATX_BTIME, found) != 0:
-        return None
-    (mask,) = struct.unpack_from("=I", found)
-    seconds, nanoseconds = struct.unpack_from("=qI", found, BTIME_OFFSET)
-    return int(seconds) * 10**9 + int(nanoseconds) if mask & STATX_BTIME else None
-
-
-def is_later(fd: int, when: int | None) -> bool:
-    """Whether this is not the file that was made at that time, but a later one: inode numbers are used again, and an
-    image that is made anew in the place of a deleted one often has the same."""
-    return when is not None and born(fd) != when
 
 
 def parse(text: str) -> Label:

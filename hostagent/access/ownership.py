@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from hostagent.access import acl, owner
+from hostagent.access.birth import born
 from hostagent.access.files import Files, is_former
 from hostagent.records import AccessFile, Label, Taken
 from jobs.errors import JobError
@@ -26,9 +27,7 @@ class Ownership:
     def note(self, entry: AccessFile, labels: Sequence[Label]) -> AccessFile:
         """The entry of a file that domains with these labels need, with the owner that it has without them."""
         with self._files.grasped(entry) as handle:
-            if owner.is_later(handle, entry.born):
-                entry = replace(entry, labels=(), owner=None)
-            return replace(owner.noted(entry, owner.of(handle), labels), born=owner.born(handle))
+            return replace(owner.noted(entry, owner.of(handle), labels), born=born(handle))
 
     def protector(self, entry: AccessFile, protected: Collection[str]) -> str | None:
         """Which of the protected files and folders keeps the file."""
@@ -44,8 +43,6 @@ class Ownership:
         with self._files.opened(was) as fd:
             if not held and is_former(was.path, was.file):  # an inode number alone is no proof: they are used again
                 return f"a file with its inode number goes by another name now, {acl.name(fd)}: chown it yourself"
-            if owner.is_later(fd, was.born):
-                return None
             return owner.plan(fd, was, uid=self._uid, unknown=self._unknown, manage_shared=self._manage_shared)
 
     def change(self, entry: AccessFile, was: Label, now: Label) -> None:
@@ -55,18 +52,18 @@ class Ownership:
 
     def check_undo(self, entry: AccessFile, taken: Taken) -> None:
         """Refuse an undo on what is another file, or somebody else's, by now: image_changed, conflict."""
-        former = is_former(entry.path, entry.file)
-        if not former:
+        try:
+            if is_former(entry.path, entry.file):
+                raise FileNotFoundError(entry.path)
             with self._files.grasped(entry) as handle:
-                former = owner.is_later(handle, entry.born)
-        if former:
+                here = owner.of(handle)
+        except FileNotFoundError:
             raise JobError(
                 "image_changed",
                 f"{entry.path!r} is not the file any more that it was",
                 field="path",
                 value=entry.path,
                 remedy="see who moved or replaced it; chown it by hand",
-            )
-        with self._files.grasped(entry) as handle:
-            if (here := owner.of(handle)) not in (taken.was, taken.now):
-                raise owner.changed(entry.path, here)
+            ) from None
+        if here not in (taken.was, taken.now):
+            raise owner.changed(entry.path, here)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_ledger import USER, Host, Play, identity, need, play, verdict
 from test_owner import ALICE, DB, LIBVIRT, ROOT, WEB, drop, entry_of, hold, owned, pulled, relabel
+from test_reused_inodes import successor
 
-from hostagent.access import owner
 from hostagent.access.prober import Prober
 from hostagent.records import Label, Use
 from jobs.errors import JobError
@@ -34,29 +34,18 @@ def given_user(tmp_path: Path, guest: Prober) -> Play:
     return lambda scenario, **kind: play(tmp_path, guest, scenario, **kind)
 
 
-def made_anew(host: Host, file: Path, of: Label) -> Path:
-    """Another file in the place of this one, with its inode number; the test is skipped where that cannot be had."""
-    was = identity(file)
-    fd = os.open(file, os.O_PATH)
-    knows = owner.born(fd) is not None
-    os.close(fd)
-    if not knows:
-        pytest.skip("this file system does not say when a file was made")
-    file.unlink()
-    for n in range(200):
-        other = host.file(f"new{n}")
-        if identity(other) == was:
-            other.rename(file)
-            relabel(file, of)
-            return file
-    pytest.skip("this file system does not use an inode number again so soon")
+def made_anew(file: Path, of: Label) -> Path:
+    """Another file in the place of this one, with its inode number."""
+    successor(file, file)
+    relabel(file, of)
+    return file
 
 
 def test_the_owner_of_a_deleted_file_is_not_the_one_of_its_successor(given_user: Play) -> None:
     async def scenario(host: Host) -> None:
         file = host.file("base")
         await pulled(host, file)
-        made_anew(host, file, LIBVIRT)
+        made_anew(file, LIBVIRT)
         await hold(host, WEB, file)
         assert (await entry_of(host, file)).owner is None
         assert (await drop(host)).verdict is AccessVerdict.REVOKED
@@ -81,7 +70,7 @@ def test_a_file_that_was_made_after_the_last_domain_is_not_taken(given_user: Pla
     async def scenario(host: Host) -> None:
         file = host.file("base")
         await pulled(host, file)
-        made_anew(host, file, LIBVIRT)
+        made_anew(file, LIBVIRT)
         assert (await drop(host)).verdict is AccessVerdict.REVOKED
         assert owned(file) == LIBVIRT
 
@@ -93,7 +82,7 @@ def test_an_undo_does_not_give_a_later_file_to_guests(given_user: Play) -> None:
         file = host.file("base")
         await pulled(host, file)
         await drop(host)
-        made_anew(host, file, ALICE)
+        made_anew(file, ALICE)
         with pytest.raises(JobError) as refused:
             await host.ledger.undo(identity(file))
         assert (refused.value.code, owned(file), host.can(file)) == ("image_changed", ALICE, False)

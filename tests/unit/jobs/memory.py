@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from events.model import Event, JobEvent
 from jobs.errors import JobError
@@ -72,10 +72,14 @@ class FakeAccess:
 
     def __init__(self) -> None:
         self.asked: list[tuple[tuple[FileId, ...], str]] = []
+        self.found_at: dict[FileId, str] = {}
         self.verdicts: dict[FileId, AccessVerdict] = {}
 
-    async def converge(self, files: Sequence[FileId], *, trigger: str) -> dict[FileId, AccessResult]:
+    async def converge(
+        self, files: Sequence[FileId], *, trigger: str, at: Mapping[FileId, str] | None = None
+    ) -> dict[FileId, AccessResult]:
         self.asked.append((tuple(files), trigger))
+        self.found_at |= at or {}
         await asyncio.sleep(0)
         return {file: AccessResult(str(file), self.verdicts.get(file, AccessVerdict.REVOKED)) for file in files}
 

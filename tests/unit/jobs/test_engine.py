@@ -30,6 +30,7 @@ def test_a_pull_runs_to_its_proof_and_gives_up_what_the_chain_lost() -> None:
         assert (ended.state, ended.error, ended.revocation) == (State.COMPLETED, None, Revocation.DONE)
         assert ended.cursor == Cursor(agent.driver.size, agent.driver.size)
         assert ended.revoked == ("/top.1", "/top.2")
+        assert agent.access.found_at == {layer.file: layer.path for layer in chain.layers[1:]}
         assert agent.driver.images["/top"].backing is None
         assert not agent.driver.images["/top"].users
         (_, change) = agent.store.finishes[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -112,9 +113,10 @@ def on_a_rig(test: Callable[[Any, Rig], Coroutine[Any, Any, None]]) -> Callable[
     return play
 
 
-class DriverSuite:
+class DriverSuite(ABC):
+    @abstractmethod
     def rig(self, folder: Path) -> AbstractAsyncContextManager[Rig]:
-        raise NotImplementedError
+        """A fresh host, and the driver on it."""
 
     # Before the job
 

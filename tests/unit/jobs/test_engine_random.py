@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import random
 from dataclasses import replace
@@ -13,18 +12,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jobs.errors import JobError
 from jobs.machine import TRANSITIONS
 from jobs.model import Completion, Holder, Job, Operation, Revocation, State
 from tests.unit.jobs.agent_in_memory import QUICK, Agent, run
 from tests.unit.jobs.fake_driver import MIB
+from tests.unit.jobs.stories import FAULTS, Step, Story
 
 WIDTH = 2
 IMAGES = ("/a", "/b", "/c")
 ALLOWED = {"conflict", "busy", "limit", "timeout", "unresponsive", "store_full"}  # the engine's own refusals
 CHANGED = {"invalid"}  # a plan for a chain that another job changed meanwhile
 PASSED_ON = {"storage_daemon_died", "job_failed", "io_error"}  # what the driver said to a request
-FAULTS = ("unresponsive", "die", "io_error")
 KINDS = ("pull", "step", "copy", "copy pivot", "copy finish", "over pivot", "commit", "commit pivot", "commit finish")
 KINDS += ("below",)
 ENDS = {"pivot": Completion.PIVOT, "finish": Completion.FINISH}
@@ -44,73 +42,39 @@ fault = st.tuples(
     st.integers(0, 3),
 )
 sequences = st.lists(st.one_of(on_image, on_image, on_agent, fault), min_size=3, max_size=30)
-Step = tuple[str, str, int]
 
 
-class Story:
-    """Plays a sequence, then lets everything come right and judges what happened."""
+class JobStory(Story):
+    """Single jobs on a few images."""
 
     def __init__(self, agent: Agent) -> None:
-        self.agent = agent
+        super().__init__(agent)
         self.chains = {path: agent.driver.image(path, depth=3) for path in IMAGES}
         self.jobs: dict[str, Job] = {}
-        self.numbers = itertools.count()
-        self.faults: dict[tuple[str, str], str] = {}
         self.lives: list[dict[str, list[Job]]] = []
-        agent.driver.fault = self.strike
 
-    def strike(self, call: str, job: Job) -> None:
-        """The fault that was ordered for the next such call."""
-        path = job.before.top.path
-        what = self.faults.pop((call, path), None)
-        if what == "die":
-            self.agent.driver.die(path)
-            raise JobError("storage_daemon_died", "killed")
-        if what == "unresponsive":
-            self.agent.driver.silence(path)
-            raise JobError("unresponsive", "no answer")
-        if what == "io_error":
-            raise JobError("io_error", "Input/output error")
-
-    async def play(self, steps: list[Step]) -> None:
-        for what, path, pause in steps:
-            with contextlib.suppress(TimeoutError):
-                try:
-                    await self.act(what, path)
-                except JobError as error:
-                    allowed = ALLOWED | PASSED_ON | (CHANGED if what in KINDS else set())
-                    assert error.code in allowed, (what, error.code, error.message)
-            await asyncio.sleep(pause / 1000)
+    def allowed(self, what: str) -> set[str]:
+        return ALLOWED | PASSED_ON | (CHANGED if what in KINDS else set())
 
     async def act(self, what: str, path: str) -> None:
+        if what == "crash":
+            self.lives.append(self.agent.seen)
+        await super().act(what, path)
+
+    async def request(self, what: str, path: str) -> None:
         agent, engine = self.agent, self.agent.engine
         job = self.jobs.get(path)
-        if " in " in what:
-            kind, _, call = what.partition(" in ")
-            self.faults[call, path] = kind
-        elif what in KINDS:
-            async with asyncio.timeout(0.05):
-                self.jobs[path] = await agent.pull(path, **self.asked(what, path))
+        if what in KINDS:
+            self.jobs[path] = await agent.pull(path, **self.asked(what, path))
         elif what == "retry" and job:
-            async with asyncio.timeout(0.05):
-                same, created = await engine.create(job.spec, job.id)
-                assert (same.id, created) == (job.id, False)
-        elif what == "crash":
-            self.lives.append(agent.seen)
-            await agent.crash()
-        elif what in ("fill", "empty"):
-            agent.store.full = what == "fill"
-        elif what.startswith("hints "):
-            agent.hints = what == "hints found"
+            same, created = await engine.create(job.spec, job.id)
+            assert (same.id, created) == (job.id, False)
         elif what == "hint all":
             thrice = list(self.jobs.values()) * 3
             for one in random.Random(1).sample(thrice, k=len(thrice)):  # again and out of order
                 engine.hint(one.id)
-        elif what in ("silence", "heal", "die"):
-            getattr(agent.driver, what)(path)
         elif job is not None:
-            async with asyncio.timeout(0.05):
-                await self.ask(what, job)
+            await self.ask(what, job)
 
     def asked(self, kind: str, path: str) -> dict[str, Any]:
         """What a job of this kind is asked to do."""
@@ -147,27 +111,11 @@ class Story:
             await getattr(engine, what)(job.id)
 
     async def come_right(self) -> None:
-        """Storage answers, the store has room, nobody is in the way: every job must come to an end."""
-        agent = self.agent
-        self.faults.clear()
-        agent.store.full = False
-        for path in IMAGES:
-            agent.driver.heal(path)
-        async with asyncio.timeout(5):
-            while agent.engine._actors:
-                for job in agent.engine.active():
-                    with contextlib.suppress(JobError):
-                        if job.state is State.PAUSED:
-                            await agent.engine.resume(job.id)
-                        elif job.state is State.WAITING:
-                            await agent.engine.next(job.id, job.cursor.cur)
-                        elif job.state is State.READY:
-                            await agent.engine.complete(job.id, Completion.PIVOT)
-                await asyncio.sleep(0.001)
-        self.lives.append(agent.seen)
+        await super().come_right()
+        self.lives.append(self.agent.seen)
 
     async def judge(self) -> None:
-        store, driver = self.agent.store, self.agent.driver
+        store = self.agent.store
         for job in store.jobs.values():
             self.judge_outcome(job)
             self.judge_access(job)
@@ -175,8 +123,7 @@ class Story:
             for values in life.values():
                 judge_life(values)
         assert len(self.agent.counts.finished) <= len(store.jobs)
-        assert all(not image.users and image.daemon is None for image in driver.images.values())
-        assert [name for name in driver.names if ".part-" in name] == []
+        self.judge_rest()
         await self.judge_slots()
 
     def judge_outcome(self, job: Job) -> None:
@@ -240,7 +187,7 @@ def judge_life(values: list[Job]) -> None:
 def tell(steps: list[Step]) -> None:
     async def scenario(agent: Agent) -> None:
         agent.driver.pace = 6 * MIB
-        story = Story(agent)
+        story = JobStory(agent)
         await story.play(steps)
         await story.come_right()
         await story.judge()

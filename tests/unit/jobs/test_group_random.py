@@ -3,26 +3,22 @@ group complete or none, it is never said of one too early, and in the end nothin
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import itertools
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jobs.errors import JobError
 from jobs.model import Completion, Job, JobSpec, Operation, State
 from tests.unit.jobs.agent_in_memory import QUICK, Agent, run
 from tests.unit.jobs.fake_driver import MIB
 from tests.unit.jobs.groups import judge
+from tests.unit.jobs.stories import FAULTS, Step, Story
 
 WIDTH = 3
 DISKS = ("/a", "/b", "/c")
 CALLS = ("prepare", "start", "start done", "harden", "harden done", "name", "name done", "complete", "complete done")
 CALLS += ("seal", "seal done", "discard", "discard done", "conclude", "drop", "cancel", "leave")
-FAULTS = ("unresponsive", "die", "io_error")
 ASKS = ("abort", "force", "pause", "resume", "pivot", "finish", "delete", "silence", "heal", "die", "take name")
 ON_AGENT = ("crash", "crash", "fill", "empty", "hints lost", "hints found", "retry", "sleep", "single")
 KINDS = ("new pivot", "new finish", "new", "over pivot", "over finish")
@@ -41,21 +37,17 @@ acts = st.tuples(st.lists(fault, max_size=2), group, st.lists(st.one_of(on_disk,
 sequences = st.lists(acts, min_size=1, max_size=4).map(
     lambda found: [step for before, begun, after in found for step in (*before, begun, *after)]
 )
-Step = tuple[str, str, int]
 
 
-class Story:
-    """Plays a sequence, then lets everything come right and judges what happened."""
+class GroupStory(Story):
+    """Groups of copies, and a single job beside them."""
 
     def __init__(self, agent: Agent) -> None:
-        self.agent = agent
+        super().__init__(agent)
         for path in (*DISKS, "/single"):
             agent.driver.image(path, depth=2)
         self.groups: list[tuple[list[JobSpec], list[Job]]] = []
         self.deleted: dict[str, Job] = {}
-        self.numbers = itertools.count()
-        self.faults: dict[tuple[str, str], str] = {}
-        agent.driver.fault = self.strike
         judged = agent.store.recorded
 
         def recorded(job: Job) -> None:
@@ -73,54 +65,22 @@ class Story:
             if not other.decided:
                 self.agent.broken.append(f"{job.id} is completed, and {one} is {other.state} and undecided")
 
-    def strike(self, call: str, job: Job) -> None:
-        path = job.before.top.path
-        what = self.faults.pop((call, path), None)
-        if what == "die":
-            self.agent.driver.die(path)
-            raise JobError("storage_daemon_died", "killed")
-        if what == "unresponsive":
-            self.agent.driver.silence(path)
-            raise JobError("unresponsive", "no answer")
-        if what == "io_error":
-            raise JobError("io_error", "Input/output error")
+    def allowed(self, what: str) -> set[str]:
+        return ALLOWED
 
-    async def play(self, steps: list[Step]) -> None:
-        for what, path, pause in steps:
-            with contextlib.suppress(TimeoutError):
-                try:
-                    await self.act(what, path)
-                except JobError as error:
-                    assert error.code in ALLOWED, (what, error.code, error.message)
-            await asyncio.sleep(pause / 1000)
-
-    async def act(self, what: str, path: str) -> None:
+    async def request(self, what: str, path: str) -> None:
         agent, engine = self.agent, self.agent.engine
         job = self.job_on(path)
-        if " in " in what:
-            kind, _, call = what.partition(" in ")
-            self.faults[call, path] = kind
-        elif what in KINDS:
+        if what in KINDS:
             await self.begin(what)
-        elif what == "crash":
-            await agent.crash()
-        elif what in ("fill", "empty"):
-            agent.store.full = what == "fill"
-        elif what.startswith("hints "):
-            agent.hints = what == "hints found"
-        elif what in ("silence", "heal", "die"):
-            getattr(agent.driver, what)(path)
         elif what == "single":
-            async with asyncio.timeout(0.05):
-                await agent.pull("/single")
+            await agent.pull("/single")
         elif what == "retry" and self.groups:
             specs, jobs = self.groups[-1]
-            async with asyncio.timeout(0.05):
-                if not self.deleted:
-                    assert not (await engine.create_group(specs, jobs[0].group and jobs[0].group.id))[1]
+            if not self.deleted:
+                assert not (await engine.create_group(specs, jobs[0].group and jobs[0].group.id))[1]
         elif job is not None:
-            async with asyncio.timeout(0.05):
-                await self.ask(what, job)
+            await self.ask(what, job)
 
     def job_on(self, path: str) -> Job | None:
         if not self.groups or not path:
@@ -147,9 +107,8 @@ class Story:
             for spec in asked:
                 assert spec.dest is not None
                 self.agent.driver.file(spec.dest)
-        async with asyncio.timeout(0.05):
-            jobs, _ = await self.agent.engine.create_group(asked)
-            self.groups.append((asked, jobs))
+        jobs, _ = await self.agent.engine.create_group(asked)
+        self.groups.append((asked, jobs))
 
     async def ask(self, what: str, job: Job) -> None:
         engine = self.agent.engine
@@ -167,31 +126,14 @@ class Story:
         else:
             await getattr(engine, what)(job.id)
 
-    async def come_right(self) -> None:
-        agent = self.agent
-        self.faults.clear()
-        agent.store.full = False
-        for path in agent.driver.images:
-            agent.driver.heal(path)
-        async with asyncio.timeout(5):
-            while agent.engine._actors:
-                for job in agent.engine.active():
-                    with contextlib.suppress(JobError):
-                        if job.state is State.PAUSED:
-                            await agent.engine.resume(job.id)
-                        elif job.state is State.READY:
-                            await agent.engine.complete(job.id, Completion.PIVOT)
-                await asyncio.sleep(0.001)
-
     def judge(self) -> None:
-        store, driver = self.agent.store, self.agent.driver
+        store = self.agent.store
         ids = {job.group.id for job in store.jobs.values() if job.group}
         for one in ids:
             jobs = [job for job in (*store.jobs.values(), *self.deleted.values()) if job.group and job.group.id == one]
             judge(self.agent, jobs)
             assert len(jobs) == len(jobs[0].group.jobs if jobs[0].group else ())
-        assert all(not image.users and image.daemon is None for image in driver.images.values())
-        assert [name for name in driver.names if ".part-" in name] == []
+        self.judge_rest()
         assert self.agent.engine._groups == {}
 
     async def judge_slots(self) -> None:
@@ -208,7 +150,7 @@ class Story:
 def tell(steps: list[Step]) -> None:
     async def scenario(agent: Agent) -> None:
         agent.driver.pace = 12 * MIB
-        story = Story(agent)
+        story = GroupStory(agent)
         await story.play(steps)
         await story.come_right()
         story.judge()

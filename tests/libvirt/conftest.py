@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB, overlay, raw_image, reachable
+from tests.harness import MIB, AgentProcess, overlay, raw_image, reachable
 from tests.libvirt.private import PrivateLibvirt, missing
+from tests.qemu.faults import HASTE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +27,20 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateLibvirt]
     """The module's libvirtd. A test that ends it gets it back by `libvirt`."""
     home = tmp_path_factory.mktemp("libvirt")
     with reachable(home), PrivateLibvirt(home) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def module_agent(tmp_path_factory: pytest.TempPathFactory, daemon: PrivateLibvirt) -> Iterator[AgentProcess]:
+    """The module's agent, which looks after that libvirtd's guests."""
+    home = tmp_path_factory.mktemp("agent")
+    settings = {
+        **HASTE,
+        "LIBVIRT_URI": daemon.uri,
+        "LIBVIRT_RECONNECT_WAIT": "0.1",
+        "LIBVIRT_RECONNECT_WAIT_MAX": "0.5",
+    }
+    with reachable(home), AgentProcess(home, settings) as process:
         yield process
 
 

@@ -5,28 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness import AgentProcess, ApiError, Json, overlay, reachable, same_content
+from tests.harness import AgentProcess, ApiError, Json, overlay, same_content
 from tests.libvirt.private import PrivateLibvirt, until
 from tests.qemu.faults import HASTE
 
 
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory, daemon: PrivateLibvirt) -> Iterator[AgentProcess]:
-    home = tmp_path_factory.mktemp("agent")
-    settings = {
-        **HASTE,
-        "LIBVIRT_URI": daemon.uri,
-        "LIBVIRT_RECONNECT_WAIT": "0.1",
-        "LIBVIRT_RECONNECT_WAIT_MAX": "0.5",
-    }
-    with reachable(home), AgentProcess(home, settings) as process:
-        yield process
+@pytest.fixture
+def agent(module_agent: AgentProcess) -> AgentProcess:
+    return module_agent
 
 
 @pytest.fixture

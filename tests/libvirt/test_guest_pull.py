@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,30 +20,15 @@ from tests.harness import (
     check_clean,
     overlay,
     raw_image,
-    reachable,
     same_content,
     sound,
 )
 from tests.libvirt import pattern
 from tests.libvirt.guest import Guest
 from tests.libvirt.private import PrivateLibvirt, until
-from tests.qemu.faults import HASTE
 
 SLOW = MIB
 """Bytes per second at which a pull of the test's disks still runs when it is looked at."""
-
-
-@pytest.fixture(scope="module")
-def module_agent(tmp_path_factory: pytest.TempPathFactory, daemon: PrivateLibvirt) -> Iterator[AgentProcess]:
-    home = tmp_path_factory.mktemp("agent")
-    settings = {
-        **HASTE,
-        "LIBVIRT_URI": daemon.uri,
-        "LIBVIRT_RECONNECT_WAIT": "0.1",
-        "LIBVIRT_RECONNECT_WAIT_MAX": "0.5",
-    }
-    with reachable(home), AgentProcess(home, settings) as process:
-        yield process
 
 
 @pytest.fixture

@@ -220,24 +220,23 @@ class Ledger:
         take: there is nothing to do here, and nothing to say of it."""
         if file.network:
             return AccessResult("", AccessVerdict.UNCHANGED, "a network image: access is its server's to give and take")
+        rows: list[AccessRow] = []
+        known = gone = None
         try:
             rows = await self._rows(file)
             known = await self._known(file)
-            if known is not None:
-                paths = [*(row.path for row in rows), *([at] if at else [])]
-                reused = await self._is_reused(known, paths)
-                gone = await self._forget(known, trigger) if reused else None
-                if gone is not None and not paths:
-                    return gone
-                if reused or (reused is None and await self._seems_another(known, paths, needed=bool(rows))):
-                    known = None
+            entry, gone = await self._judged(known, rows, at, trigger) if known else (None, None)
         except JobError as error:
             if strict:
                 raise
-            return AccessResult("", AccessVerdict.PENDING, error.message)
-        if not rows and (known is None or known.verdict == AccessVerdict.REVOKED):
-            return await self._nothing_to_do(known)
-        was = known or self._blank(file, rows[-1].path)
+            if known is None or rows or known.verdict == AccessVerdict.REVOKED:
+                return AccessResult("", AccessVerdict.PENDING, error.message)
+            return await self._record(known, self._pending(known, error), trigger)
+        if gone is not None and not rows and at is None:
+            return gone
+        if not rows and (entry is None or entry.verdict == AccessVerdict.REVOKED):
+            return await self._nothing_to_do(entry)
+        was = entry or self._blank(file, rows[-1].path)
         try:
             finding = await self._grant(was, rows) if rows else await self._revoke(was, trigger)
         except JobError as error:
@@ -245,9 +244,24 @@ class Ledger:
                 raise
             # What was written down before it was to be done must not be forgotten: it may have been done.
             latest = await self._known(file) or was
-            finding = _Finding(replace(latest, verdict=AccessVerdict.PENDING, reason=error.message, holders=()), None)
-            log.warning("access is pending", extra={"fields": {"path": was.path, "error": error.message}})
+            finding = self._pending(latest, error)
         return await self._record(was, finding, trigger)
+
+    def _pending(self, was: AccessFile, error: JobError) -> _Finding:
+        log.warning("access is pending", extra={"fields": {"path": was.path, "error": error.message}})
+        return _Finding(replace(was, verdict=AccessVerdict.PENDING, reason=error.message, holders=()), None)
+
+    async def _judged(
+        self, known: AccessFile, rows: Sequence[AccessRow], at: str | None, trigger: str
+    ) -> tuple[AccessFile | None, AccessResult | None]:
+        """The entry, if it is the file's that has the number now, and else what there is to tell of the deleted one."""
+        paths = [*(row.path for row in rows), *([at] if at else [])]
+        reused = await self._is_reused(known, paths)
+        if reused:
+            return None, await self._forget(known, trigger)
+        if reused is None and await self._seems_another(known, paths, needed=bool(rows)):
+            return None, None
+        return known, None
 
     async def _rows(self, file: FileId) -> list[AccessRow]:
         """The file's rows, oldest first, without those of images that are gone, or stood on a file which is gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_ledger import JOB, USER, Host, Play, identity, look, opened_by_guest, play, verdict
 
-from hostagent.access import holders
+from hostagent.access import holders, ledger
 from hostagent.access.birth import born, is_later
 from hostagent.access.prober import Prober
 from jobs.model import FileId, Holder
@@ -157,6 +158,29 @@ def test_a_file_that_was_moved_to_another_folder_is_the_same(given_user: Play) -
         await host.acquire(OTHER, (moved, "r"))
         assert verdict(await host.release(OTHER)) is AccessVerdict.REVOKED
         assert (look(moved), host.can(moved)) == (before, False)
+
+    given_user(scenario)
+
+
+def test_storage_that_does_not_say_leaves_the_revocation_owed_and_told(
+    given_user: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(host: Host) -> None:
+        file = host.file("disk")
+        await host.acquire(JOB, (file, "r"))
+        await host.store.release(JOB)
+        host.restart()
+
+        def broken(*_: object) -> bool:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger, "is_reused", broken)
+            assert verdict(await host.ledger.converge_all(trigger="start")) is AccessVerdict.PENDING
+        pending, since, _ = await host.store.access_gauges()
+        assert pending == 1 and since is not None
+        assert verdict(await host.ledger.converge_all(trigger="timer")) is AccessVerdict.REVOKED
+        assert not host.can(file)
 
     given_user(scenario)
 

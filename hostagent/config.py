@@ -264,6 +264,13 @@ class Jobs:
         1.0, "Seconds until an outcome that could not be read is tried again.", low=0.1, high=60
     )
     settle_retry_max: float = setting(30.0, "The retry's wait doubles up to this many seconds.", low=0.1, high=3600)
+    end_retries: int = setting(
+        3,
+        "Times that QEMU is asked again for the end of a copy whose group is decided, each after `settle_retry`. If it "
+        "still refuses the pivot, that job fails with `pivot_refused` and keeps its copy, which is whole.",
+        low=0,
+        high=1000,
+    )
 
 
 @dataclass(frozen=True, slots=True)

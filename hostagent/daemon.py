@@ -337,6 +337,7 @@ class Agent:
                 abort_timeout=jobs.abort_timeout,
                 settle_retry=jobs.settle_retry,
                 settle_retry_max=jobs.settle_retry_max,
+                end_retries=jobs.end_retries,
                 request_timeout=jobs.start_timeout,
             ),
             changed=self._job_changed,

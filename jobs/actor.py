@@ -25,7 +25,7 @@ from jobs.model import Completion, Failure, Job, State
 from jobs.outcome import failure_of
 from jobs.ports import Contact, Observation, Phase
 from jobs.progress import View
-from jobs.settle import again, decide
+from jobs.settle import again, decide, pivot_refused
 from jobs.world import World
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class Actor:
         self._keeper = Keeper(world, job, group.look) if group else Keeper(world, job)
         self._inbox = Inbox()
         self._has_slot = False
+        self._refused = 0  # times that the end of a decided member was
         self._end: Observation | None = None  # the look that found the job ended, until it is judged
 
     @property
@@ -288,8 +289,8 @@ class Actor:
         elif self._group is not None and self.job.sealed is not None and not self.job.decided:
             await self._until_decided(self._group)
             return
-        elif self.job.completion is not None:
-            await self._ask_for_the_end()
+        elif self.job.completion is not None and not await self._ask_for_the_end():
+            return
         while not self.job.state.terminal:
             seen = await self._sealed(self._end or await self._w.driver.observe(self.job))
             self._end = None
@@ -309,8 +310,8 @@ class Actor:
                 await self._request(message)
                 if (self.job.state is State.ABORTING or message.ask is Ask.FAIL) and not to_cancel:
                     return  # and in again, to ask for that
-            elif seen.phase is Phase.READY and not to_cancel:
-                await self._ask_for_the_end()  # again: it may not have listened
+            elif seen.phase is Phase.READY and not to_cancel and not await self._ask_for_the_end():
+                return  # it was asked again, for it may not have listened
 
     async def _until_decided(self, group: Together) -> None:
         """Sealed: it gets its name when all are, and waits until all have theirs. Until then it can be taken back."""
@@ -340,12 +341,23 @@ class Actor:
             return False
         return True
 
-    async def _ask_for_the_end(self) -> None:
+    async def _ask_for_the_end(self) -> bool:
+        """False when it is to be cancelled instead. Only of a decided member, which is whole: of any other job nobody
+        else depends on its end, and it is asked until somebody aborts it."""
         try:
             await self._w.driver.complete(self.job)
         except JobError as error:
-            if error.code != "storage_daemon_died":  # that is an end, too, and judged as any other
+            if error.code == "storage_daemon_died":  # that is an end, too, and judged as any other
+                return True
+            self._refused += error.code != "unresponsive"
+            if not self.job.decided or self._refused <= self._w.limits.end_retries:
                 raise
+            log.error("QEMU refuses the end", extra={"fields": {"job": self.job.id, "error": error.message}})
+            if self.job.completion is Completion.PIVOT:
+                await self._keeper.change(error=pivot_refused(self.job, error.message))
+                return False
+            await self._w.driver.cancel(self.job)
+        return True
 
     async def _sealed(self, seen: Observation) -> Observation:
         """Make sure of a result that nothing but the hypervisor's word says, once it has said it."""

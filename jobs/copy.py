@@ -20,8 +20,8 @@ def after(chain: Chain, spec: JobSpec, target: Target) -> Chain:
 
 
 def ended(job: Job, *, completed: bool) -> TargetState:
-    """What the target is worth after the job."""
+    """What the target is worth after the job; that of a decided member was whole before."""
     assert job.target is not None
-    if completed:
+    if completed or job.decided:
         return TargetState.COMPLETE
     return TargetState.DELETED if job.target.made else TargetState.UNUSABLE

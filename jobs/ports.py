@@ -135,7 +135,8 @@ class BlockDriver(Protocol):
         after `harden`. Idempotent."""
 
     async def discard(self, job: Job) -> None:
-        """Close the target of a job that did not complete, and delete it if we made it. Idempotent."""
+        """Close the target of a job that did not complete, and delete it if we made it and its group did not decide
+        that it stays. Idempotent."""
 
     async def delete_dropped(self, job: Job) -> tuple[str, ...]:
         """Delete the files that a completed job took out of the chain, as `job.spec.delete` says, but for those that

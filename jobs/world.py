@@ -21,6 +21,7 @@ class Limits:
     abort_timeout: float = 30.0
     settle_retry: float = 1.0
     settle_retry_max: float = 30.0
+    end_retries: int = 3
     request_timeout: float = 30.0
 
 

@@ -259,7 +259,7 @@ class Copy:
             place = await self._aside(_place, fd) if fd is not None else None
             await chain.close_beside()
             chain.give_up_target()
-        if job.target is not None and job.target.made:
+        if job.target is not None and job.target.made and not job.decided:
             await self._aside(_delete, job.target, job.id, place)
 
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:

@@ -6,6 +6,7 @@ target is left, and nothing else that was not there before.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qemu.qmp import QMPClient
 
 from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, check_clean, reachable, same_content
 from tests.qemu.faults import PATIENCE, ROOT, Pair, Reader, Tmpfs, eventually, send, storage_daemons
@@ -315,6 +317,65 @@ def test_a_storage_daemon_that_is_killed_fails_all_or_stops_nobody(
         assert point not in WHOLE
         assert [job["error"]["code"] for job in jobs] == ["group_failed", "storage_daemon_died", "group_failed"]
         disks.assert_not_copied(jobs)
+
+
+def test_a_member_whose_pivot_fails_after_the_decision_says_so_and_nobody_loses_a_byte(
+    agent: AgentProcess, disks: Disks
+) -> None:
+    exports = [agent.export(images.top) for images in disks.images]
+    with contextlib.ExitStack() as stack:
+        pairs = zip(exports, disks.images, strict=True)
+        readers = [stack.enter_context(Reader(export["uri"], images.truth)) for export, images in pairs]
+        group = agent.post("/v1/groups", disks.request())
+        for job in group["jobs"]:
+            agent.until(job["id"], lambda job: job["state"] == "ready")
+        odd = group["jobs"][1]["id"]
+        monitor = monitor_of(agent, daemons_of(agent, disks.images[1].top)[0])
+        agent.post(f"/v1/jobs/{odd}/complete", {"completion": "pivot"})
+        wait_for(agent, disks, "all are sealed")
+        agent.kill()
+        asyncio.run(cancelled(monitor, f"copy-{odd}"))
+        agent.start()
+        jobs = [agent.until_ended(job["id"]) for job in group["jobs"]]
+        readers.append(stack.enter_context(Reader(exports[1]["uri"], disks.images[1].truth)))
+        assert all(reader.stop() > 0 for reader in readers)
+    assert [job["state"] for job in jobs] == ["completed", "failed", "completed"]
+    assert jobs[1]["error"]["code"] == "pivot_refused"
+    assert jobs[1]["chain"]["after"] == jobs[1]["chain"]["before"]
+    assert jobs[1]["chain"]["revoked"] == []
+    for images, dest, job in zip(disks.images, disks.dests, jobs, strict=True):
+        assert job["dest"]["state"] == "complete"
+        assert same_content(dest, images.truth)
+        assert check_clean(dest)
+        assert dest.stat().st_nlink == 1
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write 0 64k", str(disks.dests[1])], check=True, timeout=PATIENCE)
+    for export in exports:
+        agent.delete(f"/v1/exports/{export['id']}")
+    assert eventually(lambda: storage_daemons(agent) == [])
+    disks.assert_sources_untouched()
+
+
+def monitor_of(agent: AgentProcess, pid: int) -> Path:
+    """The monitor's socket of this storage daemon."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return next(path for path in agent.runtime.rglob("qmp.sock") if path.parent.name.encode() in words)
+
+
+async def cancelled(monitor: Path, job: str) -> None:
+    """QEMU ends the ready job badly, as when its graph does not let it go over."""
+    client = QMPClient("test")
+    async with asyncio.timeout(PATIENCE):
+        await client.connect(str(monitor))
+        try:
+            await client.execute("job-cancel", {"id": job})
+            while True:
+                (found,) = [one for one in await client.execute("query-jobs") if one["id"] == job]
+                if found["status"] == "concluded":
+                    assert "error" in found
+                    return
+                await asyncio.sleep(0.01)
+        finally:
+            await client.disconnect()
 
 
 def daemons_of(agent: AgentProcess, image: Path) -> list[int]:

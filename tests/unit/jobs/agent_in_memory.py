@@ -76,9 +76,9 @@ class Agent:
             return
         beside = {image.daemon.beside for image in self.driver.images.values() if image.daemon}
         names = [name for name, file in self.driver.names.items() if file == target.file]
-        if completed and names != [target.path]:
+        if (completed or job.decided) and names != [target.path]:
             self.broken.append(f"the target of {job.id} has the names {names}")
-        elif not completed and (target.file in beside or (target.made and names)):
+        if not completed and (target.file in beside or (target.made and names and not job.decided)):
             self.broken.append(f"the target of {job.id}, which is {job.state}, is not discarded: {names}")
 
     async def pull(self, path: str = "/top", **values: Any) -> Job:

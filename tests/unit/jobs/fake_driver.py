@@ -326,7 +326,7 @@ class FakeDriver:
             image.daemon.blocks.pop(job.id, None)
             image.daemon.beside = None
         target = job.target
-        if target is not None and target.made:
+        if target is not None and target.made and not job.decided:
             if target.file is None or self.names.get(part_of(job)) == target.file:
                 self.names.pop(part_of(job), None)
             if self.names.get(target.path) == target.file:

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 
 from jobs.errors import JobError
-from jobs.model import Completion, Job, JobSpec, Operation, State
+from jobs.model import Completion, Job, JobSpec, Operation, State, TargetState
 from tests.unit.jobs.agent_in_memory import QUICK, Agent, run
 from tests.unit.jobs.fake_driver import MIB
-from tests.unit.jobs.groups import DISKS, GROUP, begin, ended, judge, specs, targets
+from tests.unit.jobs.fake_images import part_of
+from tests.unit.jobs.groups import DISKS, EXPORT, GROUP, begin, ended, judge, judge_chains, specs, targets
 from tests.unit.jobs.ready import FINISH, PIVOT, each_end, gate, hold, open_gates, refusal
 
 CALLS = ("prepare", "check", "start", "harden", "name", "complete", "seal", "conclude", "drop", "leave")
@@ -309,6 +310,76 @@ def test_a_daemon_that_dies_after_all_are_sealed_stops_nobody(
             await agent.crash()
         open_gates(agent)
         assert states(await ended(agent, jobs)) == [State.COMPLETED] * 3
+
+    run(scenario)
+
+
+async def refused(agent: Agent, jobs: list[Job], wrong: str) -> None:
+    """All but the second end well, and that one says what became of it; who uses the disks is where each says."""
+    done = [await agent.until_cleared(job) for job in jobs]
+    judge_chains(agent, done)
+    assert [job.error and job.error.code for job in done] == [None, "pivot_refused", None]
+    assert states(done) == [State.COMPLETED, State.FAILED, State.COMPLETED]
+    for job in done:
+        assert job.target is not None and job.target.state is TargetState.COMPLETE
+        assert agent.driver.names[job.target.path] == job.target.file  # whole, and not taken back
+        assert part_of(job) not in agent.driver.names
+    assert done[1].error is not None and wrong in done[1].error.message
+    assert EXPORT in agent.driver.images["/b"].users
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_pivot_that_ends_badly_after_the_decision_fails_that_member_alone(crash: bool) -> None:
+    async def scenario(agent: Agent) -> None:
+        gate(agent, "complete")
+        jobs = await begin(agent, completion=PIVOT)
+        for job in jobs:
+            await hold(agent, job, "complete")
+        agent.driver.external_error(jobs[1], "it does not fit")
+        if crash:
+            await agent.crash()
+        open_gates(agent)
+        await refused(agent, jobs, "it does not fit")
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_pivot_that_is_refused_after_the_decision_is_asked_for_again_and_then_given_up(crash: bool) -> None:
+    async def scenario(agent: Agent) -> None:
+        asked = []
+
+        def fault(now: str, job: Job) -> None:
+            if now == "complete" and job.before.top.path == "/b":
+                asked.append(now)
+                raise JobError("job_failed", "not now")
+
+        agent.driver.fault = fault
+        if crash:
+            gate(agent, "cancel")
+        jobs = await begin(agent, completion=PIVOT)
+        if crash:
+            await hold(agent, jobs[1], "cancel")
+            await agent.crash()
+            open_gates(agent)
+        await refused(agent, jobs, "not now")
+        assert len(asked) == 1 + agent.limits.end_retries
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_refused_finish_leaves_the_copy_complete(times: int) -> None:
+    async def scenario(agent: Agent) -> None:
+        left = [times]
+
+        def fault(now: str, job: Job) -> None:
+            if now == "complete" and job.before.top.path == "/b" and left[0]:
+                left[0] -= 1
+                raise JobError("job_failed", "not now")
+
+        agent.driver.fault = fault
+        assert states(await ended(agent, await begin(agent, completion=FINISH))) == [State.COMPLETED] * 3
 
     run(scenario)
 

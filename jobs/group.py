@@ -5,10 +5,10 @@
 A member that is in sync waits until all are. Then each target is made whole and durable where it lies, and that is
 stored (`sealed`); when all are, each gets its name; when all have theirs, the completion of all jobs is stored in one
 transaction: the decision. Only after it does the hypervisor end a job. Before it, whatever ends one member ends all,
-and names are taken back with the targets; after it every result is there, whatever becomes of its
-storage daemon. Should QEMU then refuse the pivot of a member whose storage daemon lives, that one says so (`failed`,
-pivot_refused: its copy stays, and so do those who use its disk, where they were); the others complete. So a member that has ended undecided, or that is not in the store any more, did not complete, and
-nothing else needs to be remembered over a restart.
+and names are taken back with the targets; after it every result is there, whatever becomes of its storage daemon.
+Should QEMU then refuse the pivot of a member whose storage daemon lives, that one alone says so (`failed`,
+pivot_refused): its copy stays, and so does who uses its disk, where he was. So a member that has ended undecided, or
+that is not in the store any more, did not complete, and nothing else needs to be remembered over a restart.
 
 Each job has its own writer still. Who takes part in the decision stands still for it: what a member that is named
 writes, it writes in its `turn`.

@@ -24,6 +24,7 @@ from hostagent.drivers.qsd import StorageDaemon
 from hostagent.drivers.qsd_process import Places
 from hostagent.images.chain import ChainLimits, OpenChain, open_chain
 from hostagent.nbd import network
+from hostagent.nbd.kept_targets import KeptTargets
 from hostagent.nbd.prepared import Apart, Key, Leasing, PreparedChain
 from hostagent.nbd.uri import server_of
 from hostagent.nbd.uri_leases import UriLeases
@@ -89,6 +90,7 @@ class Chains:
     def __init__(self, settings: Settings, store: DaemonStore, leasing: Leasing, clock: Clock) -> None:
         self.settings = settings
         self.leasing = leasing
+        self.kept = KeptTargets(leasing)
         self.uris = UriLeases(self.users_of)
         self._store = store
         self._clock = clock

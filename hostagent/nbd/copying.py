@@ -162,7 +162,9 @@ class Copy:
         assert job.target is not None
         if is_uri(job.target.path):
             await chain.take_server(_remote_layer(job.target.path, _size(job)))
+        chain.keeps_target |= job.sealed is not None
         if job.target.file is not None and chain.descriptor(job.target.file) is None:
+            self._chains.kept.release(job.target.file)
             fd = await self._aside(_open, job.target)
             await chain.take_target(_layer_of(job.target, _size(job)), fd)
 
@@ -235,6 +237,18 @@ class Copy:
     async def harden(self, job: Job, chain: PreparedChain) -> None:
         """On stable storage while the mirror is ready: nobody writes the image, so the target stays what it is."""
         await self._settle(job, chain, named=False)
+        chain.keeps_target = True
+
+    async def keep(self, job: Job) -> None:
+        """Lease the whole target again after a restart that its storage daemon did not outlive."""
+        if job.sealed is not None and job.target is not None and job.target.file is not None:
+            fd = await self._aside(_open, job.target)
+            await self._aside(self._chains.kept.take, job.target.file, fd)
+
+    def release(self, job: Job) -> None:
+        """The job has ended. Idempotent."""
+        if job.target is not None and job.target.file is not None:
+            self._chains.kept.release(job.target.file)
 
     async def name(self, job: Job) -> None:
         """A further name for the target, which needs no storage daemon any more: it is whole."""
@@ -261,6 +275,7 @@ class Copy:
             chain.give_up_target()
         if job.target is not None and job.target.made and not job.decided:
             await self._aside(_delete, job.target, job.id, place)
+        self.release(job)
 
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:
         """Blocking work on files, bounded by exports.nbd_timeout."""

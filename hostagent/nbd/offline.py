@@ -336,9 +336,11 @@ class OfflineDriver:
         chain = self._find(job)
         if chain is None:
             await record(())
+            self._copy.release(job)
             return
         async with chain.lock:
             ended = await record(tuple(user for user in chain.users if user.kind == "export"))
+            self._copy.release(job)
             await self._drop(ended, chain)
 
     async def drop(self, job: Job) -> None:
@@ -369,12 +371,14 @@ class OfflineDriver:
         """After a restart: the job that is stored as running uses the chain whose daemon still runs. What else it had
         for itself is leased again, as the chain was; where that fails the job's end will say why."""
         chain = self._find(job)
-        if chain is None:
-            return
-        chain.users.add(job.holder)
+        if chain is not None:
+            chain.users.add(job.holder)
         if job.started is None or job.state.terminal:
             return
         try:
+            if chain is None:
+                await self._copy.keep(job)
+                return
             async with chain.lock:
                 await self._operations[job.spec.operation].make_ready(job, chain)
         except JobError as error:

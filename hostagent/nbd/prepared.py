@@ -101,6 +101,8 @@ class PreparedChain:
         self._opened = opened
         self._leases: dict[FileId, Lease] = {}
         self._target: tuple[Layer, int] | None = None
+        self.keeps_target = False
+        """Whether the target is whole, so that its lease is kept when the daemon dies."""
         self._server: Layer | None = None
         """The network image that a copy goes into."""
         self.connection = 0
@@ -433,6 +435,7 @@ class PreparedChain:
 
     def give_up_target(self) -> None:
         """Give up the target's lease and descriptor. Idempotent."""
+        self.keeps_target = False
         if self._server is not None:
             if lease := self._leases.pop(self._server.file, None):
                 lease.release()
@@ -534,10 +537,25 @@ class PreparedChain:
 
     def let_go(self) -> asyncio.Future[None]:
         """Close what the agent has open: leases and descriptors. In a thread, for on dead storage it may hang."""
+        kept = self._keep_target() if self.died and self.keeps_target else None
         self.give_up_target()
         leases, opened = list(self._leases.values()), self._opened
         self._leases, self._opened = {}, None
-        return asyncio.get_running_loop().run_in_executor(None, _let_go, leases, opened, ())
+
+        def let_go() -> None:
+            if kept is not None:  # first: the others may hang on their storage
+                self._registry.kept.share(kept)
+            _let_go(leases, opened, ())
+
+        return asyncio.get_running_loop().run_in_executor(None, let_go)
+
+    def _keep_target(self) -> FileId | None:
+        """Hand the target's descriptor and lease on, to outlive the chain."""
+        if self._target is None or (lease := self._leases.pop(self._target[0].file, None)) is None:
+            return None
+        (layer, fd), self._target = self._target, None
+        self._registry.kept.keep(layer.file, fd, lease)
+        return layer.file
 
     def watch_until_it_answers(self, interval: float, kill_after: float) -> None:
         if self._probing is None or self._probing.done():

@@ -34,10 +34,11 @@ from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.nbd.space import Space
 from hostagent.store import Store
 from jobs.errors import JobError
-from jobs.model import FileId, Holder, Operation, Revocation, State
+from jobs.model import Completion, FileId, Holder, Operation, Revocation, State
 from jobs.ports import SystemClock
 from tests.contract.driver_suite import MIB, SIZE, Rig, on_a_rig
-from tests.contract.group_suite import GroupSuite
+from tests.contract.group_suite import GroupSuite, hardened
+from tests.contract.ready_suite import EXISTING, NEW, Work, gone, on_rigs
 from tests.harness import backing_of, overlay, raw_image, same_content, sound
 from tests.qemu.faults import eventually, open_below
 
@@ -54,6 +55,12 @@ class Quiet:
     def responsive(self, chain: PreparedChain, answers: bool) -> None: ...
 
     async def moved(self, chain: PreparedChain) -> None: ...
+
+
+def writes(path: str) -> bool:
+    """Whether QEMU's tools may write the image: they write back what is there."""
+    command = ["qemu-io", "-f", "qcow2", "-c", "write -P 77 1M 64k", path]
+    return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
 
 
 def make_chains(folder: Path, store: Store) -> Chains:
@@ -133,6 +140,25 @@ class TestOfflineDriver(GroupSuite):
         assert refused.value.code == "storage_daemon_died"
         chains.leasing = leasing
         await rig.driver.discard(job)
+
+    @on_rigs(NEW, EXISTING)
+    async def test_nobody_writes_the_whole_target_of_a_daemon_that_died(self, rig: Rig, work: Work) -> None:
+        assert isinstance(rig.driver, OfflineDriver)
+        job = await hardened(rig, work)
+        await gone(rig, job)
+        assert job.target is not None and job.target.file is not None
+        path = job.target.part or job.target.path
+        assert await asyncio.to_thread(eventually, lambda: not writes(path))
+        rig.driver._chains.kept.release(job.target.file)  # as with the agent's process
+        assert writes(path)
+        await rig.driver.claim(job)
+        assert not writes(path)
+        await rig.driver.name(job)
+        assert not writes(job.target.path)
+        job = replace(job, completion=Completion.PIVOT)
+        assert (await rig.driver.observe(job)).proven
+        await rig.end(job, State.COMPLETED)
+        assert writes(job.target.path)
 
     @on_a_rig
     async def test_what_somebody_uses_by_now_is_not_deleted(self, rig: Rig) -> None:

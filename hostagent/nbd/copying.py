@@ -229,10 +229,14 @@ class Copy:
         assert job.target is not None
         if job.group is None:
             await self._settle(job, chain, named=True)
-        if job.target.made and job.completion is Completion.FINISH:  # who sees the job completed can open the copy
+        if job.completion is not Completion.FINISH or job.target.file is None:
+            return
+        # Who sees the job completed can open the copy. The block job is dismissed only where its end is proven
+        # without it: an agent that is killed now asks it again.
+        if job.target.made:
             await chain.ask((await chain.serve()).dismiss(job_name(job)))
-            await chain.close_beside()
-            chain.give_up_target()
+        await chain.close_beside()
+        chain.give_up_target()
 
     async def harden(self, job: Job, chain: PreparedChain) -> None:
         """On stable storage while the mirror is ready: nobody writes the image, so the target stays what it is."""

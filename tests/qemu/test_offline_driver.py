@@ -38,7 +38,7 @@ from jobs.model import Completion, FileId, Holder, Operation, Revocation, State
 from jobs.ports import SystemClock
 from tests.contract.driver_suite import MIB, SIZE, Rig, on_a_rig
 from tests.contract.group_suite import GroupSuite, hardened
-from tests.contract.ready_suite import EXISTING, NEW, Work, gone, on_rigs
+from tests.contract.ready_suite import EXISTING, NEW, Work, completed, gone, on_rigs, ready
 from tests.harness import backing_of, overlay, raw_image, same_content, sound
 from tests.qemu.faults import eventually, open_below
 
@@ -159,6 +159,18 @@ class TestOfflineDriver(GroupSuite):
         assert (await rig.driver.observe(job)).proven
         await rig.end(job, State.COMPLETED)
         assert writes(job.target.path)
+
+    @on_rigs(NEW, EXISTING)
+    async def test_a_sealed_copy_that_is_finished_can_be_written_before_its_job_is_said_to_be_completed(
+        self, rig: Rig, work: Work
+    ) -> None:
+        job = await completed(rig, await ready(rig, work), Completion.FINISH)
+        for _ in range(2):
+            await rig.driver.seal(job)
+        assert writes(rig.dest)
+        assert (await rig.driver.observe(job)).done or work is NEW  # it can still be told after a restart
+        await rig.end(job, State.COMPLETED)
+        assert rig.same(rig.dest)
 
     @on_a_rig
     async def test_what_somebody_uses_by_now_is_not_deleted(self, rig: Rig) -> None:

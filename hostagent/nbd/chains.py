@@ -392,6 +392,7 @@ class Chains:
             return
         chain.nodes = _open(record.nodes, modes)
         chain.beside = _open(record.beside, modes)
+        chain.begun = frozenset(node.layer.file for node in chain.beside if modes.get(node.layer.file))
         chain.layers = [node.layer for node in chain.nodes]
         chain.writable = {layer.file for layer in chain.layers if modes.get(layer.file)}
         chain.published = True  # it may have been

@@ -148,7 +148,9 @@ class Copy:
         await self._hold(replace(job, target=target), chain)
         if not target.made and target.file is not None and job.started is None:
             await self._refuse_dependents(_layer_of(target, _size(job)))  # again: now it is leased
-            if target.fresh and (fd := chain.descriptor(target.file)) is not None:
+            if target.file in chain.begun:
+                pass  # the agent was killed while the job started: what the target holds is ours
+            elif target.fresh and (fd := chain.descriptor(target.file)) is not None:
                 await self._aside(devices.refuse_content, target.path, fd)
             elif job.spec.shallow and (fd := chain.descriptor(target.file)) is not None:
                 await self._aside(_refuse_own_data, target.path, fd)
@@ -347,7 +349,8 @@ def _new(dest: str, format_: str, pools: Sequence[str] | None) -> Target:
 def _refuse_own_data(dest: str, fd: int) -> None:
     """A mirror of the top layer alone writes only what that layer has: whatever else the target holds would stay."""
     if not is_empty(fd):
-        raise _unfit(dest, "has data of its own, which a shallow copy would leave in it", "make it anew, and empty")
+        remedy = "see what it holds: a copy that was interrupted may have begun to write it; make it anew, and empty"
+        raise _unfit(dest, "has data of its own, which a shallow copy would leave in it", remedy)
 
 
 def _make(target: Target, source: int, size: int) -> Target:

@@ -71,6 +71,6 @@ def refuse_content(path: str, fd: int) -> None:
         f"the device {path!r} is not empty",
         field="dest",
         value=path,
-        remedy=f"see what it holds (lsblk -f {shlex.quote(path)}); if that may go: --reuse-external for a raw copy, or "
-        f"empty it first (blkdiscard -z {shlex.quote(path)})",
+        remedy=f"see what it holds (lsblk -f {shlex.quote(path)}): a copy that was interrupted may have begun to write "
+        f"it; if that may go: --reuse-external for a raw copy, or empty it first (blkdiscard -z {shlex.quote(path)})",
     )

@@ -88,6 +88,8 @@ class PreparedChain:
         """The layers that the daemon has open for writing, of those that a job opens and puts back."""
         self.beside: list[Node] = []
         """What else the daemon has open: a copy's target, or layers that the chain lost and that are not closed yet."""
+        self.begun: frozenset[FileId] = frozenset()
+        """What of `beside` the daemon had open for writing when it was adopted: nobody else has written that since."""
         self.handed: dict[FileId, int] = {}
         """The files that the daemon was handed when it started, and their descriptors inside it."""
         self.published = False
@@ -431,7 +433,7 @@ class PreparedChain:
         if self.daemon is not None and self.daemon.alive:
             for node in self.beside:
                 await self.ask(self.daemon.remove(node))
-        self.beside = []
+        self.beside, self.begun = [], frozenset()
 
     def give_up_target(self) -> None:
         """Give up the target's lease and descriptor. Idempotent."""

@@ -135,6 +135,7 @@ class Actor:
                 return
             await self._keeper.warn(warnings)
         if not self.job.incremental:
+            await self._keeper.writes()
             await driver.start(self.job)
         await self._keeper.started()
 

@@ -24,4 +24,6 @@ def ended(job: Job, *, completed: bool) -> TargetState:
     assert job.target is not None
     if completed or job.decided:
         return TargetState.COMPLETE
+    if job.target.state is TargetState.UNTOUCHED:
+        return TargetState.UNTOUCHED
     return TargetState.DELETED if job.target.made else TargetState.UNUSABLE

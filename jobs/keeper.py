@@ -16,7 +16,7 @@ from events.model import JobEventKind
 from jobs import copy
 from jobs.errors import JobError
 from jobs.machine import Signal, step
-from jobs.model import Cursor, Failure, FileId, Holder, Job, Kept, Revocation, State
+from jobs.model import Cursor, Failure, FileId, Holder, Job, Kept, Revocation, State, TargetState
 from jobs.outcome import END_EVENTS, access_change, job_event
 from jobs.ports import AccessVerdict, JobStore
 from jobs.progress import Progress, View, advance
@@ -59,6 +59,12 @@ class Keeper:
         await self._save(job, kind)
         fields = {"job": job.id, "path": job.before.top.path, "from": before, "to": job.state, "cur": job.cursor.cur}
         log.info("job %s", job.state, extra={"fields": fields})
+
+    async def writes(self) -> None:
+        """The target may be written from now on; stored before it is."""
+        target = self.job.target
+        if target is not None and target.state is TargetState.UNTOUCHED:
+            await self.change(target=replace(target, state=TargetState.WRITING))
 
     async def started(self) -> None:
         """The job runs; the first time that is an event."""

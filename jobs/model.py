@@ -156,8 +156,9 @@ class Failure:
 
 
 class TargetState(StrEnum):
-    """What the target of a copy is worth."""
+    """What the target of a copy is worth. One that was there before is untouched until it may be written."""
 
+    UNTOUCHED = "untouched"
     WRITING = "writing"
     COMPLETE = "complete"
     UNUSABLE = "unusable"

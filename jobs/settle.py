@@ -15,6 +15,8 @@ from jobs.machine import Signal
 from jobs.model import Completion, Failure, Job, Operation
 from jobs.ports import Contact, Observation, Phase
 
+PIVOT_REFUSED = "pivot_refused"
+
 
 def again(job: Job) -> str:
     """What to do about a job that failed."""
@@ -38,8 +40,8 @@ def decide(job: Job, seen: Observation, failure: Failure | None = None) -> Verdi
     if seen.contact is Contact.ALIVE and seen.phase not in (Phase.ABSENT, Phase.CONCLUDED):
         return Verdict(None)
     if job.decided:
-        failure = failure or _refused_pivot(job, seen)
-        return Verdict(Signal.PROVEN_FAILED if failure else Signal.PROVEN_COMPLETED, failure)
+        refused = _refused_pivot(job, seen, failure)
+        return Verdict(Signal.PROVEN_FAILED if refused else Signal.PROVEN_COMPLETED, refused)
     # Of a job that ran, the header tells more than anything that was heard; unless there was nothing to change in it.
     if seen.proven and (failure is None or (job.started is not None and job.dropped)):
         return Verdict(Signal.PROVEN_COMPLETED)
@@ -48,19 +50,21 @@ def decide(job: Job, seen: Observation, failure: Failure | None = None) -> Verdi
     return Verdict(Signal.PROVEN_FAILED, failure or explain(job, seen))
 
 
-def _refused_pivot(job: Job, seen: Observation) -> Failure | None:
+def _refused_pivot(job: Job, seen: Observation, failure: Failure | None) -> Failure | None:
     """Of a decided member whose daemon lives, and says that its job ended badly: who is there still uses the source.
     Nobody is where the daemon died, and a copy that is only finished needs no end of the job to be whole."""
-    if job.completion is Completion.PIVOT and seen.contact is Contact.ALIVE and seen.error is not None:
-        return pivot_refused(job, seen.error)
-    return None
+    if job.completion is not Completion.PIVOT:
+        return None
+    if failure is not None and failure.code == PIVOT_REFUSED:
+        return failure
+    return pivot_refused(job, seen.error) if seen.contact is Contact.ALIVE and seen.error is not None else None
 
 
 def pivot_refused(job: Job, why: str) -> Failure:
     """A member's end after the decision: its copy is whole and has its name, and the disk did not go over to it."""
     path, dest = job.before.top.path, job.target.path if job.target else ""
     return Failure(
-        "pivot_refused",
+        PIVOT_REFUSED,
         f"its group completed and the copy {dest!r} is whole, but QEMU refused to go over to it: {why}; "
         f"exports of {path!r} still read that image, which is what it was",
         f"stop the exports of {path} and export {dest} in its place; or delete the copy, and copy the disk again",

@@ -206,7 +206,7 @@ class Kept(Answer):
 class Target(Answer):
     path: str
     format: str
-    state: Literal["writing", "complete", "unusable", "deleted"]
+    state: Literal["untouched", "writing", "complete", "unusable", "deleted"]
 
 
 class Chain(Answer):

@@ -31,7 +31,7 @@ from hostagent.nbd.space import Space, enough, judge
 from hostagent.nbd.uri import file_of, is_uri, normal, server_of
 from jobs import copy
 from jobs.errors import JobError
-from jobs.model import Chain, Completion, FileId, Job, JobSpec, Layer, Need, Plan, Target
+from jobs.model import Chain, Completion, FileId, Job, JobSpec, Layer, Need, Plan, Target, TargetState
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Copy:
                 await self._aside(devices.refuse_content, device.path, fd)
             await self._refuse_dependents(device)
             target = Target(device.path, format_, made=False, file=device.file, device=True)
-            return replace(target, fresh=not spec.reuse_external), device.virtual_size
+            return replace(target, state=TargetState.UNTOUCHED, fresh=not spec.reuse_external), device.virtual_size
 
     async def _existing(self, spec: JobSpec, source: OpenChain, format_: str) -> tuple[Target, Layer]:
         """The target that is there, fit to be written over: of the right size, and on the right backing file."""
@@ -120,7 +120,7 @@ class Copy:
             if spec.shallow:
                 await self._aside(_refuse_own_data, top.path, opened.fds[0])
             await self._refuse_dependents(top)
-            return Target(top.path, top.format, made=False, file=top.file), top
+            return Target(top.path, top.format, made=False, state=TargetState.UNTOUCHED, file=top.file), top
 
     async def _refuse_dependents(self, target: Layer) -> None:
         """Invariant: who writes a file does so alone."""
@@ -300,7 +300,7 @@ def _remote(spec: JobSpec) -> Target:
     if not spec.anywhere:
         raise JobError("denied", "only root may copy to NBD", field="dest", value=spec.dest, remedy="name a file")
     server_of(spec.dest)
-    return Target(spec.dest, "raw", made=False)
+    return Target(spec.dest, "raw", made=False, state=TargetState.UNTOUCHED)
 
 
 def _remote_layer(uri: str, size: int) -> Layer:

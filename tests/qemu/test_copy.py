@@ -298,7 +298,7 @@ def test_what_comes_into_a_shallow_copys_target_before_its_lease_is_no_part_of_i
         subprocess.run(["qemu-io", "-c", "write -q -P 77 0 1M", str(dest)], check=True)
         agent.post(f"/v1/jobs/{first['id']}/abort")
         job = agent.until_ended(job["id"])
-    assert (job["state"], job["error"]["code"]) == ("failed", "invalid")
+    assert (job["state"], job["error"]["code"], job["dest"]["state"]) == ("failed", "invalid", "untouched")
     assert "data of its own" in job["error"]["message"]
 
 

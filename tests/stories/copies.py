@@ -31,8 +31,8 @@ def copy(stage: Stage, dice: random.Random, image: Image, fate: Fate | None) -> 
     if jobs and jobs[0]["state"] == "completed":
         stage.tree.copied(image.path, dest, shallow=shallow, format=format)
     elif kind == "existing":
-        dest.unlink()  # what it holds is worth nothing, and was said to be
-        assert jobs is None or jobs[0]["dest"]["state"] == "unusable", jobs
+        dest.unlink()  # what it holds is worth nothing, and was said to be unless it is what it was
+        assert jobs is None or jobs[0]["dest"]["state"] in ("unusable", "untouched"), jobs
     else:
         assert not dest.exists(), jobs
 

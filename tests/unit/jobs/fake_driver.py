@@ -14,7 +14,7 @@ from typing import Any
 
 from jobs import commit, copy, pull
 from jobs.errors import JobError
-from jobs.model import Chain, Cursor, FileId, Holder, Job, JobSpec, Layer, Operation, Plan, State, Target
+from jobs.model import Chain, Cursor, FileId, Holder, Job, JobSpec, Layer, Operation, Plan, State, Target, TargetState
 from jobs.ports import Contact, Observation, Phase
 from tests.unit.jobs.fake_images import BlockJob, Daemon, Image, becomes_ready, part_of, rewritten, written
 
@@ -130,6 +130,8 @@ class FakeDriver:
         if (spec.dest in self.names) != spec.reuse_external:
             raise JobError("conflict", f"{spec.dest!r} exists, or does not", field="dest", value=spec.dest)
         target = Target(spec.dest, "qcow2", made=not spec.reuse_external, file=self.names.get(spec.dest))
+        if not target.made:
+            target = replace(target, state=TargetState.UNTOUCHED)
         return Plan(chain, copy.after(chain, spec, target), 0, target=target)
 
     async def prepare(self, job: Job) -> dict[str, Any]:

@@ -270,6 +270,27 @@ def test_a_decided_member_that_does_not_answer_is_not_aborted_and_completes_late
     run(scenario)
 
 
+@pytest.mark.parametrize("call", ["prepare", "start"])
+def test_a_target_that_was_there_is_untouched_until_it_may_be_written(call: str) -> None:
+    async def scenario(agent: Agent) -> None:
+        gate(agent, call)
+        jobs = await begin(agent, reuse_external=True)
+        for job in jobs:
+            await hold(agent, job, call)
+        await agent.crash()
+        agent.driver.fault = lambda now, job: fail(now == call)
+        open_gates(agent)
+        jobs = await ended(agent, jobs)
+        expected = TargetState.UNTOUCHED if call == "prepare" else TargetState.UNUSABLE
+        assert [job.target and job.target.state for job in jobs] == [expected] * 3
+
+    def fail(now: bool) -> None:
+        if now:
+            raise JobError("io_error", "Input/output error")
+
+    run(scenario)
+
+
 # Deaths and restarts
 
 

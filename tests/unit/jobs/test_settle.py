@@ -157,5 +157,9 @@ def test_a_member_of_a_group_that_is_decided_completes_whatever_is_seen(
     assert signal in (Signal.PROVEN_COMPLETED, Signal.LOST, None)
     if seen.contact is Contact.DEAD:
         assert signal is Signal.PROVEN_COMPLETED
+    pivot = decide(replace(job, completion=Completion.PIVOT), seen, failure)
+    refused = seen.contact is Contact.ALIVE and seen.error is not None
+    assert (pivot.signal is Signal.PROVEN_FAILED) == (signal is Signal.PROVEN_COMPLETED and refused)
+    assert pivot.failure is None or pivot.failure.code == "pivot_refused"
     undecided = replace(job, completion=None)
     assert decide(undecided, replace(seen, proven=False), failure).signal is not Signal.PROVEN_COMPLETED

@@ -42,6 +42,58 @@ def work(args: argparse.Namespace, request: Json) -> int:
     return EXIT_OK
 
 
+def unless_one(client: Client, some_id: str, ask: Callable[[], Json]) -> Json | None:
+    """What `ask` says of the job with this id; None where the id is a group's."""
+    try:
+        return ask()
+    except CliError as error:
+        if error.code != "not_found":
+            raise
+        try:
+            client.get(_address(some_id))
+        except CliError:
+            raise error from None
+        return None
+
+
+def show(client: Client, args: argparse.Namespace) -> int:
+    """Everything that is known of its jobs."""
+    group, terminal = _group(client, args.id), Terminal.of(args)
+    if terminal.json:
+        terminal.data(group)
+        return EXIT_OK
+    for job in group["jobs"]:
+        job_report.whole(terminal, job)
+    return EXIT_OK
+
+
+def watch(client: Client, args: argparse.Namespace) -> int:
+    """Until all its jobs have ended; it aborts none."""
+    terminal = Terminal.of(args)
+    with progress.shown(args.progress, terminal) as display:
+        group = _to_the_end(client, _group(client, args.id), display, None, _terminal)
+    return _ended(args, terminal, group, None)
+
+
+def abort(client: Client, args: argparse.Namespace, body: Json) -> int:
+    """One abort ends all; by force each that goes on, for each has a storage daemon of its own."""
+    jobs, terminal = _group(client, args.id)["jobs"], Terminal.of(args)
+    going = [job for job in jobs if not _terminal(job)] or jobs
+    for job in going if args.force else going[:1]:
+        client.post(f"{follow.address_of(job)}/abort", body)
+    group = _group(client, args.id)
+    if terminal.json:
+        terminal.data(group)
+        return EXIT_OK
+    for job in group["jobs"]:
+        terminal.line(f"job {job['id']} {job['state']}", str(job["state"]))
+    return EXIT_OK
+
+
+def _address(group_id: str) -> str:
+    return f"{GROUPS}/{quoted(group_id)}"
+
+
 def _start(client: Client, body: Json) -> Json:
     return once(lambda: client.post(GROUPS, body))
 
@@ -53,6 +105,7 @@ def _dry_run(client: Client, terminal: Terminal, body: Json) -> int:
     else:
         for disk in plan["disks"]:
             job_report.plan(terminal, disk, kept_by="--finish")
+        job_report.total(terminal, plan["disks"])
     return EXIT_OK
 
 
@@ -126,7 +179,7 @@ def _to_the_end(
 
 
 def _group(client: Client, group_id: str) -> Json:
-    found: Json = patient(lambda: client.get(f"{GROUPS}/{quoted(group_id)}").data)
+    found: Json = patient(lambda: client.get(_address(group_id)).data)
     return found
 
 

@@ -89,6 +89,14 @@ def plan(terminal: Terminal, found: Json, *, kept_by: str) -> None:
     )
 
 
+def total(terminal: Terminal, plans: list[Json]) -> None:
+    """What all copies of a group need; each says what is free where it goes, which may be the same for some."""
+    needs = [plan["space"]["need"] for plan in plans if (plan.get("space") or {}).get("need") is not None]
+    unknown = f", and what {len(plans) - len(needs)} of them need is not known" if len(needs) < len(plans) else ""
+    terminal.heading(f"all {len(plans)} disks")
+    terminal.fields([("space needed", f"at most {format_size(sum(needs))}{unknown}")])
+
+
 def _bitmaps(found: list[Json]) -> list[tuple[str, str]]:
     """The bitmaps of a commit's base, each with what it takes in the file."""
     lines: list[tuple[str, str]] = []

@@ -42,7 +42,8 @@ def register(nouns: Verbs, common: argparse.ArgumentParser) -> None:
         ("delete", _delete, "forget a finished job"),
     ):
         parser = verbs.add_parser(verb, help=text, description=text, parents=[common])
-        parser.add_argument("id", metavar="ID", help="the job's id")
+        grouped = " or its group's" if verb in ("show", "watch", "abort") else ""
+        parser.add_argument("id", metavar="ID", help=f"the job's id{grouped}")
         parser.set_defaults(run=run)
         _add_own_options(verb, parser)
 
@@ -269,10 +270,12 @@ def _ended(args: argparse.Namespace, job: Json, ended_by: int | None = None) -> 
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from hostagent.cli import follow, progress
+    from hostagent.cli import follow, groups, progress
 
     client, terminal = arguments.connect(args), Terminal.of(args)
-    job = client.get(_address(args)).data
+    job = groups.unless_one(client, args.id, lambda: client.get(_address(args)).data)
+    if job is None:
+        return groups.watch(client, args)
     with progress.shown(args.progress, terminal) as display:
         job = follow.to_the_end(client, job, display, follow.Limits())
     return _ended(args, job)
@@ -295,10 +298,12 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from hostagent.cli import job_report
+    from hostagent.cli import groups, job_report
 
-    job = arguments.connect(args).get(_address(args)).data
-    terminal = Terminal.of(args)
+    client, terminal = arguments.connect(args), Terminal.of(args)
+    job = groups.unless_one(client, args.id, lambda: client.get(_address(args)).data)
+    if job is None:
+        return groups.show(client, args)
     if terminal.json:
         terminal.data(job)
     else:
@@ -314,7 +319,11 @@ def _next(args: argparse.Namespace) -> int:
 
 
 def _abort(args: argparse.Namespace) -> int:
-    return _acted(args, arguments.connect(args).post(f"{_address(args)}/abort", {"force": True} if args.force else {}))
+    from hostagent.cli import groups
+
+    client, body = arguments.connect(args), {"force": True} if args.force else {}
+    job = groups.unless_one(client, args.id, lambda: client.post(f"{_address(args)}/abort", body))
+    return groups.abort(client, args, body) if job is None else _acted(args, job)
 
 
 def _pause(args: argparse.Namespace) -> int:

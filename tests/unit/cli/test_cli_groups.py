@@ -113,6 +113,63 @@ def test_a_group_that_is_decided_before_its_abort_is_a_success(agent: FakeAgent,
     assert run("job", "copy", *WORDS, "--wait", "--timeout", "0.3", "--id", GROUP) == 0
 
 
+def by_its_id(agent: FakeAgent, *found: dict[str, Any]) -> None:
+    """As `answering`, for commands that are told the group's id where a job's may stand."""
+    agent.on("GET", f"/v1/jobs/{GROUP}", (404, problem("not_found", f"no job {GROUP}")))
+    answering(agent, found[0], *found)
+
+
+def test_a_groups_id_shows_its_jobs(agent: FakeAgent, run, capsys) -> None:
+    by_its_id(agent, group("running", "ready"))
+    assert run("job", "show", GROUP) == 0
+    out = capsys.readouterr().out
+    assert [out.count(f"job {id}") for id in IDS] == [1, 1]
+    assert run("--json", "job", "show", GROUP) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == GROUP
+
+
+@pytest.mark.parametrize(("states", "status"), [(("completed", "completed"), 0), (("completed", "failed"), 4)])
+def test_a_groups_id_is_watched_to_the_end_of_all(
+    agent: FakeAgent, run, capsys, states: tuple[str, str], status: int
+) -> None:
+    by_its_id(agent, group("completed", "running", revision=2), group(*states, revision=3))
+    assert run("job", "watch", GROUP) == status
+    assert all(f"job {id} {state}" in capsys.readouterr().out for id, state in [(IDS[1], states[1])])
+    assert not [call for call in agent.calls if call.method == "POST"]
+
+
+def test_a_groups_id_aborts_it_by_one_of_its_jobs_that_go_on(agent: FakeAgent, run, capsys) -> None:
+    by_its_id(agent, group("aborted", "running"))
+
+    def abort(call: Call) -> tuple[int, Any]:
+        answering(agent, group("aborted", "aborting", revision=9))
+        return 202, job("aborting", id=IDS[1])
+
+    agent.on("POST", f"/v1/jobs/{IDS[1]}/abort", abort)
+    assert run("job", "abort", GROUP) == 0
+    assert capsys.readouterr().out.splitlines() == [f"job {IDS[0]} aborted", f"job {IDS[1]} aborting"]
+
+
+@pytest.mark.parametrize("verb", ["show", "watch", "abort"])
+def test_an_id_of_nothing_is_not_found(agent: FakeAgent, run, capsys, verb: str) -> None:
+    agent.on("GET", f"/v1/jobs/{GROUP}", (404, problem("not_found", f"no job {GROUP}")))
+    agent.on("POST", f"/v1/jobs/{GROUP}/abort", (404, problem("not_found", f"no job {GROUP}")))
+    agent.on("GET", f"/v1/groups/{GROUP}", (404, problem("not_found", f"no group {GROUP}")))
+    assert run("job", verb, GROUP) == 3
+    assert f"no job {GROUP}" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_all_disks_need(agent: FakeAgent, run, capsys) -> None:
+    plans = [{"before": [f"/i/{n}"], "after": [f"/o/{n}"], "space": {"need": n << 20}} for n in (3, 4)]
+    agent.on("POST", "/v1/groups", (200, {"dry_run": True, "disks": plans}))
+    assert run("job", "copy", *WORDS, "--dry-run") == 0
+    assert "at most 7 MiB" in capsys.readouterr().out.partition("all 2 disks")[2]
+    plans[1]["space"] = {}
+    agent.on("POST", "/v1/groups", (200, {"dry_run": True, "disks": plans}))
+    assert run("job", "copy", *WORDS, "--dry-run") == 0
+    assert "at most 3 MiB, and what 1 of them need" in capsys.readouterr().out.partition("all 2 disks")[2]
+
+
 def test_a_dry_run_tells_of_each_disk(agent: FakeAgent, run, capsys) -> None:
     plans = [{"before": [f"/i/{name}"], "after": [f"/o/{name}"], "warnings": []} for name in "ab"]
     agent.on("POST", "/v1/groups", (200, {"dry_run": True, "disks": plans}))

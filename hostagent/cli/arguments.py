@@ -24,6 +24,8 @@ def common() -> argparse.ArgumentParser:
     return parser
 
 
+NBD = ("nbd://", "nbd+unix://")
+
 COMMON_DEFAULTS = {"socket": None, "json": False, "no_color": False}
 
 
@@ -63,9 +65,19 @@ def path(text: str) -> str:
     return text if text.startswith("/") else _absolute(text)
 
 
+def file(text: str) -> str:
+    """A path of what is read here, where no network image can be."""
+    if not text.startswith(NBD):
+        return path(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is an NBD URI, and only files and block devices are read here; ask its server (nbdinfo --map URI), "
+        "or export it: hostagent export start URI"
+    )
+
+
 def dest(text: str) -> str:
     """Where a copy goes, or what is granted: a path, or an NBD URI."""
-    return text if text.startswith(("nbd://", "nbd+unix://")) else path(text)
+    return text if text.startswith(NBD) else path(text)
 
 
 def _absolute(text: str) -> str:

@@ -37,7 +37,7 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
 
     def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, parents=[common])
-        parser.add_argument("path", metavar="PATH", type=arguments.path)
+        parser.add_argument("path", metavar="PATH", type=arguments.file)
         parser.add_argument("--format", choices=("raw", "qcow2"), help="needed for raw, which is never probed")
         parser.set_defaults(run=run)
         return parser

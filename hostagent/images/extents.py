@@ -56,7 +56,7 @@ class Map:
                 remedy = "raise images.check_timeout, or ask for less: --start, --length"
                 raise JobError("timeout", message, remedy=remedy, value=path) from None
         if finished.status:
-            raise _failed(path, finished)
+            raise _failed(opened.chain.paths(), finished)
         if len(finished.stdout) >= self._limits.output:
             message = f"the map of {path} has more than images.map_output ({self._limits.output} bytes)"
             raise JobError("limit", message, remedy="ask for less: --start, --length", value=path)
@@ -100,11 +100,12 @@ def _extent(entry: dict[str, Any], chain: Chain) -> Extent:
     return Extent(start, length, depth, bool(entry["zero"]), bool(entry["data"]), path)
 
 
-def _failed(path: str, finished: Finished) -> JobError:
+def _failed(paths: Sequence[str], finished: Finished) -> JobError:
+    path = paths[0]
     if finished.status < 0:
         why = f"was ended by {signal.Signals(-finished.status).name}: it needs more than its limits, or it crashed"
         remedy = "raise images.tool_cpu or images.tool_memory"
         return JobError("limit", f"the map of {path} {why}", remedy=remedy, value=path)
     last = finished.said.splitlines()[-1][-500:] if finished.said else "qemu-img gave no reason"
-    code, remedy = reason(finished.said) or ("image_invalid", "see `hostagent image check`")
+    code, remedy = reason(finished, *paths) or ("image_invalid", "see `hostagent image check`")
     return JobError(code, f"{path} cannot be mapped: {last}", remedy=remedy, value=path)

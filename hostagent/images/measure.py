@@ -57,7 +57,7 @@ class Measure:
             message = f"{path} was not measured within images.measure_timeout ({self._limits.timeout:g} s)"
             raise JobError("timeout", message, remedy="raise images.measure_timeout", value=path) from None
         if finished.status:
-            raise _failed(path, finished)
+            raise _failed([layer.path for layer in layers], finished)
         return _measured(finished.stdout, -(-layers[0].virtual_size // cluster) * cluster)
 
 
@@ -68,11 +68,12 @@ def _measured(stdout: bytes, size: int) -> Measured:
     return Measured(int(found["required"]) - metadata, metadata)
 
 
-def _failed(path: str, finished: Finished) -> JobError:
+def _failed(paths: Sequence[str], finished: Finished) -> JobError:
+    path = paths[0]
     if finished.status < 0:
         why = f"was ended by {signal.Signals(-finished.status).name}: it needs more than its limits, or it crashed"
         remedy = "raise images.tool_cpu or images.tool_memory"
         return JobError("limit", f"the measure of {path} {why}", remedy=remedy, value=path)
     last = finished.said.splitlines()[-1][-500:] if finished.said else "qemu-img gave no reason"
-    code, remedy = reason(finished.said) or ("image_invalid", "see `hostagent image check`")
+    code, remedy = reason(finished, *paths) or ("image_invalid", "see `hostagent image check`")
     return JobError(code, f"{path} cannot be measured: {last}", remedy=remedy, value=path)

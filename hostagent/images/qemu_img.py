@@ -72,7 +72,7 @@ class QemuImg:
             leaks = int(report.get("leaks", 0))
             return CheckResult(image.path, leaks=leaks, warning=f"{image.path} has {leaks} leaked clusters (harmless)")
         if finished.status != _CLEAN:
-            raise _failed(image, said)
+            raise _failed(image, finished, said)
         return CheckResult(image.path)
 
     def _killed(self, status: int, image: Layer) -> JobError:
@@ -90,10 +90,10 @@ def _report(stdout: bytes) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def _failed(image: Layer, said: str) -> JobError:
+def _failed(image: Layer, finished: Finished, said: str) -> JobError:
     """The check did not come to an end; find out why from what it said."""
     last = said.splitlines()[-1][:500] if said else "qemu-img gave no reason"
-    code, remedy = reason(said) or ("image_invalid", "restore it from a copy")
+    code, remedy = reason(finished, image.path) or ("image_invalid", "restore it from a copy")
     if code == "limit":
         remedy = f"{remedy}, {_SKIP}"
     return JobError(code, f"{image.path} cannot be checked: {last}", remedy=remedy, value=image.path)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
@@ -52,11 +54,12 @@ class ToolLimits:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A negative status is the signal that ended it."""
+    """A negative status is the signal that ended it. `uid` is that of the user it ran as, None for ourselves."""
 
     status: int
     stdout: bytes
     stderr: bytes
+    uid: int | None = None
 
     @property
     def said(self) -> str:
@@ -112,7 +115,8 @@ class Tool:
         async with asyncio.TaskGroup() as readers:
             stdout = readers.create_task(_read(process.stdout, self.limits.output))
             stderr = readers.create_task(_read(process.stderr, self.limits.output))
-        return Finished(await process.wait(), stdout.result(), stderr.result())
+        uid = self._user.uid if self._user else None
+        return Finished(await process.wait(), stdout.result(), stderr.result(), uid)
 
     async def _kill(self, process: asyncio.subprocess.Process) -> None:
         """Kill what still runs. A child stuck in the kernel (a dead NFS server) is left to be reaped when it can."""
@@ -144,8 +148,12 @@ def alone(format: str, handle: int, *, writable: bool = False) -> str:
     return "json:" + json.dumps({"driver": format, "read-only": not writable, "backing": None, "file": file})
 
 
-def reason(said: str) -> tuple[str, str] | None:
-    """The code and the remedy for what a tool said on stderr when it failed; None for what is not known."""
+def reason(finished: Finished, *paths: str, access: str = "r") -> tuple[str, str] | None:
+    """The code and the remedy for what a tool said on stderr when it failed over these images, which it must open for
+    `access`; None for what is not known."""
+    said = finished.said
+    if "Permission denied" in said:
+        return "denied", _let(finished.uid, access, shlex.join(paths))
     return next(((code, remedy) for words, code, remedy in _REASONS if words in said), None)
 
 
@@ -154,11 +162,24 @@ _REASONS = (
     ("prlimit: ", "unavailable", "lower images.tool_cpu and images.tool_memory to what the agent itself may use"),
     ('Failed to get "', "busy", "end the program that has it open"),
     ('Failed to get shared "', "busy", "end the program that has it open for writing"),
-    ("Permission denied", "denied", "let qsd.user read it for the time: `setfacl -m u:USER:r FILE`, then `-x u:USER`"),
     ("Input/output error", "io_error", "see the kernel's log for the storage below it"),
     ("No space left", "no_space", "make space beside the image"),
     ("Cannot allocate memory", "limit", "raise images.tool_memory"),
 )
+
+
+def _let(uid: int | None, access: str, files: str) -> str:
+    """How the user that it ran as may open them; the folders above need not let him in."""
+    verb = "read" if access == "r" else "write"
+    if uid is None:
+        return f"run it as somebody who may {verb} {files}"
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    give = f"let that user {verb} for the time (`setfacl -m u:{user}:{access} {files}`)"
+    take = f"unless a grant stands (`hostagent grant list`), `setfacl -x u:{user} {files}`"
+    return f"it runs as {user}, for root too: {give}, and afterwards, {take}"
 
 
 def _found(program: str, package: str) -> str:

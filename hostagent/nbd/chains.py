@@ -278,7 +278,7 @@ class Chains:
         chain.handed = dict(zip(chain.files(), descriptors, strict=not chain.file.network))
         try:
             await self.remember(chain)
-            chain.connection = await chain.ask(_opening(daemon, nodes, chain.apart))
+            chain.connection = await chain.ask(_opening(daemon, nodes, chain.apart, self.settings.qsd.user.name))
         except BaseException:
             await daemon.kill()  # nobody uses it yet
             await daemon.detach()
@@ -512,8 +512,9 @@ class Chains:
         )
 
 
-async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | None) -> int:
-    """Open the chain's layers, or the network image that stands in their place: then the socket to its server."""
+async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | None, user: str) -> int:
+    """Open the chain's layers, or the network image that stands in their place: then the socket to its server. `user`
+    is who the daemon runs as."""
     if apart is None or apart.remote is None:
         await daemon.open_chain(nodes)
         return 0
@@ -523,7 +524,7 @@ async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | 
     try:
         await daemon.add_remote(nodes[0], server, name, remote.timeout, writable=remote.writable)
     except Refused as error:
-        raise network.refused(remote.uri, error) from error
+        raise network.refused(remote.uri, user, error) from error
     made = await asyncio.to_thread(daemon.sockets) - before
     if len(made) != 1:  # nobody else can connect to the daemon yet
         remedy = "see that the server does not break connections, and try again"

@@ -187,7 +187,7 @@ class Copy:
             if "permission denied" not in error.message.lower():
                 raise
             if job.target.file is None:
-                raise closed_server(job.target.path, field="dest") from error
+                raise closed_server(job.target.path, self._chains.settings.qsd.user.name, field="dest") from error
             folder = str(Path(path).parent)
             message = f"the hypervisor user cannot pass through {folder!r} to the target"
             remedy = f"let it: chmod o+x {shlex.quote(folder)} (and the folders above)"

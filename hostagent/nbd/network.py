@@ -44,7 +44,7 @@ def network_layer(uri: str, servers: Sequence[str]) -> Layer:
     Blocking: a socket's folder is looked at."""
     server, _ = server_of(uri, "image")
     if not any(_covers(entry, server) for entry in servers):
-        what = str(Path(server["path"]).parent) if server["type"] == "unix" else _shown(server)
+        what = str(Path(os.path.realpath(server["path"])).parent) if server["type"] == "unix" else _shown(server)
         raise JobError(
             "denied",
             f"{uri!r} leads to a server that images.network does not list",
@@ -69,11 +69,11 @@ def _shown(server: Mapping[str, Any]) -> str:
     return f"{host}:{server['port']}"
 
 
-def refused(uri: str, error: Refused) -> JobError:
-    """What QEMU said when it opened the image, as a person can use it. QEMU's own words are the only ones there are."""
+def refused(uri: str, user: str, error: Refused) -> JobError:
+    """What QEMU, as `user`, said when it opened the image, as a person can use it. QEMU has no codes, only words."""
     text = error.text
     if "failed to connect" in text.lower() and "permission denied" in text.lower():
-        return closed_server(uri, field="image")
+        return closed_server(uri, user, field="image")
     for words, code, field, remedy in _REFUSALS:
         if words in text.lower():
             return JobError(code, f"{uri!r}: {text}", field=field, value=uri, remedy=remedy)
@@ -89,17 +89,18 @@ _REFUSALS = (
 )
 
 
-def closed_server(uri: str, *, field: str) -> JobError:
-    """The hypervisor user may not connect; whose socket it is says who can let it."""
+def closed_server(uri: str, user: str, *, field: str) -> JobError:
+    """The hypervisor user, `user`, may not connect; whose socket it is says who can let it."""
     server, _ = server_of(uri)
     where, remedy = "the server", "see what the server allows"
     if (path := server.get("path")) is not None:
+        path = os.path.realpath(path)
         try:
             found = Path(path).stat()
             where = f"{path!r} (uid {found.st_uid}, gid {found.st_gid}, mode {found.st_mode & 0o7777:04o})"
         except OSError:
             where = repr(path)
         plain = shlex.quote(path)
-        remedy = f"let it read and write the socket (setfacl -m u:USER:rw {plain}), and pass through the folders above"
+        remedy = f"let it use the socket (setfacl -m u:{user}:rw {plain}), and pass through the folders above"
     message = f"the hypervisor user may not connect to {where}"
     return JobError("access_refused", message, field=field, value=uri, remedy=remedy)

@@ -268,5 +268,6 @@ def _failed(top: Layer, finished: Finished, before: BitmapList, after: BitmapLis
         why = f"qemu-img was ended by {signal.Signals(-finished.status).name}"
         remedy = "raise images.tool_cpu or images.tool_memory, and remove what is inconsistent"
         return JobError("limit", f"the bitmaps of {top.path}: {why}{left}", value=top.path, remedy=remedy)
-    code, remedy = reason(finished.said) or ("io_error", "see whether `hostagent image check` finds something")
+    unknown = ("io_error", "see whether `hostagent image check` finds something")
+    code, remedy = reason(finished, top.path, access="rw") or unknown
     return JobError(code, f"the bitmaps of {top.path} were not changed: {last}{left}", value=top.path, remedy=remedy)

@@ -100,7 +100,7 @@ async def refuse_dependents(
         f"other images stand on {on}, and would not hold any more what they hold now: {names}",
         field=field,
         value=layers[0].path,
-        remedy="pull them first (`hostagent job pull`), or name another file",
+        remedy="pull them first (`hostagent job pull`), delete what is done with, or name another file",
         holders=[image.path for image in found[:8]],
     )
 

@@ -489,7 +489,7 @@ def test_an_nbd_socket_that_the_hypervisor_user_may_not_use_is_named(
         socket.chmod(0o600)
         error = copy(agent, images.top, uri, completion="finish")["error"]
     assert (error["code"], str(socket) in error["message"]) == ("access_refused", True), error
-    assert f"u:USER:rw {socket}" in error["remedy"]
+    assert f"u:{agent.user}:rw {socket}" in error["remedy"]
     assert_source_untouched(images)
 
 

@@ -249,7 +249,11 @@ def test_a_socket_that_the_hypervisor_user_may_not_use_is_named(agent: AgentProc
         where.chmod(0o600)
         error = asked(agent, uri)
         assert (error.code, error.body["field"]) == ("access_refused", "image"), error.body
-        assert f"u:USER:rw {where}" in error.body["remedy"]
+        assert f"u:{agent.user}:rw {where}" in error.body["remedy"]
+        link = folder / "link.sock"
+        link.symlink_to(where)
+        error = asked(agent, uri.replace(str(where), str(link)))
+        assert f"u:{agent.user}:rw {where}," in error.body["remedy"].replace(")", ","), error.body
 
 
 def command(agent: AgentProcess, *words: str, check: bool = True) -> Any:

@@ -70,6 +70,12 @@ def test_image_inspect_of_what_is_not_there_exits_3(run, capsys) -> None:
     assert "/nowhere/x.qcow2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["inspect", "check", "map"])
+def test_a_network_image_is_not_looked_at_here(run, capsys, verb: str) -> None:
+    assert run("image", verb, "nbd://host/disk") == 2
+    assert "is an NBD URI" in capsys.readouterr().err
+
+
 @pytest.mark.qemu
 def test_doctor_works_without_an_agent_and_says_how_to_start_it(run, capsys) -> None:
     assert run("doctor", "--json") == 1

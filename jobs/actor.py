@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from events.model import JobEventKind
 from jobs import pull
@@ -29,6 +29,7 @@ from jobs.settle import again, decide, pivot_refused
 from jobs.world import World
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Actor:
@@ -128,7 +129,17 @@ class Actor:
 
     async def _starting(self) -> None:
         driver = self._w.driver
-        await self._prepare()
+        try:
+            await self._prepare()
+        except JobError as error:
+            if error.code != "busy":
+                raise
+            cleared = await self._interruptible(self._w.cleared(self.job))
+            if self.job.state is not State.STARTING:
+                return
+            if not cleared:
+                raise
+            await self._prepare()
         if self.job.cursor.cur == 0 and self.job.started is None:
             warnings = await self._interruptible(driver.check(self.job))
             if warnings is None:
@@ -522,7 +533,7 @@ class Actor:
         if message is not None and message.ask is not Ask.LOOK:
             await self._request(message)
 
-    async def _interruptible(self, work: Awaitable[tuple[str, ...]]) -> tuple[str, ...] | None:
+    async def _interruptible(self, work: Awaitable[T]) -> T | None:
         """The result of `work`, or None when a request changed the job's state meanwhile (`work` is cancelled)."""
         state = self.job.state
         task = asyncio.ensure_future(work)

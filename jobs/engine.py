@@ -41,7 +41,8 @@ class Engine:
         limits: Limits,
         changed: Callable[[Job], None],
     ) -> None:
-        self._world = World(driver, store, access, clock, observer, limits, Slots(limits.width), changed)
+        slots = Slots(limits.width)
+        self._world = World(driver, store, access, clock, observer, limits, slots, changed, self._others_cleared)
         self._actors: dict[str, Actor] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._groups: dict[str, Together] = {}
@@ -271,6 +272,16 @@ class Engine:
             await asyncio.wait(tasks, timeout=self._world.limits.request_timeout)
         return bool(tasks)
 
+    async def _others_cleared(self, job: Job) -> bool:
+        """See World. Another image of the same chain is no reason to refuse a job, but its job's leases are."""
+        files = _files(job)
+        others = [actor.job for actor in self._actors.values() if actor.job.id != job.id]
+        ending = [other for other in others if other.state.terminal or other.intent == "abort"]
+        tasks = {self._tasks[other.id] for other in ending if other.id in self._tasks and files & _files(other)}
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._world.limits.request_timeout)
+        return bool(tasks)
+
     def _refuse_when_full(self, number: int = 1) -> None:
         if len(self.active()) + number > self._world.limits.queue:
             raise JobError(
@@ -353,3 +364,9 @@ class Engine:
         self._tasks.pop(actor.job.id, None)
         if (of := actor.job.group) is not None and not self._groups[of.id].among(self._actors):
             del self._groups[of.id]
+
+
+def _files(job: Job) -> set[FileId]:
+    """All that the job has leased."""
+    layers = {layer.file for layer in job.before.layers}
+    return layers | ({job.target.file} if job.target and job.target.file else set())

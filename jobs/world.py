@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from jobs.model import Job
@@ -25,9 +25,15 @@ class Limits:
     request_timeout: float = 30.0
 
 
+async def _nobody(job: Job) -> bool:
+    return False
+
+
 @dataclass(slots=True)
 class World:
-    """`changed` is told of each new value of a job, progress too; it must not block."""
+    """`changed` is told of each new value of a job, progress too; it must not block. `cleared` waits, for
+    `limits.request_timeout`, until the jobs have let go that ended on this one's files, or were told to; whether there
+    were any."""
 
     driver: BlockDriver
     store: JobStore
@@ -37,3 +43,4 @@ class World:
     limits: Limits
     slots: Slots
     changed: Callable[[Job], None] = field(default=lambda job: None)
+    cleared: Callable[[Job], Awaitable[bool]] = field(default=_nobody)

@@ -36,7 +36,8 @@ async def _map(tool: Tool, layers: Sequence[Layer], handles: Sequence[int], key:
         message = f"the map of {path} took longer than images.check_timeout ({tool.limits.timeout:g} s)"
         raise JobError("timeout", message, remedy="raise images.check_timeout") from None
     if finished.status or len(finished.stdout) >= tool.limits.output:
-        code, remedy = reason(finished, *(layer.path for layer in layers)) or ("limit", "raise images.map_output, images.tool_cpu or tool_memory")
+        unknown = ("limit", "raise images.map_output, images.tool_cpu or tool_memory")
+        code, remedy = reason(finished, *(layer.path for layer in layers)) or unknown
         raise JobError(code, f"{path} cannot be mapped: {finished.said[-500:] or 'it is too long'}", remedy=remedy)
     try:
         found = json.loads(finished.stdout)

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from jobs.errors import JobError
-from jobs.model import Cursor, Holder, Job, Revocation, State
+from jobs.model import Chain, Cursor, Holder, Job, Revocation, State
 from jobs.ports import AccessVerdict, Phase
 from tests.unit.jobs.agent_in_memory import QUICK, Agent, run
 from tests.unit.jobs.fake_driver import MIB, spec
+from tests.unit.jobs.fake_images import Image
 
 STEP = 16 * MIB
 
@@ -124,6 +125,42 @@ def test_a_pull_that_does_not_complete_leaves_its_backing_files_to_the_image(way
         assert not agent.driver.images["/top"].users
 
     run(scenario, size=1024 * MIB)
+
+
+@pytest.mark.parametrize("then", ["let go", "abort", "stay"])
+def test_a_job_on_another_image_of_the_chain_waits_until_an_aborted_one_has_let_go(then: str) -> None:
+    async def scenario(agent: Agent) -> None:
+        driver = agent.driver
+        below = driver.image("/top", depth=3).layers[1:]
+        beside = driver.image("/beside", depth=3).layers[0]
+        driver.images["/beside"] = Image(Chain((replace(beside, backing="/top.1"), *below)), "/top.1")
+        driver.pace = 0
+
+        def leased(call: str, job: Job) -> None:
+            if (call, job.before.top.path) == ("prepare", "/beside") and driver.images["/top"].users:
+                raise JobError("busy", "'/top.1' is in use by job:1")
+
+        driver.fault = leased
+        job = await agent.until_state(await agent.pull(), State.RUNNING)
+        if then != "stay":
+            driver.gates["leave"] = asyncio.Event()
+            await agent.engine.abort(job.id)
+        other = await agent.pull("/beside")
+        if then == "stay":
+            ended = await agent.until_cleared(other)
+            assert (ended.state, ended.error and ended.error.code) == (State.FAILED, "busy")
+            await agent.engine.abort(job.id)
+            return
+        await agent.until_state(job, State.ABORTED)
+        await asyncio.sleep(0.02)
+        assert (await agent.engine.get(other.id)).state is State.STARTING
+        if then == "abort":
+            await agent.engine.abort(other.id)
+        driver.pace = 16 * MIB
+        driver.gates["leave"].set()
+        assert (await agent.until_cleared(other)).state is (State.ABORTED if then == "abort" else State.COMPLETED)
+
+    run(scenario)
 
 
 def test_lost_hints_cost_nothing_but_time() -> None:

@@ -108,6 +108,8 @@ class Watch:
         self._child = child
         self._on_exit = on_exit
         self.how: str | None = None  # only the parent hears it, not who adopted
+        self.killed = False
+        """Whether a signal ended it; as far as we hear."""
         self._gone = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._fd, self._exited)
@@ -119,7 +121,8 @@ class Watch:
     def _exited(self) -> None:
         self.close()
         if self._child is not None and (status := self._child.poll()) is not None:
-            self.how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            self.killed = status < 0
+            self.how = f"killed by {signal.Signals(-status).name}" if self.killed else f"exit status {status}"
         self._gone.set()
         self._on_exit()
 

@@ -108,10 +108,11 @@ class DaemonProcess:
             await self.monitor(ours)
         except BaseException as error:
             died = isinstance(error, JobError) and await self.ended(MOMENT)
+            killed = self._watch.killed
             await self.kill()  # nobody has had anything of it yet
             await self.detach()
             if isinstance(error, JobError):
-                raise self._no_start(died=died) from error
+                raise (self.death() if killed else self._no_start(died=died)) from error
             raise
 
     async def _launched(self, descriptors: Sequence[int], first: socket.socket) -> subprocess.Popen[bytes]:

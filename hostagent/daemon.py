@@ -75,7 +75,7 @@ from hostagent.nbd.exports import Exports
 from hostagent.nbd.network import Settings as NetworkSettings
 from hostagent.nbd.offline import OfflineDriver
 from hostagent.nbd.offline_bitmaps import Bitmaps
-from hostagent.nbd.operations import job_id
+from hostagent.nbd.operations import Search, job_id
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.nbd.space import Space
@@ -171,6 +171,7 @@ class Agent:
         )
         self._ledger = self._make_ledger()
         self._chains = self._make_chains()
+        self._dependents = Search(self._find_dependents, self._config.images.scan_timeout)
         self._exports = self._make_exports()
         self._driver = self._make_driver()
         self._guests = self._make_guests()
@@ -309,7 +310,7 @@ class Agent:
         user = None if self._user.is_us else RunAs(self._user.uid, self._user.gid, self._user.groups)
         return user, ToolLimits(timeout=images.check_timeout, cpu=images.tool_cpu, memory=images.tool_memory)
 
-    def _dependents(
+    def _find_dependents(
         self, files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]
     ) -> list[Dependent]:
         images = self._config.images

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import stat
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +21,11 @@ from jobs.errors import JobError
 from jobs.model import Chain, FileId, Job, JobSpec, Layer, Need, Plan
 
 log = logging.getLogger(__name__)
+
+SEARCHES = 4
+"""Searches for dependent images at a time."""
+MOMENT = 1.0
+"""Seconds that a search has beyond its time to say so itself."""
 
 
 class UnreadableError(Exception):
@@ -69,7 +76,7 @@ class Dependent(Protocol):
     def on(self) -> FileId: ...
 
 
-class Search(Protocol):
+class Find(Protocol):
     """Find the images, other than `skip`, that stand on `files`. Blocking; raises JobError when it cannot be sure."""
 
     def __call__(
@@ -77,12 +84,35 @@ class Search(Protocol):
     ) -> Sequence[Dependent]: ...
 
 
+class Search:
+    """Such a search, in threads of its own and bounded: a read from dead storage never returns."""
+
+    def __init__(self, find: Find, timeout: float) -> None:
+        """`timeout` seconds (images.scan_timeout), by which `find` gives up itself where it is not stuck."""
+        self._find = find
+        self._timeout = timeout
+        self._threads = ThreadPoolExecutor(SEARCHES, thread_name_prefix="search")
+
+    async def __call__(
+        self, files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]
+    ) -> Sequence[Dependent]:
+        work = functools.partial(self._find, files, folders=folders, skip=skip)
+        looking = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.wait_for(looking, self._timeout + MOMENT)
+        except TimeoutError:
+            names = ", ".join(repr(str(folder)) for folder in folders[:8])
+            message = f"the images in {names} and the pools were not looked through in {self._timeout:g} s"
+            remedy = "see whether their storage hangs, or raise images.scan_timeout"
+            raise JobError("timeout", message, remedy=remedy) from None
+
+
 async def dependents(
     search: Search, layers: Sequence[Layer], *, folders: Collection[Path], skip: Collection[FileId]
 ) -> Sequence[Dependent]:
     """The images, other than `skip`, that stand on one of `layers`. A JobError when that cannot be said."""
     files = [layer.file for layer in layers]
-    return await asyncio.to_thread(search, files, folders=sorted(set(folders)), skip=skip)
+    return await search(files, folders=sorted(set(folders)), skip=skip)
 
 
 async def refuse_dependents(

@@ -29,6 +29,7 @@ from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import Commit
 from hostagent.nbd.copying import Copy
 from hostagent.nbd.offline import OfflineDriver
+from hostagent.nbd.operations import Search
 from hostagent.nbd.prepared import Lease, PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.nbd.space import Space
@@ -110,8 +111,8 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
         ledger,
         QemuImg(user=None, limits=ToolLimits()),
         pull=Pull(SliceLimits(slice=2 * MIB, requests_in_flight=4, request_size=MIB, nbd_timeout=10.0)),
-        copy=Copy(chains, lambda files, folders, skip: [], space, 10.0),
-        commit=Commit(lambda files, folders, skip: [], space, 10.0),
+        copy=Copy(chains, Search(lambda files, folders, skip: [], 30.0), space, 10.0),
+        commit=Commit(Search(lambda files, folders, skip: [], 30.0), space, 10.0),
         check_auto=1 << 30,
     )
 

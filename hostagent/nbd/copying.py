@@ -28,7 +28,7 @@ from hostagent.nbd.network import closed_server
 from hostagent.nbd.operations import Search, at_most, backing_name, job_name, preflight, refuse_dependents, room
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.space import Space, enough, judge
-from hostagent.nbd.uri import file_of, is_uri, normal, server_of
+from hostagent.nbd.uri import file_of, is_uri, normal
 from jobs import copy
 from jobs.errors import JobError
 from jobs.model import Chain, Completion, FileId, Job, JobSpec, Layer, Need, Plan, Target, TargetState
@@ -299,8 +299,7 @@ def _remote(spec: JobSpec) -> Target:
         raise JobError("invalid", "an NBD export can only be filled", field="dest", value=spec.dest, remedy=remedy)
     if not spec.anywhere:
         raise JobError("denied", "only root may copy to NBD", field="dest", value=spec.dest, remedy="name a file")
-    server_of(spec.dest)
-    return Target(spec.dest, "raw", made=False, state=TargetState.UNTOUCHED)
+    return Target(normal(spec.dest), "raw", made=False, state=TargetState.UNTOUCHED)
 
 
 def _remote_layer(uri: str, size: int) -> Layer:

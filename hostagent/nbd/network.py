@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hostagent.drivers.qmp import Refused
-from hostagent.nbd.uri import file_of, normal, server_of
+from hostagent.nbd.uri import file_of, normal, plain_host, server_of
 from jobs.errors import JobError
 from jobs.model import Layer
 
@@ -61,7 +61,9 @@ def _covers(entry: str, server: Mapping[str, Any]) -> bool:
     if entry.startswith("/"):
         return False
     listed = urlsplit(f"//{entry}")
-    return listed.hostname == server["host"] and (listed.port is None or str(listed.port) == server["port"])
+    if plain_host(listed.hostname or "") != server["host"]:
+        return False
+    return listed.port is None or str(listed.port) == server["port"]
 
 
 def _shown(server: Mapping[str, Any]) -> str:

@@ -7,7 +7,9 @@ are two servers: NBD has no way to tell. NBD has no passwords either, so a URI w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import ipaddress
 import re
 from pathlib import PurePosixPath
 from typing import Any
@@ -56,6 +58,13 @@ def file_of(uri: str) -> FileId:
     return FileId(NETWORK, int.from_bytes(digest[:8], "big") & _IDENTITY)
 
 
+def plain_host(name: str) -> str:
+    """One spelling of an address; a name is in small letters already, and what it leads to is not asked."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name))
+    return name
+
+
 def _parsed(parts: SplitResult) -> tuple[dict[str, Any], str]:
     """Raises ValueError for what means nothing to us, rather than to leave it out."""
     name = unquote(parts.path.removeprefix("/"), errors="strict")
@@ -64,7 +73,7 @@ def _parsed(parts: SplitResult) -> tuple[dict[str, Any], str]:
         raise ValueError(parts)
     if parts.scheme == "nbd" and parts.hostname and not query:
         port = PORT if parts.port is None else parts.port
-        return {"type": "inet", "host": parts.hostname, "port": str(port)}, name
+        return {"type": "inet", "host": plain_host(parts.hostname), "port": str(port)}, name
     ((key, path),) = query
     if parts.scheme != "nbd+unix" or parts.netloc or key != "socket" or not path.isprintable():
         raise ValueError(parts)

@@ -243,6 +243,24 @@ def test_what_is_wrong_with_one_is_refused_and_nothing_is_made(
     assert disks._names() == disks.names
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("nbd://store/a", "nbd://STORE:10809/a"),
+        ("nbd://[::1]/", "nbd://[0:0::1]:10809"),
+        ("nbd+unix:///?socket=/run/x.sock", "nbd+unix://?socket=/run//x.sock"),
+    ],
+)
+@pytest.mark.skipif(not ROOT, reason="only root may copy to NBD")
+def test_one_server_in_two_spellings_is_refused(agent: AgentProcess, disks: Disks, one: str, other: str) -> None:
+    request = disks.request(completion="finish")
+    for disk, uri in zip(request["disks"], (one, other), strict=False):
+        disk |= {"dest": uri, "format": "raw"}
+    with pytest.raises(ApiError) as refused:
+        agent.post("/v1/groups", {**request, "dry_run": True})
+    assert (refused.value.code, "is the target of two copies" in refused.value.body["detail"]) == ("invalid", True)
+
+
 def test_a_dry_run_tells_of_all_disks_and_changes_nothing(agent: AgentProcess, disks: Disks) -> None:
     plan = agent.post("/v1/groups", disks.request(completion="pivot", dry_run=True))
     assert [disk["after"] for disk in plan["disks"]] == [[str(dest)] for dest in disks.dests]

@@ -95,6 +95,7 @@ def test_what_leads_to_one_export_is_one_file_and_nothing_else_is() -> None:
         ("store", "nbd://evilstore/x", False),
         ("127.0.0.1", "nbd://127.1/x", False),
         ("[::1]:7", "nbd://[::1]:7/x", True),
+        ("[0::1]:7", "nbd://[0:0::1]:7/x", True),
         ("[::1]:7", "nbd://[::1]/x", False),
         ("/run/nbd", UNIX, True),
         ("/run/nbd/s", UNIX, True),
@@ -166,6 +167,6 @@ def test_a_lease_is_shared_by_readers_and_a_writers_alone() -> None:
     ],
 )
 def test_what_qemu_says_is_told_with_what_to_do(text: str, code: str, field: str) -> None:
-    error = refused(UNIX, Refused("blockdev-add", text))
+    error = refused(UNIX, "qemu", Refused("blockdev-add", text))
     assert (error.code, error.field) == (code, field)
     assert error.remedy

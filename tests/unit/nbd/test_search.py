@@ -17,9 +17,7 @@ from jobs.model import FileId
 def test_searches_that_hang_end_and_take_no_thread_from_others() -> None:
     answers = threading.Event()
 
-    def hang(
-        files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]
-    ) -> Sequence[Dependent]:
+    def hang(files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]) -> Sequence[Dependent]:
         answers.wait(60)
         return []
 

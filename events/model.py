@@ -140,6 +140,19 @@ class DiskJobEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class QemuJobEvent:
+    """QEMU's own word on how a block job of a live disk ended, which comes before libvirt's and says more: `good` that
+    it did what was asked (a mirror that was ended when it was in sync, too), `error` why it did not."""
+
+    domain: str
+    name: str
+    disk: str
+    operation: str
+    good: bool
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DomainEvent:
     """`reason` is libvirt's detail of a stop or a pause: destroyed, crashed, failed, io_error, …"""
 
@@ -173,7 +186,7 @@ class ThresholdEvent:
     excess: int
 
 
-HypervisorEvent = DiskJobEvent | DomainEvent | DiskErrorEvent | ThresholdEvent
+HypervisorEvent = DiskJobEvent | QemuJobEvent | DomainEvent | DiskErrorEvent | ThresholdEvent
 
 
 def now() -> datetime:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from events.model import (
     DomainEvent,
     DomainEventKind,
     HypervisorEvent,
+    QemuJobEvent,
     ThresholdEvent,
 )
 
@@ -95,6 +98,8 @@ def of_libvirt(raw: RawEvent) -> HypervisorEvent | None:
             operation = OPERATIONS.get(type, "unknown")
             active = type == ACTIVE_COMMIT
             return DiskJobEvent(kind, raw.domain, raw.name, disk, operation, active=active, reason=reason)
+        case "monitor", (str(said), str(data)):
+            return _of_monitor(raw, said, data)
         case "lifecycle", (int(event), int(detail)) if event in _LIFECYCLE:
             details = {5: _STOPPED, 3: _SUSPENDED}.get(event, {})
             return DomainEvent(_LIFECYCLE[event], raw.domain, raw.name, details.get(detail))
@@ -104,3 +109,27 @@ def of_libvirt(raw: RawEvent) -> HypervisorEvent | None:
         case "block_threshold", (str(disk), path, int(threshold), int(excess)):
             return ThresholdEvent(raw.domain, raw.name, disk, str(path or ""), threshold, excess)
     return None
+
+
+_JOB_NAME = re.compile(r"(?P<operation>pull|copy|commit)-(?P<disk>[^-]{1,64})-libvirt-\d{1,9}-(format|storage)")
+"""What libvirt calls the block jobs that it begins: commit-vda-libvirt-4-format."""
+
+
+def _of_monitor(raw: RawEvent, event: str, details: str) -> QemuJobEvent | None:
+    """The end of a block job that libvirt began, in QEMU's words. An end with an error is BLOCK_JOB_COMPLETED, too."""
+    try:
+        data = json.loads(details)
+    except ValueError:
+        return None
+    job = _JOB_NAME.fullmatch(str(data.get("device"))) if isinstance(data, dict) else None
+    if job is None or event not in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"):
+        return None
+    error = data.get("error")
+    return QemuJobEvent(
+        raw.domain,
+        raw.name,
+        job["disk"],
+        job["operation"],
+        good=event == "BLOCK_JOB_COMPLETED" and error is None,
+        error=None if error is None else str(error)[:1000],
+    )

@@ -164,6 +164,12 @@ class Libvirt:
         low=0.1,
         high=600,
     )
+    pivot_attempts: int = setting(
+        5, "Times that a guest is asked to go over to a copy that is ready, before the copy fails.", low=1, high=1000
+    )
+    pivot_wait: float = setting(
+        0.5, "Seconds between the first two of these. Each wait is twice the one before.", low=0.05, high=600
+    )
     file_timeout: float = setting(
         5.0, "Seconds to look at the files of one domain, and for who asks about them.", low=0.1, high=600
     )

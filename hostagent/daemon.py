@@ -49,10 +49,15 @@ from hostagent.config_text import plain
 from hostagent.drain import Drain
 from hostagent.drivers import qsd_process
 from hostagent.gauges import Gauges
+from hostagent.guests.committing import GuestCommit
+from hostagent.guests.copying import GuestCopy
 from hostagent.guests.disks import Disks
 from hostagent.guests.driver import GuestDriver
 from hostagent.guests.driver import Settings as GuestSettings
 from hostagent.guests.durable import Durable
+from hostagent.guests.finding import Finder
+from hostagent.guests.mirrors import Mirrors
+from hostagent.guests.mirrors import Settings as MirrorSettings
 from hostagent.guests.proof import Proof
 from hostagent.guests.pulling import Pulling
 from hostagent.guests.router import Router
@@ -85,7 +90,7 @@ from hostagent.records import ExportRecord
 from hostagent.retention import Retention, keep_house
 from hostagent.store import Store
 from jobs.engine import Engine
-from jobs.model import FileId, Job, State
+from jobs.model import FileId, Job, Operation, State
 from jobs.outcome import job_event
 from jobs.ports import SystemClock
 from jobs.world import Limits
@@ -174,7 +179,10 @@ class Agent:
         self._dependents = Search(self._find_dependents, self._config.images.scan_timeout)
         self._exports = self._make_exports()
         self._driver = self._make_driver()
+        self._finder = Finder(self._live.domains, self._live.hypervisor.claims, self._live.off)
+        self._disks = Disks(self._live.hypervisor, self._live.domains, config.libvirt.connect_timeout)
         self._guests = self._make_guests()
+        self._mirrors = self._make_mirrors()
         self._bitmaps = self._make_bitmaps()
         self._watch = Watch(self._chains, interval=config.images.watch_interval, tell=self._drifted)
         self._engine = self._make_engine()
@@ -266,36 +274,60 @@ class Agent:
         )
         measure = Measure(user=user, limits=replace(tools, timeout=images.measure_timeout), binary=images.qemu_img)
         space = Space(measure, self._ledger)
+        self._copy = Copy(self._chains, self._dependents, space, timeout)
+        self._commit = Commit(self._dependents, space, timeout)
         return OfflineDriver(
             self._chains,
             self._ledger,
             QemuImg(user=user, limits=tools, binary=images.qemu_img),
             pull=Pull(slices),
-            copy=Copy(self._chains, self._dependents, space, timeout),
-            commit=Commit(self._dependents, space, timeout),
+            copy=self._copy,
+            commit=self._commit,
             check_auto=images.check_auto_size,
         )
 
     def _make_guests(self) -> GuestDriver:
         config, live = self._config, self._live
-        disks = Disks(live.hypervisor, live.domains, config.libvirt.connect_timeout)
+        disks = self._disks
         timeout = config.libvirt.file_timeout
         user, tools = self._tools()
         limits = replace(tools, output=config.images.map_output)
+        self._durable = Durable(Tool(user=user, limits=limits, binary=config.images.qemu_img), self._ledger, timeout)
         proof = Proof(disks, timeout=timeout, agree=config.libvirt.agree_timeout)
         guests = GuestDriver(
             disks,
-            live.domains,
             live.hypervisor.claims,
             Pulling(disks, proof, file_timeout=timeout, end_timeout=config.jobs.abort_timeout),
             proof,
-            Durable(Tool(user=user, limits=limits, binary=config.images.qemu_img), self._ledger, timeout),
+            self._durable,
             settings=GuestSettings(ChainLimits(tuple(config.images.pools)), timeout),
-            off=live.off,
+            finder=self._finder,
             hint=lambda job: self._engine.hint(job),
         )
         live.tell(guests)
         return guests
+
+    def _make_mirrors(self) -> Mirrors:
+        config, live = self._config, self._live
+        limits, timeout = ChainLimits(tuple(config.images.pools)), config.libvirt.file_timeout
+        copy = GuestCopy(self._disks, self._finder, self._copy, FileLease, limits=limits, file_timeout=timeout)
+        commit = GuestCommit(self._disks, self._finder, self._commit, self._chains, self._durable, file_timeout=timeout)
+        mirrors = Mirrors(
+            self._disks,
+            live.hypervisor.claims,
+            self._finder,
+            {Operation.COPY: copy, Operation.COMMIT: commit},
+            settings=MirrorSettings(
+                limits,
+                timeout,
+                config.libvirt.agree_timeout,
+                config.libvirt.pivot_attempts,
+                config.libvirt.pivot_wait,
+            ),
+            hint=lambda job: self._engine.hint(job),
+        )
+        live.tell(mirrors)
+        return mirrors
 
     def _make_bitmaps(self) -> Bitmaps:
         images = self._config.images
@@ -325,7 +357,7 @@ class Agent:
     def _make_engine(self) -> Engine:
         jobs = self._config.jobs
         return Engine(
-            Router(self._driver, self._guests),
+            Router(self._driver, self._guests, self._mirrors),
             self._store,
             self._ledger,
             clock=self._clock,
@@ -359,7 +391,7 @@ class Agent:
         await asyncio.gather(*map(self._driver.claim, claims))
         for job in unsettled:
             if job.drive is not None:
-                self._guests.recover(job)
+                (self._guests if job.spec.operation is Operation.PULL else self._mirrors).recover(job)
         await self._chains.sweep()
         await self._bitmaps.recover(self._store)
         await self._ledger.converge_all(trigger="start")

@@ -43,7 +43,7 @@ CODES: dict[str, Code] = {
     "cancelled": Code(409, EXIT_JOB_FAILED, "The job was cancelled"),
     "unproven": Code(500, EXIT_JOB_FAILED, "The outcome could not be proven"),
     "job_failed": Code(500, EXIT_JOB_FAILED, "The job failed"),
-    "pivot_refused": Code(500, EXIT_JOB_FAILED, "The copy is whole, but the disk did not go over to it"),
+    "pivot_refused": Code(500, EXIT_JOB_FAILED, "The disk did not go over to its copy"),
     "group_failed": Code(409, EXIT_JOB_FAILED, "Another job of the group failed"),
     "unreachable": Code(503, EXIT_UNREACHABLE, "The agent cannot be reached"),
 }

@@ -13,7 +13,15 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HostEvent, HostEventKind, HypervisorEvent
+from events.model import (
+    DiskErrorEvent,
+    DiskJobEvent,
+    DomainEvent,
+    HostEvent,
+    HostEventKind,
+    HypervisorEvent,
+    QemuJobEvent,
+)
 from hostagent.config import Libvirt
 from hostagent.drivers import domains, hypervisor
 from hostagent.drivers.domains import Domains, Use
@@ -169,6 +177,8 @@ def _type(event: HypervisorEvent) -> str:
     match event:
         case DiskJobEvent():
             return f"disk_job.{event.kind}"
+        case QemuJobEvent():
+            return "qemu_job"
         case DomainEvent():
             return f"domain.{event.kind}"
         case DiskErrorEvent():

@@ -25,7 +25,7 @@ from jobs.model import Completion, Failure, Job, State
 from jobs.outcome import failure_of
 from jobs.ports import Contact, Observation, Phase
 from jobs.progress import View
-from jobs.settle import again, decide, pivot_refused
+from jobs.settle import PIVOT_REFUSED, again, decide, pivot_refused
 from jobs.world import World
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Actor:
         await self._keeper.move(Signal.ENDED, error=failure)
 
     async def _queued(self) -> None:
-        admitted = asyncio.ensure_future(self._group.slot(self.job.id) if self._group else self._w.slots.take())
+        admitted = asyncio.ensure_future(self._admitted())
         try:
             while not admitted.done():
                 message = await self._inbox.next_or(admitted)
@@ -126,6 +126,10 @@ class Actor:
         finally:
             if not self._has_slot and not admitted.cancel() and admitted.done() and not admitted.cancelled():
                 self._w.slots.give()
+
+    async def _admitted(self) -> None:
+        await self._w.driver.turn(self.job)
+        await (self._group.slot(self.job.id) if self._group else self._w.slots.take())
 
     async def _starting(self) -> None:
         driver = self._w.driver
@@ -354,13 +358,17 @@ class Actor:
         return True
 
     async def _ask_for_the_end(self) -> bool:
-        """False when it is to be cancelled instead. Only of a decided member, which is whole: of any other job nobody
-        else depends on its end, and it is asked until somebody aborts it."""
+        """False when it is to be cancelled instead: where the driver gives up, which it says by pivot_refused, and of a
+        decided member, which is whole. Of any other job nobody else depends on its end, and it is asked until somebody
+        aborts it."""
         try:
             await self._w.driver.complete(self.job)
         except JobError as error:
             if error.code == "storage_daemon_died":  # that is an end, too, and judged as any other
                 return True
+            if error.code == PIVOT_REFUSED and not self.job.decided:
+                await self._keeper.change(error=failure_of(self.job, error))
+                return False
             self._refused += error.code != "unresponsive"
             if not self.job.decided or self._refused <= self._w.limits.end_retries:
                 raise

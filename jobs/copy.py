@@ -19,11 +19,11 @@ def after(chain: Chain, spec: JobSpec, target: Target) -> Chain:
     return Chain((Layer(target.path, target.format, file, size, 0, backing, device=target.device), *below))
 
 
-def ended(job: Job, *, completed: bool) -> TargetState:
+def ended(job: Job, *, completed: bool, deleted: bool) -> TargetState:
     """What the target is worth after the job; that of a decided member was whole before."""
     assert job.target is not None
     if completed or job.decided:
         return TargetState.COMPLETE
     if job.target.state is TargetState.UNTOUCHED:
         return TargetState.UNTOUCHED
-    return TargetState.DELETED if job.target.made else TargetState.UNUSABLE
+    return TargetState.DELETED if deleted else TargetState.UNUSABLE

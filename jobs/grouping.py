@@ -32,6 +32,9 @@ def refuse_unlike(specs: Sequence[JobSpec], limits: Limits) -> None:
 
 def refuse_overlap(specs: Sequence[JobSpec], plans: Sequence[Plan]) -> None:
     """Raise when two of the copies are of one disk, or one writes what another reads or writes."""
+    if guests := [plan.drive for plan in plans if plan.drive is not None]:
+        message = f"{guests[0]} is a guest's disk: a group is of images that no guest uses"
+        raise JobError("not_supported", message, field="disks", remedy="copy each disk alone")
     pairs = list(zip(specs, plans, strict=True))
     for (_, one), (other, plan) in itertools.combinations(pairs, 2):
         if one.before.top.file == plan.before.top.file:

@@ -161,9 +161,8 @@ class Keeper:
         pending = Revocation.PENDING if completed and self.job.dropped else Revocation.NONE
         target = self.job.target
         if target is not None:
-            if not completed:
-                await self._w.driver.discard(self.job)
-            target = replace(target, state=copy.ended(self.job, completed=completed))
+            deleted = not completed and await self._w.driver.discard(self.job)
+            target = replace(target, state=copy.ended(self.job, completed=completed, deleted=deleted))
         changes = {"error": failure, "cursor": cursor, "revocation": pending, "upto": None, "target": target}
         job = step(self.job, signal, now, finished=now, **changes)
 

@@ -92,6 +92,10 @@ class BlockDriver(Protocol):
         """Look at the image and say what the job would do. Changes nothing. A `preview` is for people: it may take
         longer to tell how much the job needs, where a job that is to begin only asks whether there is enough."""
 
+    async def turn(self, job: Job) -> None:
+        """Wait until no other job works where one may at a time, and have that place until `leave`. Without bound, for
+        the other may be long; may be cancelled. Idempotent."""
+
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         """Leases, grants, the target's file: all that comes before the image is opened for the job. Idempotent.
 
@@ -134,9 +138,9 @@ class BlockDriver(Protocol):
         """Give the target of a group's member its name, which `discard` takes back; its storage daemon may have ended
         after `harden`. Idempotent."""
 
-    async def discard(self, job: Job) -> None:
-        """Close the target of a job that did not complete, and delete it if we made it and its group did not decide
-        that it stays. Idempotent."""
+    async def discard(self, job: Job) -> bool:
+        """Close the target of a job that did not complete, and delete it if we made it, unless its group decided that
+        it stays, or a guest may have gone over to it: whether it is gone. Idempotent."""
 
     async def delete_dropped(self, job: Job) -> tuple[str, ...]:
         """Delete the files that a completed job took out of the chain, as `job.spec.delete` says, but for those that

@@ -90,6 +90,28 @@ class BlockJobInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyCall:
+    """virDomainBlockCopy: `xml` is the target as a disk; `reuse` that it is written over as it is; `bandwidth` in
+    bytes/s, 0 is no limit."""
+
+    xml: str
+    shallow: bool
+    reuse: bool
+    bandwidth: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitCall:
+    """virDomainBlockCommit: `base` and `top` as vda[3], top None for what the guest writes; `relative` that a header
+    that names a layer by a relative name goes on doing so."""
+
+    base: str
+    top: str | None
+    relative: bool
+    bandwidth: int
+
+
+@dataclass(frozen=True, slots=True)
 class Keepalive:
     """A peer that has not answered `count` times, every `interval` seconds, is gone: its connection closes."""
 
@@ -114,6 +136,7 @@ class Session:
     def __init__(self, uri: str, keepalive: Keepalive) -> None:
         start_event_loop()
         self._callbacks: list[int] = []
+        self._monitor: int | None = None
         self._watched = False
         with translated(f"connect to {uri}"):
             self._connection: Any = _libvirt().open(uri)
@@ -138,6 +161,23 @@ class Session:
                 self._watched = True
             for kind, number in _event_ids().items():
                 self._callbacks.append(self._connection.domainEventRegisterAny(None, number, told(kind), None))
+        self._watch_monitors(on_event)
+
+    def _watch_monitors(self, on_event: Callable[[RawEvent], None]) -> None:
+        """Hear of QEMU itself how block jobs end: libvirt says neither why one failed nor, of a copy that was ended
+        when it was in sync, that its last bytes came through. Only events: commands would taint the guest."""
+
+        def call(_: Any, domain: Any, event: str, seconds: int, micros: int, details: str, __: Any) -> None:
+            on_event(RawEvent("monitor", domain.UUIDString(), domain.name(), (event, details or "")))
+
+        with contextlib.suppress(ImportError, _libvirt().libvirtError):  # a hypervisor that is not QEMU
+            import libvirt_qemu
+
+            everyone: Any = None
+            flags = libvirt_qemu.VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
+            self._monitor = libvirt_qemu.qemuMonitorEventRegister(
+                self._connection, everyone, "^BLOCK_JOB_(COMPLETED|CANCELLED)$", call, None, flags
+            )
 
     @property
     def alive(self) -> bool:
@@ -151,6 +191,11 @@ class Session:
         with contextlib.suppress(_libvirt().libvirtError):
             if self._watched:
                 self._connection.unregisterCloseCallback()
+        with contextlib.suppress(ImportError, _libvirt().libvirtError):
+            if self._monitor is not None:
+                import libvirt_qemu
+
+                libvirt_qemu.qemuMonitorEventDeregister(self._connection, self._monitor)
         for number in self._callbacks:
             with contextlib.suppress(_libvirt().libvirtError):
                 self._connection.domainEventDeregisterAny(number)
@@ -221,6 +266,27 @@ class Session:
             else:
                 flags = _libvirt().VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES
                 self._domain(domain).blockRebase(disk, base, bandwidth, flags)
+
+    def block_copy(self, domain: str, disk: str, wanted: CopyCall) -> None:
+        flags = _libvirt().VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB  # of a defined domain there is no other
+        flags |= _libvirt().VIR_DOMAIN_BLOCK_COPY_SHALLOW if wanted.shallow else 0
+        flags |= _libvirt().VIR_DOMAIN_BLOCK_COPY_REUSE_EXT if wanted.reuse else 0
+        speed = {_libvirt().VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: wanted.bandwidth} if wanted.bandwidth else {}
+        with translated(f"copy {domain}/{disk}"):
+            self._domain(domain).blockCopy(disk, wanted.xml, speed, flags)
+
+    def block_commit(self, domain: str, disk: str, wanted: CommitCall) -> None:
+        flags = _libvirt().VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+        flags |= _libvirt().VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if wanted.top is None else 0
+        flags |= _libvirt().VIR_DOMAIN_BLOCK_COMMIT_RELATIVE if wanted.relative else 0
+        with translated(f"commit {domain}/{disk}"):
+            self._domain(domain).blockCommit(disk, wanted.base, wanted.top, wanted.bandwidth, flags)
+
+    def block_pivot(self, domain: str, disk: str) -> None:
+        """Let the guest go over to what its disk is mirrored to; not waited for. A JobError when it is not in sync."""
+        flags = _libvirt().VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT | _libvirt().VIR_DOMAIN_BLOCK_JOB_ABORT_ASYNC
+        with translated(f"pivot {domain}/{disk}"):
+            self._domain(domain).blockJobAbort(disk, flags)
 
     def block_speed(self, domain: str, disk: str, bandwidth: int) -> None:
         with translated(f"set the speed of the block job of {domain}/{disk}"):

@@ -14,14 +14,14 @@ from typing import TypeVar
 from hostagent.drivers.domain_xml import Disk
 from hostagent.drivers.domains import Domains
 from hostagent.drivers.hypervisor import Hypervisor
-from hostagent.drivers.libvirt import BlockJobInfo, DomainRef, Session
+from hostagent.drivers.libvirt import BlockJobInfo, CommitCall, CopyCall, DomainRef, Session
 from jobs.errors import JobError
 from jobs.model import Drive, Job
 
 T = TypeVar("T")
 
-PULL = 1
-"""virDomainBlockJobType of a pull."""
+PULL, COPY, COMMIT, ACTIVE_COMMIT = 1, 2, 3, 4
+"""virDomainBlockJobType"""
 
 
 def drive_of(job: Job) -> Drive:
@@ -78,6 +78,15 @@ class Disks:
 
     async def pull(self, drive: Drive, base: str | None, bandwidth: int) -> None:
         await self._call("pull", lambda session: session.block_pull(drive.uuid, drive.target, base, bandwidth), drive)
+
+    async def copy(self, drive: Drive, wanted: CopyCall) -> None:
+        await self._call("copy", lambda session: session.block_copy(drive.uuid, drive.target, wanted), drive)
+
+    async def commit(self, drive: Drive, wanted: CommitCall) -> None:
+        await self._call("commit", lambda session: session.block_commit(drive.uuid, drive.target, wanted), drive)
+
+    async def pivot(self, drive: Drive) -> None:
+        await self._call("pivot", lambda session: session.block_pivot(drive.uuid, drive.target), drive)
 
     async def set_speed(self, drive: Drive, bandwidth: int) -> None:
         await self._call("speed", lambda session: session.block_speed(drive.uuid, drive.target, bandwidth), drive)

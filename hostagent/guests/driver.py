@@ -16,17 +16,17 @@ from typing import Any, TypeVar
 
 from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HypervisorEvent
 from hostagent.drivers.domain_claims import DomainClaims
-from hostagent.drivers.domains import Domains, LiveDisk
 from hostagent.guests import chain
 from hostagent.guests.disks import PULL, Disks, drive_of, stopped
 from hostagent.guests.durable import Durable
+from hostagent.guests.finding import Finder, Found, holder_of, look_at
 from hostagent.guests.proof import Proof
 from hostagent.guests.pulling import Pulling
 from hostagent.images.member import ChainLimits
 from hostagent.nbd.operations import at_most, preflight, room
 from jobs import pull
 from jobs.errors import JobError
-from jobs.model import Chain, Cursor, Drive, Holder, Job, JobSpec, Layer, Operation, Plan, State
+from jobs.model import Chain, Cursor, Drive, Holder, Job, JobSpec, Layer, Plan, State
 from jobs.ports import Contact, Observation, Phase
 
 T = TypeVar("T")
@@ -67,72 +67,47 @@ class _Known:
 
 
 class GuestDriver:
-    """`off` says why there are no guests here; None when there may be. `hint` is told which job to look at."""
+    """`hint` is told which job to look at."""
 
     def __init__(
         self,
         disks: Disks,
-        domains: Domains,
         claims: DomainClaims,
         pulling: Pulling,
         proof: Proof,
         file: Durable,
         *,
         settings: Settings,
-        off: str | None,
+        finder: Finder,
         hint: Callable[[str], None],
     ) -> None:
         self._disks = disks
-        self._domains = domains
         self._claims = claims
         self._pulling = pulling
         self._proof = proof
         self._file = file
         self._settings = settings
-        self._off = off
+        self._finder = finder
         self._hint = hint
         self._jobs: dict[str, _Known] = {}
 
     # Before the job
 
     async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
-        if self._off is not None:
-            message = f"{spec.target!r} is a guest's disk, and libvirt is {self._off}"
-            raise JobError("not_supported", message, field="target", value=spec.target, remedy="set libvirt.uri")
-        if spec.operation is not Operation.PULL:
-            message = f"a {spec.operation} of a running guest's disk is not supported yet; a pull is"
-            remedy = f"see virsh block{spec.operation}"
-            raise JobError("not_supported", message, field="target", value=spec.target, remedy=remedy)
-        found = await self._domains.disk(spec.target)
-        drive = Drive(found.domain.uuid, found.domain.name, found.disk.target)
-        self._refuse(spec, found, drive)
+        found = await self._finder.find(spec)
+        _refuse(found)
         limits = replace(self._settings.limits, top_anywhere=spec.anywhere)
         before = await self._files(lambda: chain.read_chain(found.disk, limits))
         base = await self._files(lambda: chain.resolve_base(found.disk, before, spec.base))
         after = pull.after(before, base)
         need, free = _need(before, after), await self._free(before.top)
-        warnings = preflight(spec, need, free, "the overlay")
+        warnings = (*found.warnings, *preflight(spec, need, free, "the overlay"))
         space = {"space": {"need": need, "free": free}}
-        return Plan(before, after, before.top.virtual_size, warnings, space, drive=drive)
+        return Plan(before, after, before.top.virtual_size, warnings, space, drive=found.drive)
 
-    def _refuse(self, spec: JobSpec, found: LiveDisk, drive: Drive) -> None:
-        def error(code: str, message: str, remedy: str) -> JobError:
-            return JobError(code, message, field="target", value=spec.target, remedy=remedy)
-
-        top = found.disk.top
-        assert top is not None
-        if not found.domain.active:
-            raise error("conflict", f"domain {drive.name} does not run", f"use the image: {top.path}")
-        if found.layer is not top:
-            raise error("invalid", f"{spec.target} is not the top of its disk", f"name the disk, {drive}, and --base")
-        if top.format == "raw":
-            raise error("invalid", f"the image of {drive} is raw: it stands on nothing", "there is nothing to pull")
-        if any(known.drive == drive for known in self._jobs.values()):
-            return  # the engine says which job of ours it is
-        if found.job is not None or found.disk.mirror is not None:
-            raise error("conflict", f"{drive} has a block job of somebody else's", _look_at(drive))
-        if (holder := self._claims.holder(drive.uuid)) is not None:
-            raise error("busy", f"{holder} works on domain {drive.name}", f"wait for {holder}, or end it")
+    async def turn(self, job: Job) -> None:
+        drive = drive_of(job)
+        await self._claims.take(drive.uuid, holder_of(job))
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         drive = drive_of(job)
@@ -163,7 +138,7 @@ class GuestDriver:
         known.run = known.run or runs
         if found is not None:
             if found.type != PULL or not (known.ours or job.started):
-                raise JobError("conflict", f"{drive} has a block job of somebody else's", remedy=_look_at(drive))
+                raise JobError("conflict", f"{drive} has a block job of somebody else's", remedy=look_at(drive))
         elif (job.started is None or job.incremental) and not await self._proof.of_running(job):
             await self._begin(job)
 
@@ -309,7 +284,8 @@ class GuestDriver:
 
     async def name(self, job: Job) -> None: ...
 
-    async def discard(self, job: Job) -> None: ...
+    async def discard(self, job: Job) -> bool:
+        return False
 
     async def delete_dropped(self, job: Job) -> tuple[str, ...]:
         return ()
@@ -324,7 +300,7 @@ class GuestDriver:
 
     async def leave(self, job: Job) -> None:
         self._jobs.pop(job.id, None)
-        self._claims.release(drive_of(job).uuid, _holder(job))
+        self._claims.release(drive_of(job).uuid, holder_of(job))
 
     def recover(self, job: Job) -> None:
         """After a restart: of a job that has begun, a pull that runs on the disk is its own."""
@@ -334,7 +310,7 @@ class GuestDriver:
 
     def _claim(self, job: Job) -> None:
         drive = drive_of(job)
-        self._claims.claim(drive.uuid, drive.name, _holder(job))
+        self._claims.claim(drive.uuid, drive.name, holder_of(job))
         self._jobs.setdefault(job.id, _Known(drive))
 
     # What libvirt tells: hints
@@ -366,12 +342,11 @@ class GuestDriver:
         return None if top.device else await room(Path(top.path).parent, self._settings.file_timeout)
 
 
-def _look_at(drive: Drive) -> str:
-    return f"see `virsh blockjob {drive.name} {drive.target}`"
-
-
-def _holder(job: Job) -> str:
-    return f"job {job.id}"
+def _refuse(found: Found) -> None:
+    if found.disk.layers[0].format == "raw":
+        message = f"the image of {found.drive} is raw: it stands on nothing"
+        value = str(found.drive)
+        raise JobError("invalid", message, field="target", value=value, remedy="there is nothing to pull")
 
 
 def _note(known: _Known, event: HypervisorEvent) -> None:

@@ -32,9 +32,10 @@ class Durable:
     async def missing(self, job: Job, *, running: bool) -> int:
         """Bytes that are lost if QEMU is killed now, or were when it was. While the guest runs, QEMU's user has the
         files anyway; later it gets them for the moment."""
-        if not job.dropped:
-            return 0
-        layers = [job.before.top, *job.dropped]
+        return await self.missing_from([job.before.top, *job.dropped], running=running) if job.dropped else 0
+
+    async def missing_from(self, layers: Sequence[Layer], *, running: bool) -> int:
+        """Bytes that the first of these does not have on its file, and the others have."""
         async with self._handles(layers) as handles:
             if running:
                 return await missing(self._tool, layers[0], layers[1:], handles)
@@ -46,7 +47,7 @@ class Durable:
         found: list[int] = []
         try:
             for layer in layers:
-                found.append(await asyncio.wait_for(asyncio.to_thread(_grasp, layer), self._file_timeout))
+                found.append(await asyncio.wait_for(asyncio.to_thread(grasp, layer), self._file_timeout))
             yield found
         except (OSError, TimeoutError) as error:
             raise JobError("io_error", f"the files of {layers[0].path} cannot be opened: {error}") from error
@@ -64,8 +65,8 @@ class Durable:
             await self._access.release(holder, trigger="map")
 
 
-def _grasp(layer: Layer) -> int:
-    """Blocking."""
+def grasp(layer: Layer) -> int:
+    """A descriptor of the layer's very file, which opens nothing. Blocking."""
     handle = os.open(layer.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     found = os.fstat(handle)
     if FileId(found.st_dev, found.st_ino) != layer.file:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from jobs.model import Holder, Job, JobSpec, Plan
+from jobs.model import Holder, Job, JobSpec, Operation, Plan
 from jobs.ports import BlockDriver, Observation
 
 
@@ -19,17 +19,25 @@ def is_guests(target: str) -> bool:
 
 
 class Router:
-    """A BlockDriver of two."""
+    """A BlockDriver of three: `offline` for images, `pulls` and `mirrors` for guests' disks."""
 
-    def __init__(self, offline: BlockDriver, guests: BlockDriver) -> None:
+    def __init__(self, offline: BlockDriver, pulls: BlockDriver, mirrors: BlockDriver) -> None:
         self._offline = offline
-        self._guests = guests
+        self._pulls = pulls
+        self._mirrors = mirrors
 
     def _of(self, job: Job) -> BlockDriver:
-        return self._offline if job.drive is None else self._guests
+        return self._offline if job.drive is None else self._of_guests(job.spec)
+
+    def _of_guests(self, spec: JobSpec) -> BlockDriver:
+        return self._pulls if spec.operation is Operation.PULL else self._mirrors
 
     async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
-        return await (self._guests if is_guests(spec.target) else self._offline).plan(spec, preview=preview)
+        driver = self._of_guests(spec) if is_guests(spec.target) else self._offline
+        return await driver.plan(spec, preview=preview)
+
+    async def turn(self, job: Job) -> None:
+        await self._of(job).turn(job)
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         return await self._of(job).prepare(job)
@@ -67,8 +75,8 @@ class Router:
     async def name(self, job: Job) -> None:
         await self._of(job).name(job)
 
-    async def discard(self, job: Job) -> None:
-        await self._of(job).discard(job)
+    async def discard(self, job: Job) -> bool:
+        return await self._of(job).discard(job)
 
     async def delete_dropped(self, job: Job) -> tuple[str, ...]:
         return await self._of(job).delete_dropped(job)

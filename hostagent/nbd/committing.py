@@ -12,6 +12,9 @@ overlay still holds all that it held, and reads the same over a base that has pa
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -30,7 +33,7 @@ from hostagent.nbd.operations import (
     refuse_dependents,
     room,
 )
-from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.prepared import Leasing, PreparedChain
 from hostagent.nbd.space import Growth, Space, enough, judge
 from jobs import commit
 from jobs.errors import JobError
@@ -66,8 +69,8 @@ class Commit:
                 value=base.path,
                 remedy="resize the overlay first (qemu-img resize)",
             )
-        _refuse_devices(chain, spec, top, base)
-        await self._refuse_dependents(chain, spec)
+        refuse_devices(chain, spec, top, base)
+        await self.refuse_dependents(chain, spec)
         first, last = chain.layers.index(top), chain.layers.index(base)
         fd, pruned = opened.fds[last], spec.prune_bitmaps
         found, told = await base_bitmaps.look(fd, base, self._timeout, pruned=pruned)
@@ -83,7 +86,7 @@ class Commit:
         space = {"need": growth.need, "free": free}
         return Plan(chain, after, 0, warnings, {"space": space, "bitmaps": base_bitmaps.preview(found, pruned=pruned)})
 
-    async def _refuse_dependents(self, chain: Chain, spec: JobSpec) -> None:
+    async def refuse_dependents(self, chain: Chain, spec: JobSpec) -> None:
         """Invariant: who writes a file, or takes one away, does so alone."""
         layers = commit.touched(chain, spec)
         await refuse_dependents(self._search, layers, **_around(chain), field="target")
@@ -91,6 +94,19 @@ class Commit:
     async def standing_on(self, job: Job, layers: Sequence[Layer]) -> list[Dependent]:
         """The images beside the job's chain that stand on one of these of its layers."""
         return list(await dependents(self._search, layers, **_around(job.before)))
+
+    async def delete_dropped(self, job: Job, leasing: Leasing) -> tuple[str, ...]:
+        """Delete what the completed job took out of the chain, but for what others need by now: warnings."""
+        try:
+            needed = await self.standing_on(job, job.dropped)
+        except JobError as error:
+            return (f"nothing was deleted: whether other images need it cannot be said: {error.message}",)
+        kept = {image.on for image in needed}
+        unneeded = [layer for layer in job.dropped if layer.file not in kept]
+        busy = await asyncio.to_thread(_delete, unneeded, leasing)
+        paths = {layer.file: layer.path for layer in job.dropped}
+        below = [f"{paths[image.on]} was not deleted: {image.path} stands on it" for image in needed[:NAMED]]
+        return (*below, *busy)
 
     def needs(self, job: Job) -> list[Need]:
         writes = self.writes(job)
@@ -114,7 +130,7 @@ class Commit:
         return {}
 
     async def start(self, job: Job, chain: PreparedChain) -> None:
-        await self._refuse_dependents(job.before, job.spec)  # again, as late as can be: from here on QEMU writes
+        await self.refuse_dependents(job.before, job.spec)  # again, as late as can be: from here on QEMU writes
         top, base = commit.resolve(job.before, job.spec)
         parent = commit.parent(job)
         daemon = await chain.serve()
@@ -139,7 +155,7 @@ class Commit:
         _, resolved = await durable_backing(parent, chain, self._timeout)
         return resolved == base.path
 
-    async def audit(self, job: Job, chain: PreparedChain) -> tuple[str, ...]:
+    async def audit(self, job: Job, chain: PreparedChain | None) -> tuple[str, ...]:
         """Who came to stand on a layer that is written, or that QEMU lets nobody rely on meanwhile."""
         try:
             found = await self.standing_on(job, commit.touched(job.before, job.spec))
@@ -166,7 +182,7 @@ def _around(chain: Chain) -> Around:
     }
 
 
-def _refuse_devices(chain: Chain, spec: JobSpec, top: Layer, base: Layer) -> None:
+def refuse_devices(chain: Chain, spec: JobSpec, top: Layer, base: Layer) -> None:
     """What a device cannot do: grow, or be deleted."""
     if base.device and base.format == "raw" and top.virtual_size > base.virtual_size:
         raise JobError(
@@ -182,3 +198,31 @@ def _refuse_devices(chain: Chain, spec: JobSpec, top: Layer, base: Layer) -> Non
         remedy = "commit without --delete, and remove the device yourself (lvremove, say)"
         message = f"{devices[0]!r} is a device, which is not ours to delete"
         raise JobError("invalid", message, field="delete", value=devices[0], remedy=remedy)
+
+
+def _delete(layers: Sequence[Layer], leasing: Leasing) -> list[str]:
+    """Blocking. Only the very files: what has taken their names meanwhile stays; and only while they are nobody's: the
+    job gave up its own leases at its end, which may be long ago. Says what stays, and why."""
+    told = []
+    for layer in layers:
+        if layer.device:  # its node is not the image
+            continue
+        try:
+            fd = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                told.append(f"{layer.path} was not deleted: {error.strerror}")
+            continue
+        try:
+            found = os.fstat(fd)
+            if FileId(found.st_dev, found.st_ino) == layer.file:
+                lease = leasing(fd, exclusive=True, ours=())
+                try:
+                    Path(layer.path).unlink(missing_ok=True)
+                finally:
+                    lease.release()
+        except (JobError, OSError) as error:
+            told.append(f"{layer.path} was not deleted: {error}")
+        finally:
+            os.close(fd)
+    return told

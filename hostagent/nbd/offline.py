@@ -9,13 +9,10 @@ operation is in pulling, copying and committing.
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
 import logging
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hostagent.drivers.qsd import BlockJob
@@ -23,14 +20,14 @@ from hostagent.images.chain import verify
 from hostagent.images.drift import Drift, find_drift, stamped
 from hostagent.images.qemu_img import QemuImg
 from hostagent.nbd.chains import Chains
-from hostagent.nbd.committing import NAMED, Commit
+from hostagent.nbd.committing import Commit
 from hostagent.nbd.copying import Copy
 from hostagent.nbd.operations import Operation, job_name
-from hostagent.nbd.prepared import Leasing, PreparedChain
+from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull
 from jobs import model
 from jobs.errors import JobError
-from jobs.model import Completion, FileId, Holder, Job, JobSpec, Layer, Need, Plan, State
+from jobs.model import Completion, Holder, Job, JobSpec, Need, Plan, State
 from jobs.ports import Contact, Observation, Phase
 
 log = logging.getLogger(__name__)
@@ -91,6 +88,9 @@ class OfflineDriver:
             for user in self._chains.apart_on(plan.before.top.file)
         )
         return replace(plan, warnings=(*plan.warnings, *warnings))
+
+    async def turn(self, job: Job) -> None:
+        """At once: who has the image already is busy."""
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         operation = self._operations[job.spec.operation]
@@ -286,28 +286,20 @@ class OfflineDriver:
     async def name(self, job: Job) -> None:
         await self._copy.name(job)
 
-    async def discard(self, job: Job) -> None:
+    async def discard(self, job: Job) -> bool:
         chain = self._find(job)
         operation = self._operations[job.spec.operation]
         if chain is None or job.holder not in chain.users:
             await operation.discard(job, None)
-            return
+            return _goes(job)
         async with chain.lock:
             if chain.daemon is not None and chain.daemon.alive:
                 await chain.ask(chain.daemon.dismiss(job_name(job)))
             await operation.discard(job, chain)
+        return _goes(job)
 
     async def delete_dropped(self, job: Job) -> tuple[str, ...]:
-        try:
-            needed = await self._commit.standing_on(job, job.dropped)
-        except JobError as error:
-            return (f"nothing was deleted: whether other images need it cannot be said: {error.message}",)
-        kept = {image.on for image in needed}
-        unneeded = [layer for layer in job.dropped if layer.file not in kept]
-        busy = await asyncio.to_thread(_delete, unneeded, self._chains.leasing)
-        paths = {layer.file: layer.path for layer in job.dropped}
-        below = [f"{paths[image.on]} was not deleted: {image.path} stands on it" for image in needed[:NAMED]]
-        return (*below, *busy)
+        return await self._commit.delete_dropped(job, self._chains.leasing)
 
     async def cancel(self, job: Job, *, force: bool = False) -> None:
         chain = self._find(job)
@@ -397,29 +389,6 @@ class OfflineDriver:
         return chain
 
 
-def _delete(layers: Sequence[Layer], leasing: Leasing) -> list[str]:
-    """Blocking. Only the very files: what has taken their names meanwhile stays; and only while they are nobody's: the
-    job gave up its own leases at its end, which may be long ago. Says what stays, and why."""
-    told = []
-    for layer in layers:
-        if layer.device:  # its node is not the image
-            continue
-        try:
-            fd = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                told.append(f"{layer.path} was not deleted: {error.strerror}")
-            continue
-        try:
-            found = os.fstat(fd)
-            if FileId(found.st_dev, found.st_ino) == layer.file:
-                lease = leasing(fd, exclusive=True, ours=())
-                try:
-                    Path(layer.path).unlink(missing_ok=True)
-                finally:
-                    lease.release()
-        except (JobError, OSError) as error:
-            told.append(f"{layer.path} was not deleted: {error}")
-        finally:
-            os.close(fd)
-    return told
+def _goes(job: Job) -> bool:
+    """Whether the target of a job that did not complete is deleted."""
+    return job.target is not None and job.target.made and not job.decided

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from hostagent.drivers import domain_xml
 from tests.harness import (
     MIB,
     AgentProcess,
-    ApiError,
     Json,
     backing_of,
     check_clean,
@@ -25,6 +22,7 @@ from tests.harness import (
 )
 from tests.libvirt import pattern
 from tests.libvirt.guest import Guest
+from tests.libvirt.jobs import abort, block_job, command, error_of, index_of, speed_up, terminal_events, write
 from tests.libvirt.private import PrivateLibvirt, until
 
 SLOW = MIB
@@ -55,11 +53,6 @@ class Disk:
             for path in (self.base, self.middle):
                 shutil.move(path, path.with_suffix(".away"))
         return same_content(self.top, self.truth, first="qcow2") and check_clean(self.top)
-
-
-def write(image: Path, pattern: int, offset: int, length: int) -> None:
-    command = ["qemu-io", "-c", f"write -q -P {pattern} {offset} {length}", str(image)]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -94,12 +87,6 @@ def finish(agent: AgentProcess, job: Json, guest: Guest, disk: Disk) -> Json:
     assert len(terminal_events(agent, job)) == 1
     assert disk.whole()
     return job
-
-
-def terminal_events(agent: AgentProcess, job: Json) -> list[Json]:
-    names = ("completed", "failed", "cancelled")
-    types = {f"org.hostagent.job.{name}.v1" for name in names}
-    return [event for event in agent.events() if event["type"] in types and event["data"]["job"] == job["id"]]
 
 
 def test_a_pull_completes_as_of_an_image(agent: AgentProcess, chain: Disk, paused: Guest) -> None:
@@ -296,8 +283,6 @@ def test_what_is_refused_changes_nothing(agent: AgentProcess, libvirt: PrivateLi
     assert error_of(agent, "web2/vda")["code"] == "not_found"
     assert error_of(agent, "web1/vdb")["code"] == "not_found"
     assert error_of(agent, f"web1/vda[{index_of(guest, chain.base)}]")["code"] == "invalid"
-    copy = error_of(agent, operation="copy", dest=str(chain.top) + ".copy")
-    assert copy["code"] == "not_supported" and "not supported yet" in copy["detail"]
     with guest.domain() as domain:
         domain.blockPull("vda", 1)
     assert error_of(agent)["code"] == "conflict"
@@ -325,39 +310,3 @@ def test_the_command_line(agent: AgentProcess, chain: Disk, paused: Guest) -> No
     shown = command(agent, "job", "show", job["id"]).stdout
     assert "completed" in shown and "web1/vda" in shown
     assert job["id"] in command(agent, "job", "list", "--target", "web1/vda").stdout
-
-
-def command(agent: AgentProcess, *words: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "hostagent.cli.main", *words, "--socket", str(agent.socket)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60)
-
-
-def error_of(agent: AgentProcess, target: str = "web1/vda", **spec: object) -> Json:
-    with pytest.raises(ApiError) as refused:
-        agent.post("/v1/jobs", {"operation": "pull", "target": target, **spec})
-    return refused.value.body
-
-
-def block_job(guest: Guest) -> Json | None:
-    with guest.domain() as domain:
-        found: Json = domain.blockJobInfo("vda", 1)
-        return found or None
-
-
-def abort(guest: Guest) -> None:
-    with guest.domain() as domain:
-        domain.blockJobAbort("vda")
-
-
-def speed_up(guest: Guest) -> None:
-    with guest.domain() as domain:
-        domain.blockJobSetSpeed("vda", 0)
-
-
-def index_of(guest: Guest, path: Path) -> int:
-    with guest.domain() as domain:
-        described = domain_xml.parse(domain.XMLDesc(), size=MIB)
-    (disk,) = described.disks
-    (index,) = [layer.index for layer in disk.layers if layer.path == str(path)]
-    assert index is not None
-    return index

@@ -37,6 +37,7 @@ BELOW_SERVICE = {f"hostagent.{name}" for name in (*SIBLINGS, "records", "databas
 HOMES = {
     "qemu": ("hostagent/drivers/",),
     "libvirt": ("hostagent/drivers/libvirt.py",),
+    "libvirt_qemu": ("hostagent/drivers/libvirt.py",),
     "nbd": ("hostagent/nbdclient.py",),
     "fastapi": ("hostagent/api/",),
     "starlette": ("hostagent/api/",),
@@ -50,7 +51,7 @@ HOMES = {
     "grpc": ("hostagent/api/grpc.py",),
     "dbus_fast": ("hostagent/api/dbus.py",),
 }
-OPTIONAL = {"nbd", "libvirt", "rich"}
+OPTIONAL = {"nbd", "libvirt", "libvirt_qemu", "rich"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from events.model import (
     DiskJobKind,
     DomainEvent,
     DomainEventKind,
+    QemuJobEvent,
     ThresholdEvent,
 )
 from events.normalize import RawEvent, of_libvirt
@@ -67,3 +68,23 @@ def test_errors_and_thresholds() -> None:
 )
 def test_what_is_not_understood_is_no_event(unknown: RawEvent) -> None:
     assert of_libvirt(unknown) is None
+
+
+@pytest.mark.parametrize(
+    ("event", "more", "good", "error"),
+    [
+        ("BLOCK_JOB_COMPLETED", "", True, None),
+        ("BLOCK_JOB_COMPLETED", ',"error":"No space left on device"', False, "No space left on device"),
+        ("BLOCK_JOB_CANCELLED", "", False, None),
+    ],
+)
+def test_qemus_own_word(event: str, more: str, good: bool, error: str | None) -> None:
+    details = '{"device":"copy-vda-libvirt-1-format","len":5,"offset":5,"speed":0,"type":"mirror"' + more + "}"
+    assert of_libvirt(raw("monitor", event, details)) == QemuJobEvent(UUID, "web1", "vda", "copy", good, error)
+
+
+@pytest.mark.parametrize(
+    "details", ["", "[]", "{", "{}", '{"device":"mine"}', '{"device":"copy-vda-libvirt-x-format"}']
+)
+def test_a_job_that_libvirt_did_not_begin_is_passed_over(details: str) -> None:
+    assert of_libvirt(raw("monitor", "BLOCK_JOB_COMPLETED", details)) is None

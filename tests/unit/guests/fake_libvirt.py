@@ -12,6 +12,7 @@ from hostagent.drivers.domain_claims import DomainClaims
 from hostagent.drivers.domain_xml import Disk, LiveLayer, SourceType
 from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests.driver import GuestDriver, Settings
+from hostagent.guests.finding import Finder
 from hostagent.guests.proof import Proof
 from hostagent.guests.pulling import Pulling
 from hostagent.images.member import ChainLimits
@@ -115,13 +116,12 @@ class Host:
         domains: Any = None
         self.driver = GuestDriver(
             disks,
-            domains,
             self.claims,
             Pulling(disks, self.proof, file_timeout=10, end_timeout=0.2),
             self.proof,
             file,
             settings=Settings(ChainLimits(), 10),
-            off=None,
+            finder=Finder(domains, self.claims, None),
             hint=self.hints.append,
         )
         layers = tuple(_layer(path) for path in paths)

@@ -146,9 +146,18 @@ async def test_one_job_on_a_domain(host: Host) -> None:
     with pytest.raises(JobError) as refused:
         await host.driver.prepare(other)
     assert refused.value.code == "busy" and "4711" in refused.value.message
+    await host.driver.turn(host.job)
+    turns = [asyncio.ensure_future(host.driver.turn(replace(host.job, id=id))) for id in ("4712", "4713")]
+    await asyncio.sleep(0)
+    assert not any(turn.done() for turn in turns)
     for _ in range(2):
         await host.driver.leave(host.job)
+    await turns[0]
     await host.driver.prepare(other)
+    assert not turns[1].done()
+    turns[1].cancel()
+    await host.driver.leave(other)
+    assert host.claims.holder(DRIVE.uuid) is None
 
 
 @on_a_host

@@ -134,6 +134,9 @@ class FakeDriver:
             target = replace(target, state=TargetState.UNTOUCHED)
         return Plan(chain, copy.after(chain, spec, target), 0, target=target)
 
+    async def turn(self, job: Job) -> None:
+        """At once."""
+
     async def prepare(self, job: Job) -> dict[str, Any]:
         image = await self._called("prepare", job)
         others = [user for user in image.users if user.kind == "job" and user != job.holder]
@@ -321,7 +324,7 @@ class FakeDriver:
             raise JobError("conflict", f"the target {job.target.path!r}: File exists")
         self.names[job.target.path] = job.target.file
 
-    async def discard(self, job: Job) -> None:
+    async def discard(self, job: Job) -> bool:
         image = await self._called("discard", job)
         if image.prepared and job.holder in image.users and image.daemon is not None:
             self._answering(image)
@@ -334,6 +337,7 @@ class FakeDriver:
             if self.names.get(target.path) == target.file:
                 self.names.pop(target.path, None)
         self.fault("discard done", job)
+        return target is not None and target.made and not job.decided
 
     async def delete_dropped(self, job: Job) -> tuple[str, ...]:
         await self._called("delete_dropped", job)

@@ -122,6 +122,24 @@ def test_an_end_that_the_block_job_did_not_hear_is_asked_for_again() -> None:
     run(scenario)
 
 
+def test_an_end_that_is_refused_for_good_fails_the_job_and_ends_the_mirror() -> None:
+    async def scenario(agent: Agent) -> None:
+        asked = []
+
+        async def refuse(job: Job) -> None:
+            asked.append(job)
+            if len(asked) > 2:
+                raise JobError("pivot_refused", "it does not go over", remedy="see why")
+
+        agent.driver.complete = refuse  # type: ignore[method-assign]
+        job = await begin(agent, "copy", completion=PIVOT)
+        ended = await agent.until_cleared(job)
+        assert_not_completed(agent, ended, State.FAILED, "pivot_refused")
+        assert agent.driver.block(ended) is None and len(asked) == 3
+
+    run(scenario)
+
+
 # Aborts
 
 

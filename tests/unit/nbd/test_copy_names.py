@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hostagent.nbd import copying
+from hostagent.nbd import copy_files
 from jobs.model import FileId, Target
 
 
@@ -24,7 +24,7 @@ def target(tmp_path: Path) -> Target:
 def test_the_unfinished_files_name_goes_when_the_own_one_is_there(target: Target) -> None:
     assert target.part is not None
     for _ in range(2):
-        copying._let_its_name_be_all(target)
+        copy_files.let_its_name_be_all(target)
         assert not Path(target.part).exists()
         assert Path(target.path).read_bytes() == b"copied"
 
@@ -35,6 +35,6 @@ def test_it_stays_when_somebody_took_the_own_one(target: Target, replaced: bool)
     Path(target.path).unlink()
     if replaced:
         Path(target.path).write_bytes(b"somebody else's")
-    copying._let_its_name_be_all(target)
+    copy_files.let_its_name_be_all(target)
     assert Path(target.part).read_bytes() == b"copied"
     assert Path(target.path).exists() == replaced

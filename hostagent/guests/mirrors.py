@@ -1,0 +1,396 @@
+"""The BlockDriver of copies and commits of guests' disks, which libvirt runs in the guest's own QEMU.
+
+What a job did is read from the disk as libvirt describes it: a guest that has gone over to the target says so there.
+Where the disk stays what it was (a finished copy, a commit that keeps the overlay), QEMU's own last word is the only
+proof: it flushes the target before it says that all went well. libvirt's says less: "cancelled", whether the last bytes
+came through or not. A word that is not heard is no success.
+
+What a guest may have gone over to is never deleted: it may have what the guest wrote since, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HypervisorEvent, QemuJobEvent
+from hostagent.drivers.domain_claims import DomainClaims
+from hostagent.drivers.domain_xml import Disk
+from hostagent.drivers.libvirt import BlockJobInfo
+from hostagent.guests import chain
+from hostagent.guests.disks import Disks, drive_of, stopped
+from hostagent.guests.finding import Finder, Found, holder_of, look_at
+from hostagent.images.member import ChainLimits
+from jobs.errors import JobError
+from jobs.model import Chain, Completion, Cursor, Drive, Holder, Job, JobSpec, Operation, Plan, State
+from jobs.ports import Contact, Observation, Phase
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Work(Protocol):
+    """What is special about one operation. `types` are libvirt's numbers of its block jobs."""
+
+    types: tuple[int, ...]
+
+    async def plan(self, spec: JobSpec, found: Found, before: Chain) -> Plan: ...
+
+    async def make_ready(self, job: Job) -> Mapping[str, Any]:
+        """What comes before the block job; changes to the job. Idempotent."""
+
+    async def begin(self, job: Job, disk: Disk) -> None: ...
+
+    def is_ours(self, job: Job, disk: Disk) -> bool:
+        """Whether the block job of our type that runs on the disk may be this one."""
+
+    async def proven(self, job: Job, disk: Disk) -> bool:
+        """Whether the disk, as it is described now, or the files show that all is done."""
+
+    async def named(self, job: Job) -> bool:
+        """Whether the result has the name that it only gets when it is whole."""
+
+    async def audit(self, job: Job) -> tuple[str, ...]: ...
+
+    async def seal(self, job: Job) -> None: ...
+
+    async def discard(self, job: Job, disk: Disk | None, *, over: bool) -> bool: ...
+
+    async def delete_dropped(self, job: Job) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`agree_timeout`: seconds until QEMU's last word has come; the others as in the configuration, [libvirt]."""
+
+    limits: ChainLimits
+    file_timeout: float
+    agree_timeout: float
+    pivot_attempts: int
+    pivot_wait: float
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a job while it lives: `ours` says that a block job on its disk is this job's; `run` is the
+    guest's run that it works in; `word` QEMU's last one, `said` libvirt's or of a failed request; `refused` how often
+    the guest did not go over, and `again` when it is asked anew."""
+
+    drive: Drive
+    run: int | None = None
+    ours: bool = False
+    word: QemuJobEvent | None = None
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    said: str | None = None
+    refused: int = 0
+    again: float = 0.0
+
+
+class Mirrors:
+    """`hint` is told which job to look at."""
+
+    def __init__(
+        self,
+        disks: Disks,
+        claims: DomainClaims,
+        finder: Finder,
+        works: Mapping[Operation, Work],
+        *,
+        settings: Settings,
+        hint: Callable[[str], None],
+    ) -> None:
+        self._disks = disks
+        self._claims = claims
+        self._finder = finder
+        self._works = works
+        self._settings = settings
+        self._hint = hint
+        self._jobs: dict[str, _Known] = {}
+
+    # Before the job
+
+    async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
+        found = await self._finder.find(spec)
+        limits = replace(self._settings.limits, top_anywhere=spec.anywhere)
+        look = asyncio.to_thread(chain.read_chain, found.disk, limits)
+        before = await _within(look, self._settings.file_timeout)
+        return await self._works[spec.operation].plan(spec, found, before)
+
+    async def turn(self, job: Job) -> None:
+        await self._claims.take(drive_of(job).uuid, holder_of(job))
+
+    async def prepare(self, job: Job) -> Mapping[str, Any]:
+        drive = drive_of(job)
+        self._claim(job)
+        if job.started is not None:
+            return {}
+        if not await self._disks.contact() and not self._jobs[job.id].ours:
+            remedy = f"start libvirtd, then start the {job.spec.operation} again"
+            raise JobError("unavailable", "libvirt is not connected", remedy=remedy)
+        disk = await self._disks.describe(drive)
+        if not await self._shows(disk, job.before) and not await self._works[job.spec.operation].proven(job, disk):
+            message = f"the chain of {drive} is not what it was when the job was planned"
+            raise JobError("image_changed", message, remedy=f"look at it, and start the {job.spec.operation} again")
+        return await self._works[job.spec.operation].make_ready(job)
+
+    async def check(self, job: Job) -> tuple[str, ...]:
+        """Nothing: the tables of an image that a guest writes cannot be checked."""
+        return ()
+
+    # The job
+
+    async def start(self, job: Job) -> None:
+        known, drive, work = self._jobs[job.id], drive_of(job), self._works[job.spec.operation]
+        runs, found = await self._disks.look(drive)
+        if runs is None:
+            raise stopped(drive)
+        known.run = known.run or runs
+        disk = await self._disks.describe(drive)
+        if found is not None:
+            if not self._is_ours(job, found, disk) or not (known.ours or job.started):
+                raise JobError("conflict", f"{drive} has a block job of somebody else's", remedy=look_at(drive))
+        elif job.started is None and not await work.proven(job, disk):
+            known.word, known.said = None, None
+            known.heard.clear()
+            try:
+                await work.begin(job, disk)
+            except JobError as error:
+                known.ours = known.ours or error.code in ("unresponsive", "unavailable")  # it may have begun
+                raise
+        known.ours = True
+
+    async def observe(self, job: Job) -> Observation:
+        drive, known = drive_of(job), self._of(job)
+        try:
+            runs, found = await self._disks.look(drive)
+            disk = await self._describe(drive)
+            if found is not None and disk is not None and self._is_ours(job, found, disk):
+                known.run = known.run or runs
+                ready = disk.mirror is not None and disk.mirror.ready
+                cursor = Cursor(found.cur, found.end)
+                return Observation(Contact.ALIVE, Phase.READY if ready else Phase.RUNNING, cursor)
+        except JobError:
+            return Observation(Contact.UNRESPONSIVE)
+        proven = await self._proven(job, disk)
+        if proven is None:
+            return Observation(Contact.UNRESPONSIVE)
+        if proven:
+            return Observation(Contact.ALIVE, proven=True)
+        gone = runs is None or known.run not in (None, runs)
+        word = known.word if gone and job.completion is not Completion.FINISH else await self._word(known)
+        if word is not None and word.good and job.completion is Completion.FINISH:
+            return Observation(Contact.ALIVE, Phase.CONCLUDED)
+        if gone:
+            return Observation(Contact.DEAD, error=_without_guest(job, word))
+        return Observation(Contact.ALIVE, Phase.ABSENT, None, _why(job, known))
+
+    async def _proven(self, job: Job, disk: Disk | None) -> bool | None:
+        """A file that is gone or replaced says no. None when it cannot be asked now."""
+        work = self._works[job.spec.operation]
+        try:
+            return await work.named(job) if disk is None else await work.proven(job, disk)
+        except JobError as error:
+            log.warning("what would prove it cannot be read", extra={"fields": {"job": job.id, "error": str(error)}})
+            return None if error.code in ("unresponsive", "unavailable") else False
+
+    async def complete(self, job: Job) -> None:
+        """Only a mirror that is in sync is asked for its end: of any other, an end would be a cancelling."""
+        drive, known = drive_of(job), self._of(job)
+        disk = await self._describe(drive)
+        if disk is None or disk.mirror is None or not disk.mirror.ready:
+            return
+        if job.completion is Completion.FINISH:
+            await self._disks.abort(drive)
+        elif (now := asyncio.get_running_loop().time()) >= known.again:
+            try:
+                await self._disks.pivot(drive)
+            except JobError as error:
+                if error.code in ("unresponsive", "unavailable"):
+                    raise
+                self._refused(job, known, error, now)
+
+    def _refused(self, job: Job, known: _Known, error: JobError, now: float) -> None:
+        """QEMU lets a job go on only when nothing drains it, so once is no answer."""
+        settings = self._settings
+        known.again = now + settings.pivot_wait * 2**known.refused
+        known.refused += 1
+        if known.refused >= settings.pivot_attempts:
+            message = f"{known.drive} did not go over, asked {known.refused} times (libvirt.pivot_attempts): "
+            remedy = f"see the guest's log, then start the {job.spec.operation} again"
+            raise JobError("pivot_refused", message + error.message, remedy=remedy) from error
+
+    async def cancel(self, job: Job, *, force: bool = False) -> None:
+        """Asked for, and not waited for: a look tells when it is gone. The QEMU of a guest is never killed."""
+        if force:
+            remedy = "wait; or end the guest itself, which loses what it has not flushed"
+            raise JobError("not_supported", "a guest is not killed for a job", remedy=remedy)
+        known, drive = self._jobs.get(job.id), drive_of(job)
+        if known is None or not (known.ours or job.started):
+            return
+        _, found = await self._disks.look(drive)
+        disk = await self._describe(drive)
+        if found is not None and disk is not None and self._is_ours(job, found, disk):
+            await self._disks.abort(drive)
+
+    async def pause(self, job: Job) -> None:
+        remedy = f"slow it down: hostagent job speed {job.id} 1MiB/s"
+        what = "a copy or a commit" if job.spec.operation is Operation.COPY else f"a {job.spec.operation}"
+        raise JobError("not_supported", f"libvirt cannot pause {what} of a guest's disk", remedy=remedy)
+
+    async def resume(self, job: Job) -> None:
+        await self.pause(job)
+
+    async def set_speed(self, job: Job, bandwidth: int) -> None:
+        try:
+            await self._disks.set_speed(drive_of(job), bandwidth)
+        except JobError:
+            if (await self._disks.look(drive_of(job)))[1] is not None:  # else it has just ended
+                raise
+
+    async def audit(self, job: Job) -> tuple[str, ...]:
+        return await self._works[job.spec.operation].audit(job)
+
+    async def seal(self, job: Job) -> None:
+        await self._works[job.spec.operation].seal(job)
+
+    async def discard(self, job: Job) -> bool:
+        """`over`: a pivot was asked for, and QEMU said that it was done, or the run that could tell has ended."""
+        drive, known = drive_of(job), self._of(job)
+        runs, _ = await self._disks.look(drive) if job.started else (None, None)
+        disk = await self._describe(drive) if job.started else None
+        untold = runs is None or runs != known.run or (known.word is not None and known.word.good)
+        over = job.completion is Completion.PIVOT and untold
+        return await self._works[job.spec.operation].discard(job, disk, over=over)
+
+    # Nothing: increments are pulls, groups are of images, and QEMU ends these jobs without a finalize
+
+    async def advance(self, job: Job, stop: asyncio.Event) -> int:
+        raise JobError("not_supported", f"a {job.spec.operation} has no increments")
+
+    async def rest(self, job: Job) -> None: ...
+
+    async def finalize(self, job: Job) -> None: ...
+
+    async def harden(self, job: Job) -> None: ...
+
+    async def name(self, job: Job) -> None: ...
+
+    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
+        return await self._works[job.spec.operation].delete_dropped(job)
+
+    # After the job
+
+    async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
+        await record(())
+
+    async def drop(self, job: Job) -> None:
+        """libvirt has closed what the chain lost."""
+
+    async def leave(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+        self._claims.release(drive_of(job).uuid, holder_of(job))
+
+    def recover(self, job: Job) -> None:
+        """After a restart: of a job that has begun, a block job that runs on the disk is its own."""
+        if job.state is not State.QUEUED and not job.state.terminal:
+            self._claim(job).ours = True
+
+    def _claim(self, job: Job) -> _Known:
+        drive = drive_of(job)
+        self._claims.claim(drive.uuid, drive.name, holder_of(job))
+        return self._of(job)
+
+    def _of(self, job: Job) -> _Known:
+        return self._jobs.setdefault(job.id, _Known(drive_of(job)))
+
+    # What libvirt tells: hints, and QEMU's last word
+
+    def event(self, event: HypervisorEvent) -> None:
+        if isinstance(event, DiskJobEvent | QemuJobEvent | DomainEvent | DiskErrorEvent):
+            for job, known in list(self._jobs.items()):
+                if known.drive.uuid == event.domain:
+                    _note(known, event)
+                    self._hint(job)
+
+    def resync(self) -> None:
+        self._disks.reconnected()
+        for job in list(self._jobs):
+            self._hint(job)
+
+    async def _word(self, known: _Known) -> QemuJobEvent | None:
+        """It comes before libvirt says that the job is gone, but by another connection. Waited for once."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.agree_timeout):
+                await known.heard.wait()
+        known.heard.set()
+        return known.word
+
+    # The disk
+
+    async def _describe(self, drive: Drive) -> Disk | None:
+        """As libvirt has it now, or will start it with; None when it has it no more."""
+        try:
+            return await self._disks.describe(drive)
+        except JobError as error:
+            if error.code == "not_found":
+                return None
+            raise
+
+    def _is_ours(self, job: Job, found: BlockJobInfo, disk: Disk) -> bool:
+        work = self._works[job.spec.operation]
+        return found.type in work.types and work.is_ours(job, disk)
+
+    async def _shows(self, disk: Disk, wanted: Chain) -> bool:
+        found = await _within(asyncio.to_thread(chain.files_of, disk), self._settings.file_timeout)
+        return found == [layer.file for layer in wanted.layers]
+
+
+async def _within(look: Awaitable[T], timeout: float) -> T:
+    """What a look at files says."""
+    try:
+        return await asyncio.wait_for(look, timeout)
+    except TimeoutError:
+        message = f"the files of the disk do not answer within {timeout:g} s (libvirt.file_timeout)"
+        raise JobError("unresponsive", message, remedy="see whether their storage hangs") from None
+
+
+def _note(known: _Known, event: HypervisorEvent) -> None:
+    if isinstance(event, QemuJobEvent) and event.disk == known.drive.target:
+        known.word = event
+        known.heard.set()
+    elif isinstance(event, DiskJobEvent) and event.disk == known.drive.target:
+        known.said = event.reason or known.said
+    elif isinstance(event, DiskErrorEvent):
+        known.said = f"a request of the guest failed ({event.reason or 'input/output error'}) on {event.path}"
+
+
+def _why(job: Job, known: _Known) -> str:
+    """Why the job is gone from a guest that runs, and did not do what was asked."""
+    drive, word = known.drive, known.word
+    what = f"the {job.spec.operation} of {drive}"
+    if word is not None and word.error is not None:
+        return f"{what} ended: {word.error}"
+    if word is not None and word.good and job.completion is Completion.PIVOT:
+        return f"QEMU says that {drive} went over to {job.after.top.path}, and libvirt does not show it; both are kept"
+    if word is not None or known.said == "cancelled":
+        return f"{what} was ended by somebody else (`virsh blockjob --abort`, or another program)"
+    said = f"libvirt told: {known.said}" if known.said else "neither libvirt nor QEMU was heard to say how"
+    return f"{what} ended, and {said}; see the guest's log (/var/log/libvirt/qemu/{drive.name}.log)"
+
+
+def _without_guest(job: Job, word: QemuJobEvent | None) -> str | None:
+    """What its user must know before the guest is started again; None for nothing."""
+    drive = drive_of(job)
+    if job.completion is not Completion.PIVOT:
+        return None
+    new = job.after.top.path
+    went = "had gone over" if word is not None and word.good else "may have gone over"
+    return (
+        f"domain {drive.name} ended while {drive} was to go over to {new}: it {went}, and libvirt's definition does "
+        f"not say so. Compare {new} with {job.before.top.path} before it is started again: one lacks what it wrote last"
+    )

@@ -1,0 +1,274 @@
+"""The file that a copy makes, from its unfinished name to its own. All of this blocks.
+
+A target that we make lies under a name of its own (`.hostagent-JOB`) in its folder until the copy is complete and
+durable; then it is given its name, in one step that replaces nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hostagent.images.header import is_empty
+from jobs.errors import JobError
+from jobs.model import FileId, Target
+
+log = logging.getLogger(__name__)
+
+ACL_GROUP_OBJ = 0x04  # linux/posix_acl.h
+
+
+def unfit(path: str, why: str, remedy: str) -> JobError:
+    return JobError("invalid", f"{path!r} {why}", field="dest", value=path, remedy=remedy)
+
+
+def part_of(target: Target, job_id: str) -> str:
+    return str(Path(target.path).with_name(f".hostagent-{job_id}"))
+
+
+def new(dest: str, format_: str, pools: Sequence[str] | None) -> Target:
+    """A target that is not there yet; for who may not name any image it must lie in a pool."""
+    path = Path(os.path.realpath(Path(dest).parent), Path(dest).name)
+    if pools is not None and not any(path.is_relative_to(os.path.realpath(pool)) for pool in pools):
+        remedy = f"copy into a pool, or add {path.parent} to images.pools"
+        raise JobError("outside_pools", f"{dest!r} lies in no configured pool", field="dest", value=dest, remedy=remedy)
+    if not path.parent.is_dir():
+        remedy = "make the folder, or correct the path"
+        raise JobError("not_found", f"there is no folder {str(path.parent)!r}", field="dest", value=dest, remedy=remedy)
+    if os.path.lexists(path):
+        remedy = "choose another name; to write over an existing image, say --reuse-external"
+        raise JobError("conflict", f"{dest!r} exists", field="dest", value=dest, remedy=remedy)
+    return Target(str(path), format_, made=True)
+
+
+def refuse_own_data(dest: str, fd: int) -> None:
+    """A mirror of the top layer alone writes only what that layer has: whatever else the target holds would stay."""
+    if not is_empty(fd):
+        remedy = "see what it holds: a copy that was interrupted may have begun to write it; make it anew, and empty"
+        raise unfit(dest, "has data of its own, which a shallow copy would leave in it", remedy)
+
+
+def make(target: Target, source: int, size: int, *, own: bool = False) -> Target:
+    """The target's file, empty, with the source's mode and, unless it is to be our `own`, owner. What lies there under
+    the job's own name was left by an agent that was killed before it could say so."""
+    assert target.part is not None
+    like = os.fstat(source)
+    folder = Path(target.part).parent
+    if os.path.realpath(folder) != str(folder):
+        remedy = "see who replaced it"
+        raise JobError("image_changed", f"{str(folder)!r} is another folder now", field="dest", remedy=remedy)
+    Path(target.part).unlink(missing_ok=True)
+    fd = os.open(target.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        made = os.fstat(fd)
+        if not own and (made.st_uid, made.st_gid) != (like.st_uid, like.st_gid):
+            os.fchown(fd, like.st_uid, like.st_gid)
+        os.fchmod(fd, _mode(source, like.st_mode))
+        if target.format == "raw":
+            os.ftruncate(fd, size)
+        return replace(target, file=FileId(made.st_dev, made.st_ino))
+    except OSError as error:
+        Path(target.part).unlink(missing_ok=True)
+        raise _os_error(target, error) from error
+    finally:
+        os.close(fd)
+
+
+def _mode(fd: int, mode: int) -> int:
+    """The file's mode without its ACL, whose mask stands in the group's place (acl(5))."""
+    try:
+        acl = os.getxattr(fd, "system.posix_acl_access")
+    except OSError:
+        return mode & 0o777
+    entries = struct.iter_unpack("<HHI", acl[4:])
+    group = next((permissions for tag, permissions, _ in entries if tag == ACL_GROUP_OBJ), 0)
+    return mode & 0o707 | group << 3
+
+
+def reopen(target: Target) -> int:
+    """A descriptor of the target's file, wherever it lies by now."""
+    for path in (target.part, target.path):
+        if path is None:
+            continue
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _os_error(target, error) from error
+        found = os.fstat(fd)
+        if FileId(found.st_dev, found.st_ino) == target.file:
+            return fd
+        os.close(fd)
+    remedy = "start the copy again; the image is what it was"
+    raise JobError("image_changed", f"the target {target.path!r} is gone or replaced", field="dest", remedy=remedy)
+
+
+def _leads_to(path: str, file: FileId | None) -> bool:
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return FileId(found.st_dev, found.st_ino) == file
+
+
+def _named(target: Target) -> bool:
+    """Whether the target's name leads to the target."""
+    return _leads_to(target.path, target.file)
+
+
+def place(fd: int) -> str:
+    """Where the file that was opened lies by now; the kernel follows it through every renaming."""
+    return str(Path(f"/proc/self/fd/{fd}").readlink())
+
+
+def refuse_strange(target: Target, fd: int) -> None:
+    """Raise when somebody moved the target, gave it a further name, or took the name that it is to have."""
+    ours = [path for path in (target.part, target.path) if path is not None and _leads_to(path, target.file)]
+    names = os.fstat(fd).st_nlink
+    if not ours:
+        lies = f"; what was copied lies at {place(fd)!r}" if names else ""
+        raise _strange(target, f"was moved, deleted or replaced, or its folder was{lies}", "leave it where it is")
+    if names > len(ours):
+        why = f"has {names - len(ours)} more hard link(s), so that no path tells whose it is"
+        raise _strange(target, why, f"remove them: find FOLDER -xdev -inum {os.fstat(fd).st_ino}")
+    if target.path not in ours and os.path.lexists(target.path):
+        raise _os_error(target, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
+
+
+def _strange(target: Target, why: str, remedy: str) -> JobError:
+    message = f"the target {target.path!r} {why}"
+    return JobError("image_changed", message, field="dest", value=target.path, remedy=remedy)
+
+
+def is_settled(target: Target) -> bool:
+    """Whether the target has its name, on stable storage. An agent that was killed while it gave it may have left the
+    other one: that goes, for a file with two names is nobody's for certain, and is refused everywhere."""
+    if not _named(target):
+        return False
+    folder = _open_folder(target)
+    try:
+        _name_alone(target, folder)
+    finally:
+        os.close(folder)
+    return True
+
+
+def let_its_name_be_all(target: Target) -> None:
+    """The target of a group that is decided needs the unfinished file's name no more. Idempotent. Where somebody took
+    its own name from it meanwhile, that one is all that leads to the copy, and stays."""
+    if not _named(target):
+        if target.part is not None and _leads_to(target.part, target.file):
+            fields = {"path": target.path, "lies_at": target.part}
+            log.warning("a copy that is complete has lost its name", extra={"fields": fields})
+        return
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        folder = _open_folder(target)
+        try:
+            _name_alone(target, folder)
+        finally:
+            os.close(folder)
+
+
+def give_name(target: Target) -> None:
+    """Its name, durable, beside that of the unfinished file: until its group is decided both may have to go. Should it
+    come through when the job has long failed, then there is no such file to be named."""
+    own = reopen(target)
+    try:
+        refuse_strange(target, own)
+        folder = _open_folder(target)
+        try:
+            _name(target, own, folder)
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise _os_error(target, error) from error
+    finally:
+        os.close(own)
+
+
+def settle(target: Target, fd: int, named: bool) -> None:
+    """On stable storage, and if `named` under its name. Idempotent. Of its own descriptor: should it hang and come
+    through when the job has long failed, then there is no such file to be named, and no other by that number."""
+    own = os.dup(fd)
+    try:
+        os.fsync(own)
+        refuse_strange(target, own)
+        if target.part is not None and named:
+            folder = _open_folder(target)
+            try:
+                _name(target, own, folder)
+                _name_alone(target, folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise _os_error(target, error) from error
+    finally:
+        os.close(own)
+
+
+def _open_folder(target: Target) -> int:
+    return os.open(Path(target.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _name(target: Target, fd: int, folder: int) -> None:
+    name = Path(target.path).name
+    try:
+        # By descriptor, so that it is this file that gets the name; the folder makes it linkat(2), which follows.
+        os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+    except OSError:
+        if not _named(target):
+            raise
+
+
+def _name_alone(target: Target, folder: int) -> None:
+    """Take the unfinished file's name from the target that has its own; durable."""
+    if target.part is not None:
+        _unlink(Path(target.part), target.file)
+    os.fsync(folder)
+
+
+def delete(target: Target, job_id: str, place: str | None) -> None:
+    """The file that was not sealed, by both its names: it may have got the second in the moment in which it failed.
+    `place` is where it lies by now: our own name for it is taken from it wherever that is."""
+    part = Path(target.part or part_of(target, job_id))
+    try:
+        _unlink(part, target.file)
+        if target.file is not None:
+            _unlink(Path(target.path), target.file)
+            if place is not None and Path(place).name == part.name:
+                _unlink(Path(place), target.file)
+    except OSError as error:
+        raise _os_error(target, error) from error
+
+
+def _unlink(path: Path, file: FileId | None) -> None:
+    """Only the very file; None is any. What is gone is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if file is None or FileId(found.st_dev, found.st_ino) == file:
+            path.unlink()
+
+
+def _os_error(target: Target, error: OSError) -> JobError:
+    code = {errno.ENOSPC: "no_space", errno.EDQUOT: "no_space", errno.EACCES: "denied", errno.EPERM: "denied"}
+    remedies = {
+        "conflict": "choose another name, or move what lies there away, and copy again",
+        "no_space": "make space, or choose another folder",
+        "denied": "let the agent write there",
+    }
+    found = "conflict" if isinstance(error, FileExistsError) else code.get(error.errno or 0, "io_error")
+    return JobError(
+        found,
+        f"the target {target.path!r}: {os.strerror(error.errno or 0)}",
+        field="dest",
+        value=target.path,
+        remedy=remedies.get(found, "see the storage below it (dmesg)"),
+    )

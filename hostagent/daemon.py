@@ -56,6 +56,8 @@ from hostagent.guests.driver import GuestDriver
 from hostagent.guests.driver import Settings as GuestSettings
 from hostagent.guests.durable import Durable
 from hostagent.guests.finding import Finder
+from hostagent.guests.holding import Holding
+from hostagent.guests.holding import Settings as HoldingSettings
 from hostagent.guests.mirrors import Mirrors
 from hostagent.guests.mirrors import Settings as MirrorSettings
 from hostagent.guests.proof import Proof
@@ -181,6 +183,7 @@ class Agent:
         self._driver = self._make_driver()
         self._finder = Finder(self._live.domains, self._live.hypervisor.claims, self._live.off)
         self._disks = Disks(self._live.hypervisor, self._live.domains, config.libvirt.connect_timeout)
+        self._holding = self._make_holding()
         self._guests = self._make_guests()
         self._mirrors = self._make_mirrors()
         self._bitmaps = self._make_bitmaps()
@@ -286,6 +289,19 @@ class Agent:
             check_auto=images.check_auto_size,
         )
 
+    def _make_holding(self) -> Holding:
+        libvirt, images = self._config.libvirt, self._config.images
+        settings = HoldingSettings(
+            libvirt.xml_size,
+            libvirt.refresh,
+            libvirt.file_timeout,
+            ChainLimits(tuple(images.pools), images.max_depth),
+            self._user.uid,
+        )
+        holding = Holding(self._live.hypervisor, self._ledger, self._store, settings)
+        self._live.tell(holding, lost=holding.lost)
+        return holding
+
     def _make_guests(self) -> GuestDriver:
         config, live = self._config, self._live
         disks = self._disks
@@ -303,6 +319,7 @@ class Agent:
             settings=GuestSettings(ChainLimits(tuple(config.images.pools)), timeout),
             finder=self._finder,
             hint=lambda job: self._engine.hint(job),
+            renew=self._holding.renew,
         )
         live.tell(guests)
         return guests
@@ -406,6 +423,7 @@ class Agent:
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="api")
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
+            asyncio.create_task(self._holding.run(), name="holding"),
             asyncio.create_task(self._watch.run(), name="watch"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
         ]
@@ -470,6 +488,7 @@ class Agent:
             drain=self._drain,
             watch=self._watch,
             live=self._live,
+            holding=self._holding,
         )
         names = {item.name for item in fields(HttpSettings)} - {"host", "stop_timeout"}
         settings = HttpSettings(

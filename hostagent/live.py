@@ -75,11 +75,14 @@ class Live:
         )
         self.hypervisor = Hypervisor(settings, self, observe=observe)
         self._followers: list[Follower] = []
+        self._losers: list[Callable[[], None]] = []
         self.domains = Domains(self.hypervisor, domains.Settings(config.xml_size, config.refresh, config.file_timeout))
 
-    def tell(self, follower: Follower) -> None:
-        """Let it hear of events, too."""
+    def tell(self, follower: Follower, *, lost: Callable[[], None] | None = None) -> None:
+        """Let it hear of events, too; `lost` is called when the connection ends."""
         self._followers.append(follower)
+        if lost is not None:
+            self._losers.append(lost)
 
     def start(self) -> None:
         """Begin to connect; nothing waits for it."""
@@ -153,6 +156,8 @@ class Live:
         self._record(HostEvent(HostEventKind.CONNECTED, SUBJECT, f"{self._config.uri}, version {versions.libvirt}"))
 
     def libvirt_disconnected(self, reason: str) -> None:
+        for lost in self._losers:
+            lost()
         self._record(HostEvent(HostEventKind.DISCONNECTED, SUBJECT, reason))
 
     def libvirt_event(self, event: HypervisorEvent) -> None:

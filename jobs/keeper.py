@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 MAX_WARNINGS = 100
 
-LEFT = "libvirt gave it to QEMU's user for the guest, and left it so"
-"""Why a guest's former backing file is not closed: the agent did not open it."""
+UNSEEN = "it was not seen before the job ended whose it is, and who needs it"
+"""Why a guest's former backing file is not closed, of which the ledger knows nothing."""
 
 REMEMBER = 10.0
 """Seconds between two stores of a cursor that only the hypervisor moves."""
@@ -221,10 +221,10 @@ class Keeper:
             return False
         revoked = tuple(path for path, result in results if result.verdict is AccessVerdict.REVOKED)
         still_open = {AccessVerdict.KEPT, AccessVerdict.GRANTED}
-        if job.drive is not None:  # the ledger gave nothing there, and so takes nothing back
+        if job.drive is not None:  # libvirt opened it, and may have left it so
             still_open.add(AccessVerdict.UNCHANGED)
         kept = tuple(
-            Kept(path, result.reason or (LEFT if job.drive else "still needed"), result.holders)
+            Kept(path, result.reason or (UNSEEN if job.drive else "still needed"), result.holders)
             for path, result in results
             if result.verdict in still_open
         )

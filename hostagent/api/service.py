@@ -22,6 +22,7 @@ from hostagent.api.peer import Peer
 from hostagent.api.status import HostFacts, Status
 from hostagent.api.trouble import Trouble
 from hostagent.drain import Drain
+from hostagent.guests.holding import Holding, holder_of
 from hostagent.images.bitmap_changes import Add, Change, Merge, Remove
 from hostagent.live import Live
 from hostagent.nbd import serving
@@ -54,6 +55,7 @@ class AgentService:
         drain: Drain,
         watch: Watch,
         live: Live,
+        holding: Holding,
     ) -> None:
         self._engine = engine
         self._exports = exports
@@ -76,6 +78,7 @@ class AgentService:
             drain=drain,
             watch=watch,
             live=live,
+            holding=holding,
             troubles=self.troubles,
         )
 
@@ -108,6 +111,8 @@ class AgentService:
         leaving = {Holder("image", plan.before.top.path)}
         if chain := self._chains.find(plan.before.top.file):
             leaving |= chain.users
+        if plan.drive is not None:
+            leaving.add(holder_of(plan.drive))
         kept = {
             layer.path: await self._ledger.keepers(layer.file, leaving, layer.path)
             for layer in plan.before.layers

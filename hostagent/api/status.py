@@ -16,6 +16,7 @@ from hostagent.access.subject import Subject
 from hostagent.api import views
 from hostagent.api.trouble import Trouble
 from hostagent.drain import Drain
+from hostagent.guests.holding import Holding
 from hostagent.live import Live
 from hostagent.nbd import serving
 from hostagent.nbd.chains import Chains
@@ -58,6 +59,7 @@ class Status:
         drain: Drain,
         watch: Watch,
         live: Live,
+        holding: Holding,
         troubles: Reversible[Trouble],
     ) -> None:
         self._facts = facts
@@ -69,6 +71,7 @@ class Status:
         self._drain = drain
         self._watch = watch
         self._live = live
+        self._holding = holding
         self._troubles = troubles
 
     async def host(self) -> Json:
@@ -160,6 +163,8 @@ class Status:
         drain = f"since {since}: no new work is taken" if self._drain.on else "not being drained"
         checks["drain"] = {"ok": not self._drain.on, "detail": drain}
         checks["libvirt"] = self._live.check()
+        if self._live.off is None:
+            checks["domains"] = self._holding.check()
         return {"ready": all(check["ok"] for check in checks.values()), "checks": checks}
 
     def _free(self) -> int:

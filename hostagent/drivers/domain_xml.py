@@ -30,9 +30,19 @@ class SourceType(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class DacLabel:
+    """<seclabel model='dac'>: whether libvirt makes files QEMU's own, and whose (USER:GROUP, +UID:+GID); None where
+    that is not said."""
+
+    relabel: bool
+    label: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class LiveLayer:
     """One layer. `index` is QEMU's number for it (vda[3]), None while the domain does not run. `path` is a file or a
-    device; of a network image its name, and `protocol` and `hosts` (host:port, or a socket's path) say where."""
+    device; of a network image its name, and `protocol` and `hosts` (host:port, or a socket's path) say where. `dac` is
+    what is said of this layer alone."""
 
     type: SourceType
     path: str | None
@@ -40,6 +50,7 @@ class LiveLayer:
     index: int | None = None
     protocol: str | None = None
     hosts: tuple[str, ...] = ()
+    dac: DacLabel | None = None
 
     @property
     def local(self) -> bool:
@@ -74,9 +85,12 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
+    """`dac` is None where libvirt has chosen no label yet: the domain does not run, and its definition says none."""
+
     uuid: str
     name: str
     disks: tuple[Disk, ...]
+    dac: DacLabel | None = None
 
 
 def parse(text: str, *, size: int) -> Domain:
@@ -86,7 +100,16 @@ def parse(text: str, *, size: int) -> Domain:
     if root.tag != "domain" or not uuid or not name:
         _refuse("is not that of a domain with a name and a UUID")
     disks = tuple(_disk(element) for element in root.iterfind("./devices/disk"))
-    return Domain(uuid, name, disks)
+    return Domain(uuid, name, disks, _dac(root))
+
+
+def base_label(text: str, *, size: int) -> str | None:
+    """From libvirt's capabilities: the label that a domain gets which says none; None where libvirt has no such model,
+    and changes no file's owner. A JobError as `parse`."""
+    for model in _tree(text.encode("utf-8", "surrogatepass"), size).iterfind("./host/secmodel"):
+        if model.findtext("model") == "dac":
+            return model.findtext("baselabel")
+    return None
 
 
 # Elements
@@ -139,7 +162,19 @@ def _layer(element: ElementTree.Element) -> LiveLayer | None:
         index=int(index) if index is not None and index.isdecimal() and len(index) < 10 else None,
         protocol=source.get("protocol"),
         hosts=tuple(_host(host) for host in source.iterfind("host")),
+        dac=_dac(source),
     )
+
+
+def _dac(element: ElementTree.Element) -> DacLabel | None:
+    """Of a domain, or of one source. `imagelabel` is what a running domain's files get; a static label leaves them
+    alone unless it says otherwise."""
+    for label in element.iterfind("seclabel"):
+        if label.get("model") == "dac":
+            kind = label.get("type", "dynamic")
+            relabel = kind != "none" and label.get("relabel", "no" if kind == "static" else "yes") == "yes"
+            return DacLabel(relabel, label.findtext("imagelabel") or label.findtext("label"))
+    return None
 
 
 def _format(element: ElementTree.Element) -> str | None:

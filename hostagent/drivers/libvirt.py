@@ -234,6 +234,19 @@ class Session:
         with translated(f"describe domain {domain}"):
             return str(self._domain(domain).XMLDesc(0))
 
+    def definition(self, domain: str) -> str | None:
+        """What a domain that runs will be when it is started anew; None for a transient one, which will not be."""
+        with translated(f"describe domain {domain}"):
+            found = self._domain(domain)
+            if not found.isPersistent():
+                return None
+            return str(found.XMLDesc(_libvirt().VIR_DOMAIN_XML_INACTIVE))
+
+    def capabilities(self) -> str:
+        """The host's, as XML."""
+        with translated("ask for capabilities"):
+            return str(self._connection.getCapabilities())
+
     def block_job(self, domain: str, disk: str) -> BlockJobInfo | None:
         """The job that runs on the disk's target; None when none does. Asks QEMU."""
         with translated(f"ask for the block job of {domain}/{disk}"):

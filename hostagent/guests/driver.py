@@ -9,6 +9,7 @@ virConnectGetAllDomainStats does: with QEMU below 10.2 that can crash the guest 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +68,7 @@ class _Known:
 
 
 class GuestDriver:
-    """`hint` is told which job to look at."""
+    """`hint` is told which job to look at, `renew` puts into the ledger what the guest's disks need now."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class GuestDriver:
         settings: Settings,
         finder: Finder,
         hint: Callable[[str], None],
+        renew: Callable[[Drive], Awaitable[None]],
     ) -> None:
         self._disks = disks
         self._claims = claims
@@ -89,6 +91,7 @@ class GuestDriver:
         self._settings = settings
         self._finder = finder
         self._hint = hint
+        self._renew = renew
         self._jobs: dict[str, _Known] = {}
 
     # Before the job
@@ -122,6 +125,8 @@ class GuestDriver:
         if found not in ([layer.file for layer in job.before.layers], [layer.file for layer in job.after.layers]):
             message = f"the chain of {drive} is not what it was when the job was planned"
             raise JobError("image_changed", message, remedy="look at it, and start the pull again")
+        with contextlib.suppress(JobError):  # said by the ledger, and by `doctor`
+            await self._renew(drive)
         return {}
 
     async def check(self, job: Job) -> tuple[str, ...]:
@@ -293,10 +298,13 @@ class GuestDriver:
     # After the job
 
     async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
-        await record(())
+        await self.drop(await record(()))
 
     async def drop(self, job: Job) -> None:
-        """libvirt has closed what the chain lost."""
+        """libvirt has closed what the chain lost. Whether the disk needs it no more says libvirt, asked anew: a guest's
+        definition can still name it."""
+        if job.state is State.COMPLETED:
+            await self._renew(drive_of(job))
 
     async def leave(self, job: Job) -> None:
         self._jobs.pop(job.id, None)

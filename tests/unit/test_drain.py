@@ -206,7 +206,19 @@ def test_to_ask_again_adds_the_pause_and_never_takes_it_back() -> None:
 def test_only_root_and_the_agents_own_user_drain_the_host() -> None:
     async def scenario() -> None:
         host = Host()
-        names = ("engine", "exports", "bitmaps", "chains", "ledger", "store", "subject", "facts", "watch", "live")
+        names = (
+            "engine",
+            "exports",
+            "bitmaps",
+            "chains",
+            "ledger",
+            "store",
+            "subject",
+            "facts",
+            "watch",
+            "live",
+            "holding",
+        )
         parts: dict[str, Any] = dict.fromkeys(names)
         service = AgentService(**parts, changes=Changes(), drain=host.drain)
         member = Peer(1, 4242, 4242)

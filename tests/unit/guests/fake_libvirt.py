@@ -110,6 +110,7 @@ class Host:
         self.proof = FakeProof(self.disks)
         self.file = FakeFile()
         self.hints: list[str] = []
+        self.renewed: list[Drive] = []
         self.claims = DomainClaims()
         disks: Any = self.disks
         file: Any = self.file
@@ -123,12 +124,18 @@ class Host:
             settings=Settings(ChainLimits(), 10),
             finder=Finder(domains, self.claims, None),
             hint=self.hints.append,
+            renew=self.renew,
         )
         layers = tuple(_layer(path) for path in paths)
         spec = JobSpec(Operation.PULL, "web1/vda")
         before, after = Chain(layers), Chain(layers[:1])
         job = Job("4711", spec, State.STARTING, NOW, NOW, before, after, cursor=Cursor(0, END), drive=DRIVE)
         self.job = job
+
+    async def renew(self, drive: Drive) -> None:
+        self.renewed.append(drive)
+        if self.disks.away:
+            raise JobError("unavailable", "libvirt is away")
 
     async def started(self) -> Job:
         await self.driver.prepare(self.job)

@@ -319,7 +319,7 @@ class Agent:
             settings=GuestSettings(ChainLimits(tuple(config.images.pools)), timeout),
             finder=self._finder,
             hint=lambda job: self._engine.hint(job),
-            renew=self._holding.renew,
+            holding=self._holding,
         )
         live.tell(guests)
         return guests

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HypervisorEvent
 from hostagent.drivers.domain_claims import DomainClaims
@@ -42,6 +42,16 @@ FULL = 1 << 20
 """Bytes: a file system with less free is what a failed pull has filled."""
 
 
+class Holding(Protocol):
+    """What the disks of guests need, in the ledger."""
+
+    async def renew(self, drive: Drive) -> None:
+        """Ask libvirt anew. A JobError where it cannot be said."""
+
+    async def keep(self, drive: Drive, holder: Holder, layers: Sequence[Layer]) -> None:
+        """Also `holder` needs these of the disk's files."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`limits` for the top of a chain; `file_timeout` in seconds."""
@@ -68,7 +78,7 @@ class _Known:
 
 
 class GuestDriver:
-    """`hint` is told which job to look at, `renew` puts into the ledger what the guest's disks need now."""
+    """`hint` is told which job to look at."""
 
     def __init__(
         self,
@@ -81,7 +91,7 @@ class GuestDriver:
         settings: Settings,
         finder: Finder,
         hint: Callable[[str], None],
-        renew: Callable[[Drive], Awaitable[None]],
+        holding: Holding,
     ) -> None:
         self._disks = disks
         self._claims = claims
@@ -91,7 +101,7 @@ class GuestDriver:
         self._settings = settings
         self._finder = finder
         self._hint = hint
-        self._renew = renew
+        self._holding = holding
         self._jobs: dict[str, _Known] = {}
 
     # Before the job
@@ -126,7 +136,9 @@ class GuestDriver:
             message = f"the chain of {drive} is not what it was when the job was planned"
             raise JobError("image_changed", message, remedy="look at it, and start the pull again")
         with contextlib.suppress(JobError):  # said by the ledger, and by `doctor`
-            await self._renew(drive)
+            await self._holding.renew(drive)
+        # libvirt's chain loses a layer before what it held is on the file: until then the job needs it.
+        await self._holding.keep(drive, job.holder, job.before.layers)
         return {}
 
     async def check(self, job: Job) -> tuple[str, ...]:
@@ -298,13 +310,17 @@ class GuestDriver:
     # After the job
 
     async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
+        """An image whose header names its base no more, though the pull is not proven, still depends on it. So it has
+        rows before the job's own go; those of a completed one go with these."""
+        if job.dropped and await self._proof.of_header(job) is not False:
+            await self._holding.keep(drive_of(job), Holder("image", job.before.top.path), job.dropped)
         await self.drop(await record(()))
 
     async def drop(self, job: Job) -> None:
         """libvirt has closed what the chain lost. Whether the disk needs it no more says libvirt, asked anew: a guest's
         definition can still name it."""
         if job.state is State.COMPLETED:
-            await self._renew(drive_of(job))
+            await self._holding.renew(drive_of(job))
 
     async def leave(self, job: Job) -> None:
         self._jobs.pop(job.id, None)

@@ -25,7 +25,7 @@ _MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern
 """In the order in which they need each other (Debian's cloud kernel has no disk driver built in)."""
 
 _DISK = """
-<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='{cache}'/><source file='{path}'/>
+<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='{cache}'/><source file='{path}'>{seclabel}</source>
 <target dev='{target}' bus='virtio'/></disk>
 """
 _DOMAIN = """
@@ -65,7 +65,8 @@ def initramfs() -> bytes:
 
 
 class Guest:
-    """One domain. `disks` are further disks by target; `cache` is QEMU's mode for all of them.
+    """One domain. `disks` are further disks by target; `cache` is QEMU's mode for all of them. Without `relabel` libvirt
+    leaves the owners of their files alone.
 
     As libvirt has it, `pid` is QEMU's; it can be stopped (SIGSTOP) so that its monitor answers nobody.
     """
@@ -79,6 +80,7 @@ class Guest:
         console: Path,
         disks: dict[str, Path] | None = None,
         cache: str = "writeback",
+        relabel: bool = True,
     ) -> None:
         self.name = name
         self.uuid = str(uuid.uuid4())
@@ -87,12 +89,14 @@ class Guest:
         self._libvirt = libvirt
         self._disks = {"vda": disk, **(disks or {})}
         self._cache = cache
+        self._seclabel = "" if relabel else "<seclabel model='dac' relabel='no'/>"
 
     # Life
 
     @property
     def xml(self) -> str:
-        disks = [_DISK.format(path=path, target=target, cache=self._cache) for target, path in self._disks.items()]
+        more = {"cache": self._cache, "seclabel": self._seclabel}
+        disks = [_DISK.format(path=path, target=target, **more) for target, path in self._disks.items()]
         return _DOMAIN.format(
             name=self.name,
             uuid=self.uuid,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from hostagent.guests.proof import Proof
 from hostagent.guests.pulling import Pulling
 from hostagent.images.member import ChainLimits
 from jobs.errors import JobError
-from jobs.model import Chain, Cursor, Drive, FileId, Job, JobSpec, Layer, Operation, State
+from jobs.model import Chain, Cursor, Drive, FileId, Holder, Job, JobSpec, Layer, Operation, State
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 DRIVE = Drive("4dea22b3-1d52-d8f3-2516-782e98ab3fa0", "web1", "vda")
@@ -110,7 +111,8 @@ class Host:
         self.proof = FakeProof(self.disks)
         self.file = FakeFile()
         self.hints: list[str] = []
-        self.renewed: list[Drive] = []
+        self.renewed = 0
+        self.kept: list[tuple[Holder, list[Layer]]] = []
         self.claims = DomainClaims()
         disks: Any = self.disks
         file: Any = self.file
@@ -124,7 +126,7 @@ class Host:
             settings=Settings(ChainLimits(), 10),
             finder=Finder(domains, self.claims, None),
             hint=self.hints.append,
-            renew=self.renew,
+            holding=self,
         )
         layers = tuple(_layer(path) for path in paths)
         spec = JobSpec(Operation.PULL, "web1/vda")
@@ -133,9 +135,12 @@ class Host:
         self.job = job
 
     async def renew(self, drive: Drive) -> None:
-        self.renewed.append(drive)
+        self.renewed += 1
         if self.disks.away:
             raise JobError("unavailable", "libvirt is away")
+
+    async def keep(self, drive: Drive, holder: Holder, layers: Sequence[Layer]) -> None:
+        self.kept.append((holder, list(layers)))
 
     async def started(self) -> Job:
         await self.driver.prepare(self.job)

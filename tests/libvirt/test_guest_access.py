@@ -1,0 +1,235 @@
+"""What libvirt leaves open after a pull is taken back, when nobody needs it: tried as the user that guests run as."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import MIB, AgentProcess, Json, backing_of, overlay, raw_image, reachable, user_can_read
+from tests.libvirt.guest import Guest
+from tests.libvirt.private import PrivateLibvirt, until
+from tests.qemu.faults import HASTE
+
+ALICE = (64051, 64051)
+SLOW = MIB
+
+
+@pytest.fixture
+def agent(tmp_path: Path, libvirt: PrivateLibvirt) -> Iterator[AgentProcess]:
+    home = tmp_path / "agent"
+    home.mkdir()
+    settings = {
+        **HASTE,
+        "LIBVIRT_URI": libvirt.uri,
+        "LIBVIRT_RECONNECT_WAIT": "0.1",
+        "LIBVIRT_RECONNECT_WAIT_MAX": "0.5",
+        "LIBVIRT_REFRESH": "1",
+        "JOBS_SETTLE_RETRY_MAX": "0.5",
+    }
+    with reachable(home), AgentProcess(home, settings) as process:
+        until(lambda: domains_of(process).startswith("of 0"), "no domain is known")
+        yield process
+
+
+@pytest.fixture
+def base(folder: Path) -> Path:
+    """Alice's."""
+    path = raw_image(folder / "base.raw", 8 * MIB)
+    os.chown(path, *ALICE)
+    return path
+
+
+def owner(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_uid, found.st_gid
+
+
+def domains_of(agent: AgentProcess) -> str:
+    return str(agent.get("/readyz")["checks"]["domains"]["detail"])
+
+
+def holders(agent: AgentProcess, path: Path) -> set[str]:
+    return {item["holder"]["id"] for item in agent.get(f"/v1/grants?path={path}")["items"] if item["holder"]}
+
+
+def defined(agent: AgentProcess, libvirt: PrivateLibvirt, name: str, base: Path, **more: bool) -> Guest:
+    """A guest on an overlay of the base, which the agent knows of."""
+    top = overlay(base.parent / f"{name}.qcow2", base)
+    os.chown(top, *ALICE)
+    guest = libvirt.guest(name, top, **more)
+    until(lambda: f"{guest.uuid}/vda" in holders(agent, base), f"{name} is known")
+    return guest
+
+
+def writing(agent: AgentProcess, libvirt: PrivateLibvirt, name: str, base: Path, **more: bool) -> Guest:
+    """A guest that runs, and flushes what it writes."""
+    guest = defined(agent, libvirt, name, base, **more)
+    guest.start()
+    guest.until_flushed(2)
+    return guest
+
+
+def pull(agent: AgentProcess, name: str = "web1", **spec: object) -> Json:
+    job: Json = agent.post("/v1/jobs", {"operation": "pull", "target": f"{name}/vda", **spec})
+    return job
+
+
+def can_open(libvirt: PrivateLibvirt, path: Path) -> bool:
+    assert libvirt.user
+    return user_can_read(path, libvirt.user)
+
+
+def command(agent: AgentProcess, *words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "hostagent.cli.main", *words, "--socket", str(agent.socket)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+
+
+def finding(agent: AgentProcess, name: str) -> Json:
+    checks = json.loads(command(agent, "doctor", "--json").stdout)["checks"]
+    found: Json = next(one for one in checks if one["name"] == name)
+    return found
+
+
+def test_the_base_is_its_owners_again_and_closed_and_the_guest_goes_on(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path
+) -> None:
+    guest = writing(agent, libvirt, "web1", base)
+    assert (can_open(libvirt, base), owner(base) != ALICE) == (True, True)  # libvirt's doing
+    job = agent.until_ended(pull(agent)["id"])
+    assert (job["state"], job["revocation"]) == ("completed", "done")
+    assert (job["chain"]["revoked"], job["chain"]["kept"]) == ([str(base)], [])
+    assert (owner(base), can_open(libvirt, base)) == (ALICE, False)
+    assert can_open(libvirt, guest.disk)
+    guest.until_flushed(guest.flushed + 2)
+    (grant,) = agent.get(f"/v1/grants?path={base}")["items"]
+    assert (grant["access"], grant["state"]) == ("owner", "revoked")
+    undone = command(agent, "grant", "undo", grant["id"])
+    assert undone.returncode == 0, undone.stderr
+    assert can_open(libvirt, base)
+    guest.destroy()
+    guest.verify()
+
+
+@pytest.mark.parametrize(("runs", "end"), [(True, "pull"), (False, "undefine"), (True, "undefine")])
+def test_a_base_of_two_guests_is_kept_for_the_second_and_named(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path, runs: bool, end: str
+) -> None:
+    writing(agent, libvirt, "web1", base)
+    second = writing(agent, libvirt, "web2", base) if runs else defined(agent, libvirt, "web2", base)
+    job = agent.until_ended(pull(agent)["id"])
+    assert (job["state"], job["revocation"], job["chain"]["revoked"]) == ("completed", "kept", [])
+    (kept,) = job["chain"]["kept"]
+    assert (kept["path"], kept["holders"]) == (str(base), [f"domain:{second.uuid}/vda (web2/vda)"])
+    assert (owner(base) != ALICE, can_open(libvirt, base)) == (True, True)
+    if end == "pull":
+        job = agent.until_ended(pull(agent, "web2")["id"])
+        assert (job["revocation"], job["chain"]["revoked"]) == ("done", [str(base)])
+        second.until_flushed(second.flushed + 1)
+    else:
+        if runs:
+            second.until_flushed(second.flushed + 1)
+        second.remove()
+        until(lambda: owner(base) == ALICE, "the base is given back")
+    assert (owner(base), can_open(libvirt, base)) == (ALICE, False)
+
+
+@pytest.fixture
+def unreadable(agent: AgentProcess, libvirt: PrivateLibvirt, tmp_path: Path) -> Callable[[], None]:
+    """While there is a guest of which nobody can say what it needs, nothing is given back; this mends it."""
+    place = tmp_path / "other"
+    place.mkdir(mode=0o755)
+    top = overlay(place / "top.qcow2", raw_image(place / "base.raw", MIB))
+    whole = top.read_bytes()
+    top.write_bytes(whole.replace(b"base.raw", b"nbd:x:10", 1))
+    assert top.read_bytes() != whole
+    libvirt.guest("odd", top)
+    until(lambda: "odd" in domains_of(agent), "it is said")
+    return lambda: top.write_bytes(whole) and None
+
+
+@pytest.mark.parametrize("who", ["libvirtd", "agent"])
+def test_who_dies_between_the_end_and_the_revocation_is_no_reason_to_forget_it(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path, unreadable: Callable[[], None], who: str
+) -> None:
+    writing(agent, libvirt, "web1", base)
+    said = finding(agent, "agent: domains")
+    assert said["result"] == "warn" and "odd" in said["message"] and said["remedy"], said
+    job = agent.until(pull(agent)["id"], lambda job: job["state"] == "completed")
+    assert (job["revocation"], owner(base) != ALICE) == ("pending", True)
+    (libvirt if who == "libvirtd" else agent).kill()
+    unreadable()
+    if who == "libvirtd":
+        until(lambda: not agent.get("/v1/host")["libvirt"]["connected"], "the agent knows")
+        assert (agent.job(job["id"])["revocation"], can_open(libvirt, base)) == ("pending", True)
+        libvirt.start()
+    else:
+        agent.start()
+    job = agent.until_ended(job["id"])
+    assert (job["revocation"], job["chain"]["revoked"]) == ("done", [str(base)])
+    assert (owner(base), can_open(libvirt, base)) == (ALICE, False)
+    until(lambda: domains_of(agent).startswith("of 2"), "all are known")
+    assert finding(agent, "agent: domains")["result"] == "ok"
+
+
+def test_a_guest_that_starts_before_the_revocation_keeps_the_base(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path, unreadable: Callable[[], None]
+) -> None:
+    writing(agent, libvirt, "web1", base)
+    job = agent.until(pull(agent)["id"], lambda job: job["state"] == "completed")
+    assert job["revocation"] == "pending"
+    second = libvirt.guest("web2", overlay(base.parent / "web2.qcow2", base))
+    second.start()
+    unreadable()
+    job = agent.until_ended(job["id"])
+    (kept,) = job["chain"]["kept"]
+    assert (kept["path"], kept["holders"]) == (str(base), [f"domain:{second.uuid}/vda (web2/vda)"])
+    second.until_flushed(2)
+    second.remove()
+    until(lambda: owner(base) == ALICE, "the base is given back")
+
+
+def test_a_pull_that_does_not_complete_takes_nothing(agent: AgentProcess, libvirt: PrivateLibvirt, base: Path) -> None:
+    guest = writing(agent, libvirt, "web1", base)
+    before = owner(base)
+    for end in ("abort", "kill"):
+        job = pull(agent, bandwidth=SLOW)
+        agent.until(job["id"], lambda job: job["state"] == "running" and job["cursor"]["cur"] > 0)
+        if end == "abort":
+            agent.post(f"/v1/jobs/{job['id']}/abort")
+        else:
+            guest.kill()
+        job = agent.until_ended(job["id"])
+        assert (job["state"], job["revocation"]) == ("aborted" if end == "abort" else "failed", "none")
+        assert (owner(base), can_open(libvirt, base)) == (before, True)
+        assert holders(agent, base) >= {f"{guest.uuid}/vda"}
+    assert backing_of(guest.disk) == "base.raw"
+    guest.start()
+    guest.until_flushed(1)
+
+
+def test_files_that_libvirt_leaves_alone_are_given_and_taken_by_acl(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path
+) -> None:
+    guest = writing(agent, libvirt, "web1", base, relabel=False)  # it could not start without the grants
+    assert (owner(base), owner(guest.disk), can_open(libvirt, base)) == (ALICE, ALICE, True)
+    job = agent.until_ended(pull(agent)["id"])
+    assert (job["state"], job["chain"]["revoked"]) == ("completed", [str(base)])
+    assert (owner(base), can_open(libvirt, base), can_open(libvirt, guest.disk)) == (ALICE, False, True)
+    guest.remove()
+    until(lambda: not can_open(libvirt, guest.disk), "the top is taken back")
+    assert owner(guest.disk) == ALICE
+
+
+def test_a_guest_that_hangs_holds_up_no_other(agent: AgentProcess, libvirt: PrivateLibvirt, base: Path) -> None:
+    hung = defined(agent, libvirt, "hung", raw_image(base.parent / "other.raw", MIB))
+    hung.start(paused=True)
+    writing(agent, libvirt, "web1", base)
+    with hung.frozen():
+        job = agent.until_ended(pull(agent)["id"])
+    assert (job["revocation"], job["chain"]["revoked"], owner(base)) == ("done", [str(base)], ALICE)

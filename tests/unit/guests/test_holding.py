@@ -1,0 +1,255 @@
+"""When it is known what all domains need, and what the ledger is told; libvirt and the ledger are played."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from events.model import DiskJobEvent, DiskJobKind, DomainEvent, DomainEventKind
+from hostagent.drivers.libvirt import DomainRef
+from hostagent.guests import holding
+from hostagent.guests.holding import Holding, Settings
+from hostagent.images.member import ChainLimits
+from hostagent.records import AccessFile, AccessRow, Label, Use
+from jobs.errors import JobError
+from jobs.model import Drive, FileId, Holder
+from jobs.ports import AccessResult
+from tests.harness import MIB, overlay, raw_image
+from tests.unit.guests.fake_libvirt import NOW, play
+
+QEMU = Label(64055, 64055)
+CAPABILITIES = "<capabilities><host><secmodel><model>dac</model><baselabel>+64055:+64055</baselabel></secmodel></host></capabilities>"  # fmt: skip
+
+
+class FakeLedger:
+    """The ledger, and the store's rows."""
+
+    def __init__(self) -> None:
+        self.known: bool | None = None
+        self.rows: dict[Holder, list[Use]] = {}
+        self.said: list[str] = []
+
+    def know_domains(self, known: bool) -> None:
+        self.known = known
+        self.said.append(f"know {known}")
+
+    async def hold(self, holder: Holder, uses: Sequence[Use], *, name: str, trigger: str) -> dict[FileId, AccessResult]:
+        self.rows[holder] = list(uses)
+        self.said.append(f"hold {holder.id}")
+        return {}
+
+    async def release(self, holder: Holder, *, trigger: str) -> None:
+        del self.rows[holder]
+
+    async def converge(self, files: Sequence[FileId], *, trigger: str) -> dict[FileId, AccessResult]:
+        self.said.append("converge")
+        return {}
+
+    async def access_rows(self, files: Sequence[FileId] | None = None) -> list[AccessRow]:
+        return [
+            AccessRow("", use.need.layer.file, use.need.layer.path, holder, use.need.mode, NOW, "", use.label)
+            for holder, uses in self.rows.items()
+            for use in uses
+            if files is None or use.need.layer.file in files
+        ]
+
+    async def access_files(self, files: Sequence[FileId] | None = None) -> list[AccessFile]:
+        return []
+
+
+class FakeLibvirt:
+    """A hypervisor whose domains, by UUID, have one disk each; `hangs` are those that do not answer."""
+
+    def __init__(self) -> None:
+        self.status: Any = self
+        self.connected = True
+        self.disks: dict[str, Path] = {}
+        self.hangs: set[str] = set()
+
+    async def call(self, name: str, call: Callable[[Any], Any], *, domain: DomainRef | None = None) -> Any:
+        if not self.connected:
+            raise JobError("unavailable", "libvirt is away")
+        if domain is not None and domain.uuid in self.hangs:
+            raise JobError("unresponsive", f"describe of domain {domain.name}: no answer")
+        return call(self)
+
+    def domains(self) -> list[DomainRef]:
+        return [DomainRef(uuid, f"name-{uuid}", False) for uuid in self.disks]
+
+    def find(self, uuid: str) -> DomainRef:
+        if uuid not in self.disks:
+            raise JobError("not_found", "no such domain")
+        return DomainRef(uuid, f"name-{uuid}", False)
+
+    def describe(self, uuid: str) -> str:
+        self.find(uuid)
+        disk = f"<disk type='file'><driver type='qcow2'/><source file='{self.disks[uuid]}'/><target dev='vda'/></disk>"
+        return f"<domain><name>name-{uuid}</name><uuid>{uuid}</uuid><devices>{disk}</devices></domain>"
+
+    def capabilities(self) -> str:
+        return CAPABILITIES
+
+
+class Host:
+    def __init__(self, folder: Path) -> None:
+        self.libvirt, self.ledger = FakeLibvirt(), FakeLedger()
+        self.base = raw_image(folder / "base.raw", MIB)
+        for uuid in ("a", "b"):
+            self.libvirt.disks[uuid] = overlay(folder / f"{uuid}.qcow2", self.base)
+        settings = Settings(MIB, 60.0, 30.0, ChainLimits(), QEMU.uid)
+        hypervisor: Any = self.libvirt
+        self.holding = Holding(hypervisor, self.ledger, self.ledger, settings)
+
+    def held(self) -> dict[str, set[str]]:
+        return {
+            holder.id: {Path(use.need.layer.path).name for use in uses} for holder, uses in self.ledger.rows.items()
+        }
+
+    async def until(self, done: Callable[[], object]) -> None:
+        async with asyncio.timeout(30):
+            while not done():
+                await asyncio.sleep(0.005)
+
+    async def connect(self) -> None:
+        self.holding.resync()
+        await self.until(lambda: self.ledger.known)
+
+    def tell(self, kind: DomainEventKind, uuid: str = "a") -> None:
+        self.holding.event(DomainEvent(kind, uuid, f"name-{uuid}"))
+
+
+def on_a_host(test: Callable[[Host], Awaitable[None]]) -> Callable[[Path], None]:
+    async def with_run(host: Host) -> None:
+        run = asyncio.create_task(host.holding.run())
+        try:
+            await test(host)
+        finally:
+            run.cancel()
+            await asyncio.gather(run, return_exceptions=True)
+
+    def run(tmp_path: Path) -> None:
+        play(with_run(Host(tmp_path)))
+
+    run.__name__ = test.__name__
+    return run
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    before, holding.AGAIN = holding.AGAIN, 0.02
+    try:
+        yield
+    finally:
+        holding.AGAIN = before
+
+
+BOTH = {"a/vda": {"a.qcow2", "base.raw"}, "b/vda": {"b.qcow2", "base.raw"}}
+
+
+@on_a_host
+async def test_all_is_known_when_all_has_been_read_and_not_when_the_connection_is_lost(host: Host) -> None:
+    assert not host.ledger.known
+    await host.connect()
+    assert host.held() == BOTH
+    assert host.ledger.said[-2:] == ["know True", "converge"]  # what waited for that
+    assert host.holding.check() == {"ok": True, "detail": "of 2, with 2 disks, it is known what they need"}
+    host.libvirt.connected = False
+    host.holding.lost()
+    assert not host.ledger.known and "not known" in host.holding.check()["detail"]
+    assert host.held() == BOTH
+    host.libvirt.connected = True
+    await host.connect()
+
+
+@on_a_host
+async def test_a_domain_that_is_new_is_not_known_from_the_event_on(host: Host) -> None:
+    await host.connect()
+    for kind in (DomainEventKind.DEFINED, DomainEventKind.STARTED):
+        host.tell(kind)
+        assert not host.ledger.known, "not a moment later"
+        await host.until(lambda: host.ledger.known)
+    host.libvirt.disks["c"] = overlay(host.base.parent / "c.qcow2", host.base)
+    host.tell(DomainEventKind.DEFINED, "c")
+    await host.until(lambda: host.ledger.known)
+    assert host.held() == BOTH | {"c/vda": {"c.qcow2", "base.raw"}}
+
+
+@on_a_host
+async def test_who_is_gone_needs_nothing(host: Host) -> None:
+    await host.connect()
+    del host.libvirt.disks["a"]
+    host.tell(DomainEventKind.UNDEFINED)
+    assert host.ledger.known  # it needs no more than before
+    await host.until(lambda: "a/vda" not in host.held())
+    assert host.held() == {"b/vda": BOTH["b/vda"]}
+    del host.libvirt.disks["b"]
+    await host.holding.renew(Drive("b", "name-b", "vda"))
+    assert host.held() == {}
+
+
+@on_a_host
+async def test_a_chain_that_changed_is_read_anew_at_the_jobs_end(host: Host) -> None:
+    await host.connect()
+    raw_image(host.libvirt.disks["a"], MIB)
+    host.holding.event(DiskJobEvent(DiskJobKind.COMPLETED, "a", "name-a", "vda", "pull"))
+    assert host.ledger.known
+    await host.until(lambda: host.held() == BOTH | {"a/vda": {"a.qcow2"}})
+
+
+@on_a_host
+async def test_one_that_hangs_stops_no_other_and_is_not_known(host: Host) -> None:
+    host.libvirt.hangs = {"a"}
+    with soon():
+        host.holding.resync()
+        await host.until(lambda: "b/vda" in host.held())
+        await host.until(lambda: "remedy" in host.holding.check())
+        assert not host.ledger.known and "name-a" in host.holding.check()["detail"]
+        host.libvirt.hangs = set()
+        await host.until(lambda: host.ledger.known)
+    assert host.held() == BOTH
+
+
+@on_a_host
+async def test_what_cannot_be_read_or_is_not_there_keeps_what_it_had(host: Host) -> None:
+    await host.connect()
+    top = host.libvirt.disks["a"]
+    whole = top.read_bytes()
+    top.write_bytes(whole.replace(b"base.raw", b"nbd:x:10", 1))
+    with soon():
+        host.tell(DomainEventKind.STOPPED)
+        await host.until(lambda: not host.ledger.known)
+        assert host.held() == BOTH
+        top.unlink()
+        await host.until(lambda: host.ledger.known)  # there is nothing that could be used
+        assert host.held() == BOTH
+        raw_image(top, MIB)
+        host.tell(DomainEventKind.DEFINED)
+        await host.until(lambda: host.held() == BOTH | {"a/vda": {"a.qcow2"}})
+
+
+@on_a_host
+async def test_a_job_keeps_what_the_disk_needs_until_it_is_proven(host: Host) -> None:
+    await host.connect()
+    drive, job = Drive("a", "name-a", "vda"), Holder("job", "4711")
+    layers = [use.need.layer for use in host.ledger.rows[holding.holder_of(drive)]]
+    await host.holding.keep(drive, job, layers[1:])
+    assert [(use.need.layer.path, use.label) for use in host.ledger.rows[job]] == [(str(host.base), QEMU)]
+
+
+@on_a_host
+async def test_what_nobody_can_say_of_one_domain_is_said_to_who_asks(host: Host) -> None:
+    await host.connect()
+    host.libvirt.hangs = {"a"}
+    drive = Drive("a", "name-a", "vda")
+    try:
+        await host.holding.renew(drive)
+        raise AssertionError("it is no answer")
+    except JobError as error:
+        assert error.code == "unresponsive"
+    assert not host.ledger.known and host.held() == BOTH
+    host.libvirt.hangs = set()
+    await host.holding.renew(drive)
+    await host.until(lambda: host.ledger.known)

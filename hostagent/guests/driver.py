@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HypervisorEvent
 from hostagent.drivers.domain_claims import DomainClaims
 from hostagent.guests import chain
 from hostagent.guests.disks import PULL, Disks, drive_of, stopped
 from hostagent.guests.durable import Durable
-from hostagent.guests.finding import Finder, Found, holder_of, look_at
+from hostagent.guests.finding import Finder, Found, claimant, look_at
+from hostagent.guests.holding import Holding, holder_of
 from hostagent.guests.proof import Proof
 from hostagent.guests.pulling import Pulling
 from hostagent.images.member import ChainLimits
@@ -40,16 +41,6 @@ REST = 5
 
 FULL = 1 << 20
 """Bytes: a file system with less free is what a failed pull has filled."""
-
-
-class Holding(Protocol):
-    """What the disks of guests need, in the ledger."""
-
-    async def renew(self, drive: Drive) -> None:
-        """Ask libvirt anew. A JobError where it cannot be said."""
-
-    async def keep(self, drive: Drive, holder: Holder, layers: Sequence[Layer]) -> None:
-        """Also `holder` needs these of the disk's files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +111,7 @@ class GuestDriver:
 
     async def turn(self, job: Job) -> None:
         drive = drive_of(job)
-        await self._claims.take(drive.uuid, holder_of(job))
+        await self._claims.take(drive.uuid, claimant(job))
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         drive = drive_of(job)
@@ -138,7 +129,7 @@ class GuestDriver:
         with contextlib.suppress(JobError):  # said by the ledger, and by `doctor`
             await self._holding.renew(drive)
         # libvirt's chain loses a layer before what it held is on the file: until then the job needs it.
-        await self._holding.keep(drive, job.holder, job.before.layers)
+        await self._holding.share(holder_of(drive), job.holder, job.before.layers)
         return {}
 
     async def check(self, job: Job) -> tuple[str, ...]:
@@ -313,7 +304,7 @@ class GuestDriver:
         """An image whose header names its base no more, though the pull is not proven, still depends on it. So it has
         rows before the job's own go; those of a completed one go with these."""
         if job.dropped and await self._proof.of_header(job) is not False:
-            await self._holding.keep(drive_of(job), Holder("image", job.before.top.path), job.dropped)
+            await self._holding.share(job.holder, Holder("image", job.before.top.path), job.dropped)
         await self.drop(await record(()))
 
     async def drop(self, job: Job) -> None:
@@ -324,7 +315,7 @@ class GuestDriver:
 
     async def leave(self, job: Job) -> None:
         self._jobs.pop(job.id, None)
-        self._claims.release(drive_of(job).uuid, holder_of(job))
+        self._claims.release(drive_of(job).uuid, claimant(job))
 
     def recover(self, job: Job) -> None:
         """After a restart: of a job that has begun, a pull that runs on the disk is its own."""
@@ -334,7 +325,7 @@ class GuestDriver:
 
     def _claim(self, job: Job) -> None:
         drive = drive_of(job)
-        self._claims.claim(drive.uuid, drive.name, holder_of(job))
+        self._claims.claim(drive.uuid, drive.name, claimant(job))
         self._jobs.setdefault(job.id, _Known(drive))
 
     # What libvirt tells: hints

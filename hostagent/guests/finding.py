@@ -65,6 +65,6 @@ def look_at(drive: Drive) -> str:
     return f"see `virsh blockjob {drive.name} {drive.target}`"
 
 
-def holder_of(job: Job) -> str:
+def claimant(job: Job) -> str:
     """As it is called in the claims."""
     return f"job {job.id}"

@@ -147,11 +147,11 @@ class Holding:
             if not self._known.is_set():
                 self._wake.set()
 
-    async def keep(self, drive: Drive, holder: Holder, layers: Sequence[Layer]) -> None:
-        """The holder needs these of the disk's files from now on, as the disk does: a job that is not proven yet, or an
-        image that it left broken."""
-        files, disk = {layer.file for layer in layers}, holder_of(drive)
-        rows = [row for row in await self._rows.access_rows(sorted(files)) if row.holder == disk]
+    async def share(self, source: Holder, holder: Holder, layers: Sequence[Layer]) -> None:
+        """The holder needs from now on what `source` does of these: a job that is not proven yet what its disk does, an
+        image what the job does that left it broken."""
+        files = sorted({layer.file for layer in layers})
+        rows = [row for row in await self._rows.access_rows(files) if row.holder == source]
         await self._ledger.hold(holder, [_as_before(row) for row in rows], name="", trigger=KIND)
 
     async def run(self) -> None:

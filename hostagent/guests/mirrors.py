@@ -23,7 +23,7 @@ from hostagent.drivers.domain_xml import Disk
 from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests import chain
 from hostagent.guests.disks import Disks, drive_of, stopped
-from hostagent.guests.finding import Finder, Found, holder_of, look_at
+from hostagent.guests.finding import Finder, Found, claimant, look_at
 from hostagent.images.member import ChainLimits
 from jobs.errors import JobError
 from jobs.model import Chain, Completion, Cursor, Drive, Holder, Job, JobSpec, Operation, Plan, State
@@ -122,7 +122,7 @@ class Mirrors:
         return await self._works[spec.operation].plan(spec, found, before)
 
     async def turn(self, job: Job) -> None:
-        await self._claims.take(drive_of(job).uuid, holder_of(job))
+        await self._claims.take(drive_of(job).uuid, claimant(job))
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         drive = drive_of(job)
@@ -293,7 +293,7 @@ class Mirrors:
 
     async def leave(self, job: Job) -> None:
         self._jobs.pop(job.id, None)
-        self._claims.release(drive_of(job).uuid, holder_of(job))
+        self._claims.release(drive_of(job).uuid, claimant(job))
 
     def recover(self, job: Job) -> None:
         """After a restart: of a job that has begun, a block job that runs on the disk is its own."""
@@ -302,7 +302,7 @@ class Mirrors:
 
     def _claim(self, job: Job) -> _Known:
         drive = drive_of(job)
-        self._claims.claim(drive.uuid, drive.name, holder_of(job))
+        self._claims.claim(drive.uuid, drive.name, claimant(job))
         return self._of(job)
 
     def _of(self, job: Job) -> _Known:

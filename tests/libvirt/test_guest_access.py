@@ -213,6 +213,22 @@ def test_a_pull_that_does_not_complete_takes_nothing(agent: AgentProcess, libvir
     guest.until_flushed(1)
 
 
+def test_a_pull_that_was_lost_leaves_the_base_to_the_image_that_must_stand_on_it_again(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path
+) -> None:
+    guest = defined(agent, libvirt, "web1", base)
+    guest.start(paused=True)  # it flushes nothing
+    before, job = owner(base), pull(agent)
+    until(lambda: backing_of(guest.disk) is None, "QEMU has rewritten the header")
+    until(lambda: holders(agent, base) == {job["id"]}, "libvirt's chain has lost it")
+    assert owner(base) == before
+    guest.kill()
+    job = agent.until_ended(job["id"])
+    assert (job["state"], job["error"]["code"], job["revocation"]) == ("failed", "guest_stopped", "none")
+    assert (owner(base), can_open(libvirt, base)) == (before, True)
+    assert holders(agent, base) == {str(guest.disk)}
+
+
 def test_files_that_libvirt_leaves_alone_are_given_and_taken_by_acl(
     agent: AgentProcess, libvirt: PrivateLibvirt, base: Path
 ) -> None:

@@ -112,11 +112,12 @@ class Host:
         self.file = FakeFile()
         self.hints: list[str] = []
         self.renewed = 0
-        self.kept: list[tuple[Holder, list[Layer]]] = []
+        self.shared: list[tuple[str, str, list[Layer]]] = []
         self.claims = DomainClaims()
         disks: Any = self.disks
         file: Any = self.file
         domains: Any = None
+        holding: Any = self
         self.driver = GuestDriver(
             disks,
             self.claims,
@@ -126,7 +127,7 @@ class Host:
             settings=Settings(ChainLimits(), 10),
             finder=Finder(domains, self.claims, None),
             hint=self.hints.append,
-            holding=self,
+            holding=holding,
         )
         layers = tuple(_layer(path) for path in paths)
         spec = JobSpec(Operation.PULL, "web1/vda")
@@ -139,8 +140,8 @@ class Host:
         if self.disks.away:
             raise JobError("unavailable", "libvirt is away")
 
-    async def keep(self, drive: Drive, holder: Holder, layers: Sequence[Layer]) -> None:
-        self.kept.append((holder, list(layers)))
+    async def share(self, source: Holder, holder: Holder, layers: Sequence[Layer]) -> None:
+        self.shared.append((str(source), str(holder), list(layers)))
 
     async def started(self) -> Job:
         await self.driver.prepare(self.job)

@@ -14,7 +14,7 @@ from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests import driver
 from jobs.errors import JobError
 from jobs.machine import Signal
-from jobs.model import Cursor, State
+from jobs.model import Cursor, Holder, Job, State
 from jobs.ports import Contact, Observation, Phase
 from jobs.settle import decide
 from tests.unit.guests.fake_libvirt import DRIVE, END, NOW, Host, play
@@ -254,3 +254,48 @@ async def test_a_guest_is_never_killed(host: Host) -> None:
         await host.driver.cancel(job, force=True)
     assert refused.value.code == "not_supported"
     assert host.disks.job is not None
+
+
+async def conclude(host: Host, job: Job, state: State) -> list[str]:
+    """What was done, in order."""
+    done: list[str] = []
+
+    async def record(sharers: tuple[Holder, ...]) -> Job:
+        assert sharers == ()
+        done.append(f"recorded, {host.renewed} renewed, kept for {[holder for _, holder, _ in host.shared]}")
+        return replace(job, state=state)
+
+    await host.driver.conclude(job, record)
+    return done
+
+
+@on_a_host
+async def test_what_the_disk_needs_is_asked_before_a_pull_and_when_it_is_proven(host: Host) -> None:
+    job = await host.started()
+    disk = f"domain:{DRIVE.uuid}/vda"
+    assert (host.renewed, host.shared) == (1, [(disk, str(job.holder), list(job.before.layers))])
+    host.shared.clear()
+    assert await conclude(host, job, State.FAILED) == ["recorded, 1 renewed, kept for []"]
+    assert host.renewed == 1, "a pull that did not complete takes nothing"
+    assert await conclude(host, job, State.COMPLETED)
+    assert host.renewed == 2
+    await host.driver.drop(replace(job, state=State.COMPLETED))
+    assert host.renewed == 3
+    host.disks.away = True
+    with pytest.raises(JobError):  # so it is tried again, and the revocation is pending
+        await host.driver.drop(replace(job, state=State.COMPLETED))
+
+
+@pytest.mark.parametrize("header", [True, None])
+def test_an_image_that_may_name_its_base_no_more_has_its_own_rows_before_the_jobs_go(
+    tmp_path: Path, header: bool | None
+) -> None:
+    async def scenario(host: Host) -> None:
+        job = await host.started()
+        host.shared.clear()
+        host.proof.header = header
+        image = Holder("image", job.before.top.path)
+        assert await conclude(host, job, State.FAILED) == [f"recorded, 1 renewed, kept for ['{image}']"]
+        assert host.shared == [(str(job.holder), str(image), list(job.dropped))]
+
+    play(scenario(Host(tmp_path)))

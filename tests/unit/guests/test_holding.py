@@ -233,10 +233,15 @@ async def test_what_cannot_be_read_or_is_not_there_keeps_what_it_had(host: Host)
 @on_a_host
 async def test_a_job_keeps_what_the_disk_needs_until_it_is_proven(host: Host) -> None:
     await host.connect()
-    drive, job = Drive("a", "name-a", "vda"), Holder("job", "4711")
-    layers = [use.need.layer for use in host.ledger.rows[holding.holder_of(drive)]]
-    await host.holding.keep(drive, job, layers[1:])
-    assert [(use.need.layer.path, use.label) for use in host.ledger.rows[job]] == [(str(host.base), QEMU)]
+    disk, job, image = holding.holder_of(Drive("a", "name-a", "vda")), Holder("job", "4711"), Holder("image", "/a")
+    layers = [use.need.layer for use in host.ledger.rows[disk]]
+    await host.holding.share(disk, job, layers[1:])
+    raw_image(host.libvirt.disks["a"], MIB)
+    await host.holding.renew(Drive("a", "name-a", "vda"))
+    await host.holding.share(job, image, layers)
+    assert host.held()["a/vda"] == {"a.qcow2"}
+    for holder in (job, image):
+        assert [(use.need.layer.path, use.label) for use in host.ledger.rows[holder]] == [(str(host.base), QEMU)]
 
 
 @on_a_host

@@ -87,7 +87,8 @@ class AccessFile:
     `mode` is what we gave ("", "r", "rw"); `verdict` granted | revoked | kept | pending; `access` acl | owner | own |
     none. `labels` are those that libvirt may have left the file with, `owner` who had it before as far as that was
     seen, and `taken` the ownership that we changed at the end, for an undo. `born` (ns since 1970, where the file
-    system says) tells the file from a later one with its inode number.
+    system says) tells the file from a later one with its inode number. `rests`: when last looked at for a domain, it
+    was not libvirt's.
     """
 
     file: FileId
@@ -105,6 +106,7 @@ class AccessFile:
     owner: Label | None = None
     taken: Taken | None = None
     born: int | None = None
+    rests: bool = False
 
 
 class Part(NamedTuple):

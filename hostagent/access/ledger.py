@@ -465,11 +465,12 @@ class Ledger:
         return _Finding(entry, GrantEventKind.REVOKED)
 
     def _not_found(self, was: AccessFile, trigger: str) -> _Finding:
-        """Deleted or moved while the agent was away: that cannot be told, unless the operator says that it is gone."""
+        """Deleted or moved while the agent was away: that cannot be told, unless the operator says that it is gone; or
+        when nothing of libvirt's can have gone with it, as with the disk of a guest that was shut down."""
         what = f"an ACL entry for {self._subject.name}" if was.mode else f"{self._subject.name}'s ownership"
         reason = f"it is not in its folder; if it was moved, {what} went with it"
         told = was.verdict == AccessVerdict.KEPT and was.reason != reason  # that it stays open, before it went
-        if trigger == "operator" or not (was.mode or (was.labels and not told)):
+        if trigger == "operator" or not (was.mode or (was.labels and not (told or was.rests))):
             return self._gone(was)
         return _Finding(replace(was, verdict=AccessVerdict.KEPT, reason=reason, holders=()), GrantEventKind.KEPT)
 

@@ -27,7 +27,9 @@ class Ownership:
     def note(self, entry: AccessFile, labels: Sequence[Label]) -> AccessFile:
         """The entry of a file that domains with these labels need, with the owner that it has without them."""
         with self._files.grasped(entry) as handle:
-            return replace(owner.noted(entry, owner.of(handle), labels), born=born(handle))
+            here = owner.of(handle)
+            noted = owner.noted(entry, here, labels)
+            return replace(noted, born=born(handle), rests=here not in noted.labels)
 
     def protector(self, entry: AccessFile, protected: Collection[str]) -> str | None:
         """Which of the protected files and folders keeps the file."""

@@ -22,6 +22,7 @@ from jobs.errors import JobError
 
 VERSION_TIMEOUT = 5.0  # seconds for `--version`; a program on a dead network mount never answers
 APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
+SELINUX = Path("/sys/fs/selinux/enforce")
 OLDEST_QEMU = (5, 2)  # the first with nbd exports by block-export-add in qemu-storage-daemon
 SAFE_QUERY_QEMU = (10, 2)  # below it query-named-block-nodes can crash QEMU (gitlab qemu issue 3149)
 
@@ -37,6 +38,7 @@ def findings(config: Config) -> Iterator[Finding]:
     yield _runtime_folder(config)
     yield from _acls(config)
     yield from _apparmor(config)
+    yield _selinux()
 
 
 # Programs
@@ -229,6 +231,18 @@ def _apparmor(config: Config) -> Iterator[Finding]:
         )
     )
     yield warn("AppArmor", "enabled: guests may not be able to reach the agent's NBD sockets", lines)
+
+
+def _selinux() -> Finding:
+    try:
+        enforcing = SELINUX.read_text().strip() == "1"
+    except OSError:
+        return ok("SELinux", "not enabled")
+    if not enforcing:
+        return ok("SELinux", "permissive: it forbids nothing")
+    text = "enforcing: it also decides what guests and storage daemons may open, which was not tested"
+    remedy = "see `ausearch -m avc -ts recent` when an image or a socket is refused; images of libvirt are virt_image_t"
+    return warn("SELinux", text, remedy)
 
 
 def _mode(found: os.stat_result) -> str:

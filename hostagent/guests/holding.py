@@ -107,6 +107,7 @@ class Holding:
         """A new connection, or events were lost."""
         self._unknow()
         self._all, self._labels = True, None
+        self._seen.clear()
         self._wake.set()
 
     def lost(self) -> None:

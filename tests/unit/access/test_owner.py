@@ -542,3 +542,19 @@ def test_an_owner_that_is_none_is_refused(text: str) -> None:
 
 def test_an_owner_is_named_or_numbered() -> None:
     assert (owner.parse("root:root"), owner.parse("0:7")) == (ROOT, Label(0, 7))
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_deleted_disk_is_a_riddle_only_where_libvirt_had_it_last(given_user: Play, runs: bool) -> None:
+    async def scenario(host: Host) -> None:
+        file = host.file("top")
+        await pulled(host, file)
+        if not runs:
+            relabel(file, ALICE)  # libvirt's own work at the end of the domain
+            await hold(host, WEB, file)
+        file.unlink()
+        result = await drop(host)
+        assert result.verdict is (AccessVerdict.KEPT if runs else AccessVerdict.REVOKED)
+        assert str(result.reason).startswith("it is not in its folder" if runs else "the file is gone")
+
+    given_user(scenario)

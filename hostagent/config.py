@@ -128,6 +128,11 @@ class Libvirt:
         unset="for a plain user empty",
         usual="qemu:///system",
     )
+    qemu_conf: Path = setting(
+        Path("/etc/libvirt/qemu.conf"),
+        "libvirt's own settings for QEMU. Where they turn dynamic_ownership off, libvirt changes no file's owner, and "
+        "none is given back.",
+    )
     connect_timeout: float = setting(
         10.0, "Seconds until a connection that is not made is said to hang. It is waited for.", low=0.1, high=600
     )

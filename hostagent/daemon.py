@@ -297,6 +297,7 @@ class Agent:
             libvirt.file_timeout,
             ChainLimits(tuple(images.pools), images.max_depth),
             self._user.uid,
+            libvirt.qemu_conf,
         )
         holding = Holding(self._live.hypervisor, self._ledger, self._store, settings)
         self._live.tell(holding, lost=holding.lost)
@@ -418,12 +419,12 @@ class Agent:
         self._later(self._drain.settle())
         self._make_service()
         await self._gauges.refresh()
+        self._later(self._holding.run())
         self._live.start()
         listener = host.listen(self._config.api.socket, self._group)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="api")
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
-            asyncio.create_task(self._holding.run(), name="holding"),
             asyncio.create_task(self._watch.run(), name="watch"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
         ]

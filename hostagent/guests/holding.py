@@ -15,6 +15,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from events.model import DiskJobEvent, DomainEvent, DomainEventKind, HypervisorEvent
@@ -66,13 +67,14 @@ class Rows(Protocol):
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`xml_size` in bytes; `refresh` and `file_timeout` in seconds; `limits` for chains that headers name; `uid` is the
-    hypervisor user's."""
+    hypervisor user's; `qemu_conf` says whether libvirt changes owners."""
 
     xml_size: int
     refresh: float
     file_timeout: float
     limits: ChainLimits
     uid: int
+    qemu_conf: Path
 
 
 class Holding:
@@ -157,6 +159,12 @@ class Holding:
 
     async def run(self) -> None:
         """Read what became stale, everything now and then, and what could not be read again."""
+        try:
+            await self._run()
+        finally:
+            self._unknow()  # nobody follows any more
+
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time() + self._settings.refresh
         while True:
@@ -283,9 +291,17 @@ class Holding:
         if self._labels is None:
             text = await self._hypervisor.call("capabilities", lambda session: session.capabilities())
             said = domain_xml.base_label(text, size=self._settings.xml_size)
-            default: Label | None = labels.parse(said) if said else None
+            default: Label | None = labels.parse(said) if said and await self._relabels() else None
             self._labels = Labels(default, self._settings.uid)
         return self._labels
+
+    async def _relabels(self) -> bool:
+        path, timeout = self._settings.qemu_conf, self._settings.file_timeout
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(labels.relabels, path), timeout)
+        except (OSError, TimeoutError) as error:
+            message = f"{path} cannot be read: {error or 'no answer'}"
+            raise JobError("io_error", message, remedy="let the agent read it, or set libvirt.qemu_conf") from error
 
     async def _look(self, domain: DomainRef, look: Callable[[], tuple[DiskNeeds, ...]]) -> tuple[DiskNeeds, ...]:
         """A look at files on dead storage never returns, and keeps its thread: a domain has one, and all have a few."""

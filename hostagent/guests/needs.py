@@ -54,7 +54,7 @@ def _read(before: DiskNeeds, domain: Domain, disk: Disk, labels: Labels, limits:
         reader.read()
     except (FileNotFoundError, NotADirectoryError):
         missing = True
-    except OSError as error:
+    except (OSError, ValueError) as error:
         what = f"the files of {domain.name}/{disk.target} cannot be looked at: {error}"
         unknown = JobError("io_error", what, remedy="see their storage")
     except JobError as error:

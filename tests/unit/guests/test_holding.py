@@ -99,7 +99,8 @@ class Host:
         self.base = raw_image(folder / "base.raw", MIB)
         for uuid in ("a", "b"):
             self.libvirt.disks[uuid] = overlay(folder / f"{uuid}.qcow2", self.base)
-        settings = Settings(MIB, 60.0, 30.0, ChainLimits(), QEMU.uid)
+        self.qemu_conf = folder / "qemu.conf"
+        settings = Settings(MIB, 60.0, 30.0, ChainLimits(), QEMU.uid, self.qemu_conf)
         hypervisor: Any = self.libvirt
         self.holding = Holding(hypervisor, self.ledger, self.ledger, settings)
 
@@ -258,3 +259,18 @@ async def test_what_nobody_can_say_of_one_domain_is_said_to_who_asks(host: Host)
     host.libvirt.hangs = set()
     await host.holding.renew(drive)
     await host.until(lambda: host.ledger.known)
+
+
+@on_a_host
+async def test_a_libvirt_that_changes_no_owners_leaves_none_behind(host: Host) -> None:
+    host.qemu_conf.write_text("# dynamic_ownership = 1\nuser = 'qemu'\n dynamic_ownership=0 # ours\n")
+    await host.connect()
+    assert {use.label for uses in host.ledger.rows.values() for use in uses} == {None}
+    host.qemu_conf.write_text("#dynamic_ownership = 0\n")
+    await host.connect()
+    assert {use.label for uses in host.ledger.rows.values() for use in uses} == {QEMU}
+    host.qemu_conf.unlink()
+    host.qemu_conf.mkdir()
+    host.holding.resync()
+    await host.until(lambda: "qemu.conf" in host.holding.check()["detail"])
+    assert not host.ledger.known

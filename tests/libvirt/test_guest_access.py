@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, Json, backing_of, overlay, raw_image, reachable, user_can_read
+from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, overlay, raw_image, reachable, user_can_read
 from tests.libvirt.guest import Guest
 from tests.libvirt.private import PrivateLibvirt, until
 from tests.qemu.faults import HASTE
@@ -55,7 +55,9 @@ def domains_of(agent: AgentProcess) -> str:
 
 
 def holders(agent: AgentProcess, path: Path) -> set[str]:
-    return {item["holder"]["id"] for item in agent.get(f"/v1/grants?path={path}")["items"] if item["holder"]}
+    """Who needs the file, and has it: its owner was seen, and what is to be given was."""
+    items = agent.get(f"/v1/grants?path={path}")["items"]
+    return {item["holder"]["id"] for item in items if item["state"] == "granted"}
 
 
 def defined(agent: AgentProcess, libvirt: PrivateLibvirt, name: str, base: Path, **more: bool) -> Guest:
@@ -63,7 +65,8 @@ def defined(agent: AgentProcess, libvirt: PrivateLibvirt, name: str, base: Path,
     top = overlay(base.parent / f"{name}.qcow2", base)
     os.chown(top, *ALICE)
     guest = libvirt.guest(name, top, **more)
-    until(lambda: f"{guest.uuid}/vda" in holders(agent, base), f"{name} is known")
+    mine = f"{guest.uuid}/vda"
+    until(lambda: all(mine in holders(agent, path) for path in (base, top)), f"{name} is known")
     return guest
 
 
@@ -78,6 +81,15 @@ def writing(agent: AgentProcess, libvirt: PrivateLibvirt, name: str, base: Path,
 def pull(agent: AgentProcess, name: str = "web1", **spec: object) -> Json:
     job: Json = agent.post("/v1/jobs", {"operation": "pull", "target": f"{name}/vda", **spec})
     return job
+
+
+def pulled(agent: AgentProcess) -> Json | None:
+    """A slow pull of web1/vda; None while another job still has the domain."""
+    try:
+        return pull(agent, bandwidth=SLOW)
+    except ApiError as error:
+        assert error.code == "busy"
+        return None
 
 
 def can_open(libvirt: PrivateLibvirt, path: Path) -> bool:
@@ -198,7 +210,7 @@ def test_a_pull_that_does_not_complete_takes_nothing(agent: AgentProcess, libvir
     guest = writing(agent, libvirt, "web1", base)
     before = owner(base)
     for end in ("abort", "kill"):
-        job = pull(agent, bandwidth=SLOW)
+        job = until(lambda: pulled(agent), "the domain is free")
         agent.until(job["id"], lambda job: job["state"] == "running" and job["cursor"]["cur"] > 0)
         if end == "abort":
             agent.post(f"/v1/jobs/{job['id']}/abort")

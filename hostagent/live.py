@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -137,8 +138,9 @@ class Live:
     # Rules
 
     async def refuse_guests(self, path: str, *, whole_chain: bool) -> None:
-        """A JobError `busy` when a running guest writes the image (`whole_chain`: or stands on it). It does not replace
-        the lease, which is what keeps two writers apart; it says early, and by name, what to do."""
+        """A JobError `busy` when a guest, running or defined, writes the image (`whole_chain`: or stands on it, as far
+        as libvirt says). It does not replace the lease, which is what keeps two writers apart; it says early, and by
+        name, what to do."""
         if self.off is not None:
             return
         file = None
@@ -146,7 +148,7 @@ class Live:
             async with asyncio.timeout(self._config.file_timeout):
                 file = await asyncio.to_thread(_identity, path)
         uses = await self.domains.users(file) if file else []
-        in_use = [use for use in uses if use.domain.active and (use.writes or whole_chain)]
+        in_use = [use for use in uses if use.writes or whole_chain]
         if in_use:
             raise _busy(path, in_use)
 
@@ -203,11 +205,19 @@ def _identity(path: str) -> FileId | None:
 def _busy(path: str, uses: list[Use]) -> JobError:
     names = [str(use) for use in uses[:8]]
     writes = any(use.writes for use in uses)
+    running = any(use.domain.active for use in uses)
+    if running:
+        what = f"is {'written' if writes else 'read'} by a running guest"
+        remedy = f"use {names[0]}" if writes else "undefine the guest"
+    else:
+        what = "is the disk of a guest that does not run"
+        start = f"virsh start --paused {shlex.quote(uses[0].domain.name)}"
+        remedy = f"start the guest ({start} is enough) and use {names[0]}, or undefine it"
     return JobError(
         "busy",
-        f"{path!r} is {'written' if writes else 'read'} by a running guest: {', '.join(names)}",
+        f"{path!r} {what}: {', '.join(names)}",
         field="path",
         value=path,
-        remedy=f"use {names[0]}, or shut the guest down" if writes else "shut the guest down",
+        remedy=remedy,
         holders=[f"domain:{use.domain.name}" for use in uses[:8]],
     )

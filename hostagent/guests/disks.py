@@ -30,7 +30,7 @@ def drive_of(job: Job) -> Drive:
 
 
 def stopped(drive: Drive) -> JobError:
-    return JobError("guest_stopped", f"domain {drive.name} ended", remedy="go on when it runs, or by the image's path")
+    return JobError("guest_stopped", f"domain {drive.name} ended", remedy="start it, and pull on")
 
 
 class Disks:

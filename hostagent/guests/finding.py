@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,9 @@ class Finder:
         drive, top = Drive(found.domain.uuid, found.domain.name, found.disk.target), found.disk.top
         assert top is not None
         if not found.domain.active:
-            raise error("conflict", f"domain {drive.name} does not run", f"use the image: {top.path}")
+            start = f"virsh start --paused {shlex.quote(drive.name)}"
+            message = f"domain {drive.name} does not run"
+            raise error("conflict", message, f"start it ({start} is enough), or undefine it")
         if found.layer is not top:
             raise error("invalid", f"{spec.target} is not the top of its disk", f"name the disk, {drive}, and --base")
         holder = self._claims.holder(drive.uuid)

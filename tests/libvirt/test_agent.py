@@ -102,7 +102,7 @@ def test_an_agent_may_be_there_first(tmp_path: Path, libvirt: PrivateLibvirt, di
         until(lambda: host_events(agent) == ["org.hostagent.host.connected.v1"], "the event is stored")
 
 
-def test_a_running_guests_image_is_busy_until_it_stops(
+def test_a_guests_image_is_busy_until_it_is_undefined(
     connected: AgentProcess, libvirt: PrivateLibvirt, disk: Path
 ) -> None:
     guest = libvirt.guest("web1", disk)
@@ -124,6 +124,14 @@ def test_a_running_guests_image_is_busy_until_it_stops(
     assert named(below) and below["field"] == "image"
     guest.until_flushed(flushed + 2)
     guest.destroy()
+
+    def off(error: Json) -> bool:
+        return "does not run" in error["detail"]
+
+    error = until(lambda: next(filter(off, [refused(connected, "/v1/jobs", pull)]), None), "the guest's end is known")
+    assert named(error) and "virsh start --paused web1" in error["remedy"] and "web1/vda" in error["remedy"]
+    assert named(refused(connected, "/v1/exports", {"image": str(disk), "writable": True}))
+    guest.remove()
 
     def started() -> Json | None:
         try:

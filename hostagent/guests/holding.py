@@ -291,8 +291,8 @@ class Holding:
         if self._labels is None:
             text = await self._hypervisor.call("capabilities", lambda session: session.capabilities())
             said = domain_xml.base_label(text, size=self._settings.xml_size)
-            default: Label | None = labels.parse(said) if said and await self._relabels() else None
-            self._labels = Labels(default, self._settings.uid)
+            default: Label | None = labels.parse(said) if said else None
+            self._labels = Labels(default, self._settings.uid, relabels=await self._relabels())
         return self._labels
 
     async def _relabels(self) -> bool:

@@ -40,26 +40,23 @@ def parse(text: str) -> Label:
 
 
 class Labels:
-    """`default` is what a domain gets that says none; None where libvirt changes no owners. `uid` is the hypervisor
-    user's, the only one to whom the agent gives access."""
+    """`default` is what a domain gets that says none, if libvirt has such labels; `relabels` says whether it changes
+    owners at all. `uid` is the hypervisor user's, the only one to whom the agent gives access."""
 
-    def __init__(self, default: Label | None, uid: int) -> None:
+    def __init__(self, default: Label | None, uid: int, *, relabels: bool) -> None:
         self._default = default
         self._uid = uid
+        self._relabels = relabels and default is not None
 
     def of(self, domain: Domain, disk: Disk, layer: LiveLayer) -> Label | None:
         """The label that the layer is opened by; None where libvirt leaves its owner alone, so that access is the
         agent's to give. A layer may have a label of its own; else its disk's top speaks for it, else the domain."""
         own = next((dac for dac in (layer.dac, disk.layers[0].dac) if dac and (dac.label or not dac.relabel)), None)
         runs_as = self._parse(domain.dac) or self._default
-        if self._default is None:
-            return None
-        if own is not None and own.relabel:
+        if self._relabels and own is not None and own.relabel:
             return self._parse(own)
-        relabel = (domain.dac is None or domain.dac.relabel) and own is None
-        if relabel or (runs_as is not None and runs_as.uid != self._uid):
-            return runs_as
-        return None
+        relabel = self._relabels and own is None and (domain.dac is None or domain.dac.relabel)
+        return runs_as if relabel or (runs_as is not None and runs_as.uid != self._uid) else None
 
     def _parse(self, dac: DacLabel | None) -> Label | None:
         return parse(dac.label) if dac is not None and dac.label else None

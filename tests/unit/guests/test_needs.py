@@ -50,9 +50,11 @@ def domain(disks: str, seclabel: str = "") -> str:
     return f"<domain><name>web1</name><uuid>{UUID}</uuid><devices>{disks}</devices>{seclabel}</domain>"
 
 
-def needs(*texts: str, default: Label | None = QEMU, limits: ChainLimits | None = None) -> DiskNeeds:
+def needs(
+    *texts: str, default: Label | None = QEMU, limits: ChainLimits | None = None, relabels: bool = True
+) -> DiskNeeds:
     described = [parse(text, size=MIB) for text in texts]
-    (found,) = read_needs(described, Labels(default, QEMU.uid), limits or ChainLimits())
+    (found,) = read_needs(described, Labels(default, QEMU.uid, relabels=relabels), limits or ChainLimits())
     return found
 
 
@@ -166,6 +168,9 @@ def test_a_layer_may_have_a_label_of_its_own(images: Images) -> None:
 
 def test_where_libvirt_has_no_such_labels_it_changes_no_owner(images: Images) -> None:
     assert {use.label for use in needs(domain(disk(images.top)), default=None).uses} == {None}
+    assert {use.label for use in needs(domain(disk(images.top)), relabels=False).uses} == {None}
+    other = domain(disk(images.top), dac(type="static", relabel="yes", label="+107:+108"))
+    assert {use.label for use in needs(other, relabels=False).uses} == {OTHER}, "the agent gives it nothing"
 
 
 def test_labels_are_numbers_or_names(images: Images) -> None:

@@ -158,7 +158,8 @@ def test_a_member_of_a_group_that_is_decided_completes_whatever_is_seen(
     if seen.contact is Contact.DEAD:
         assert signal is Signal.PROVEN_COMPLETED
     pivot = decide(replace(job, completion=Completion.PIVOT), seen, failure)
-    refused = seen.contact is Contact.ALIVE and seen.error is not None
+    known = failure is not None and failure.code == "pivot_refused"
+    refused = known or (seen.contact is Contact.ALIVE and seen.error is not None)
     assert (pivot.signal is Signal.PROVEN_FAILED) == (signal is Signal.PROVEN_COMPLETED and refused)
     assert pivot.failure is None or pivot.failure.code == "pivot_refused"
     undecided = replace(job, completion=None)

@@ -163,6 +163,16 @@ class Libvirt:
         low=1,
         high=86400,
     )
+    sample: float = setting(
+        2.0,
+        "Seconds between two readings of the cursor of a job on a guest's disk, and between two looks for jobs that "
+        "somebody else has started there. libvirt tells of their ends at once.",
+        low=0.05,
+        high=3600,
+    )
+    external_jobs: int = setting(
+        256, "Jobs of somebody else's that are followed at a time; more are not shown.", low=0, high=100000
+    )
     agree_timeout: float = setting(
         5.0,
         "Seconds for libvirt to say of a disk's chain what the image itself says, once a job on it has ended.",

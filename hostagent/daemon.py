@@ -55,9 +55,13 @@ from hostagent.guests.disks import Disks
 from hostagent.guests.driver import GuestDriver
 from hostagent.guests.driver import Settings as GuestSettings
 from hostagent.guests.durable import Durable
+from hostagent.guests.external import ExternalDriver
+from hostagent.guests.external import Settings as ExternalSettings
 from hostagent.guests.finding import Finder
 from hostagent.guests.holding import Holding
 from hostagent.guests.holding import Settings as HoldingSettings
+from hostagent.guests.lookout import Lookout
+from hostagent.guests.lookout import Settings as LookoutSettings
 from hostagent.guests.mirrors import Mirrors
 from hostagent.guests.mirrors import Settings as MirrorSettings
 from hostagent.guests.proof import Proof
@@ -186,6 +190,8 @@ class Agent:
         self._holding = self._make_holding()
         self._guests = self._make_guests()
         self._mirrors = self._make_mirrors()
+        self._external = self._make_external()
+        self._lookout = self._make_lookout()
         self._bitmaps = self._make_bitmaps()
         self._watch = Watch(self._chains, interval=config.images.watch_interval, tell=self._drifted)
         self._engine = self._make_engine()
@@ -347,6 +353,34 @@ class Agent:
         live.tell(mirrors)
         return mirrors
 
+    def _make_external(self) -> ExternalDriver:
+        config, live = self._config, self._live
+        limits = ChainLimits(tuple(config.images.pools))
+        settings = ExternalSettings(limits, config.libvirt.file_timeout, config.libvirt.agree_timeout)
+        external = ExternalDriver(
+            self._disks, live.hypervisor.claims, self._guests, settings, hint=lambda job: self._engine.hint(job)
+        )
+        live.tell(external)
+        return external
+
+    def _make_lookout(self) -> Lookout:
+        config, live = self._config.libvirt, self._live
+        limits = ChainLimits(tuple(self._config.images.pools))
+        lookout = Lookout(
+            live.hypervisor,
+            live.domains,
+            LookoutSettings(limits, config.sample, config.file_timeout, config.external_jobs),
+            clock=self._clock,
+            active=lambda: [*self._engine.active(), *self._engine.settling()],
+            adopt=self._adopt,
+        )
+        live.tell(lookout)
+        return lookout
+
+    async def _adopt(self, job: Job, said: str | None) -> None:
+        self._external.follow(job, said)
+        await self._engine.adopt(job)
+
     def _make_bitmaps(self) -> Bitmaps:
         images = self._config.images
         user, limits = self._tools()
@@ -375,7 +409,7 @@ class Agent:
     def _make_engine(self) -> Engine:
         jobs = self._config.jobs
         return Engine(
-            Router(self._driver, self._guests, self._mirrors),
+            Router(self._driver, self._guests, self._mirrors, self._external),
             self._store,
             self._ledger,
             clock=self._clock,
@@ -390,6 +424,7 @@ class Agent:
                 settle_retry_max=jobs.settle_retry_max,
                 end_retries=jobs.end_retries,
                 request_timeout=jobs.start_timeout,
+                live_interval=self._config.libvirt.sample,
             ),
             changed=self._job_changed,
         )
@@ -408,8 +443,11 @@ class Agent:
         claims = [job for job in unsettled if job.state not in (State.QUEUED, State.WAITING)]
         await asyncio.gather(*map(self._driver.claim, claims))
         for job in unsettled:
-            if job.drive is not None:
+            if job.drive is not None and not job.external:
                 (self._guests if job.spec.operation is Operation.PULL else self._mirrors).recover(job)
+        for job in unsettled:
+            if job.external:
+                self._external.follow(job)
         await self._chains.sweep()
         await self._bitmaps.recover(self._store)
         await self._ledger.converge_all(trigger="start")
@@ -426,6 +464,7 @@ class Agent:
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._watch.run(), name="watch"),
+            asyncio.create_task(self._lookout.run(), name="lookout"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
         ]
         where = self._config.api.socket
@@ -557,6 +596,8 @@ class Agent:
     def _job_changed(self, job: Job) -> None:
         self._changes.tell(f"job {job.id}")
         self._drain.job_changed(job)
+        if job.state.terminal:
+            self._lookout.settled(job)
         if job.state is State.RUNNING:
             self._bus.publish(Record(0, now(), job_event(job, JobEventKind.PROGRESS)))
 

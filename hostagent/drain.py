@@ -103,7 +103,7 @@ class Drain:
             self._later(self.settle())
 
     def _wants(self, job: Job) -> bool:
-        return self.record.pause and job.state is State.RUNNING
+        return self.record.pause and job.state is State.RUNNING and not job.external
 
     async def _pause(self) -> None:
         running = [job.id for job in self._jobs.active() if self._wants(job)]

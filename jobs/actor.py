@@ -41,6 +41,7 @@ class Actor:
         self._has_slot = False
         self._refused = 0  # times that the end of a decided member was
         self._end: Observation | None = None  # the look that found the job ended, until it is judged
+        self._pending = False  # whether the last look found that only its data are awaited
 
     @property
     def job(self) -> Job:
@@ -86,7 +87,7 @@ class Actor:
     async def _live(self) -> None:
         """One stay in one state. What a handler raises is the job's failure, or lost contact."""
         state = self.job.state
-        if state in HOLDS_SLOT and not self._has_slot:
+        if state in HOLDS_SLOT and not self._has_slot and not self.job.external:
             self._w.slots.occupy()
             self._has_slot = True
         try:
@@ -177,7 +178,7 @@ class Actor:
     async def _stream(self) -> None:
         """A block job runs in the hypervisor: follow it until it is not running any more."""
         while self.job.state is State.RUNNING:
-            message = await self._inbox.next(self._w.limits.progress_interval)
+            message = await self._inbox.next(self._interval)
             if message is not None and message.ask is not Ask.LOOK:
                 await self._request(message)
             else:
@@ -185,6 +186,7 @@ class Actor:
 
     async def _look(self) -> None:
         seen = await self._w.driver.observe(self.job)
+        self._pending = seen.phase is Phase.PENDING
         if seen.cursor is not None:
             self._keeper.report(seen.cursor)
             await self._keeper.remember()
@@ -214,7 +216,7 @@ class Actor:
             if completion is not None:
                 await self._complete(completion)
                 return
-            message = await self._inbox.next(self._w.limits.progress_interval)
+            message = await self._inbox.next(self._interval)
             if message is not None and message.ask is not Ask.LOOK:
                 await self._request(message)
 
@@ -272,7 +274,7 @@ class Actor:
     async def _paused(self) -> None:
         await self._look_while_paused()
         while self.job.state is State.PAUSED:
-            message = await self._inbox.next(None if self._agent_driven else self._w.limits.progress_interval)
+            message = await self._inbox.next(None if self._agent_driven else self._interval)
             if message is None or message.ask is Ask.LOOK:
                 await self._look_while_paused()
             else:
@@ -310,6 +312,8 @@ class Actor:
         while not self.job.state.terminal:
             seen = await self._sealed(self._end or await self._w.driver.observe(self.job))
             self._end = None
+            if seen.after is not None and seen.after != self.job.after:
+                await self._keeper.change(after=seen.after)
             verdict = decide(self.job, seen, self.job.error)
             if verdict.signal is Signal.LOST:
                 await self._keeper.lost()
@@ -520,6 +524,12 @@ class Actor:
             await self._keeper.move(Signal.ABORT, intent="abort")
 
     # Small things
+
+    @property
+    def _interval(self) -> float:
+        """Until the next look at what runs. libvirt tells of the end of a guest's job, but not of its data's."""
+        limits = self._w.limits
+        return limits.progress_interval if self.job.drive is None or self._pending else limits.live_interval
 
     def _refuse_haste(self) -> None:
         """Killing loses what was not written: first the job has its time to end, or to be heard of again."""

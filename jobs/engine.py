@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from events.model import JobEventKind
 from jobs import pull
 from jobs.actor import Actor
 from jobs.errors import JobError
@@ -15,6 +16,7 @@ from jobs.group import Together
 from jobs.grouping import group_of, refuse_overlap, refuse_unlike
 from jobs.inbox import Ask
 from jobs.model import Completion, Cursor, FileId, Group, Job, JobSpec, Operation, Plan, Revocation, State
+from jobs.outcome import job_event
 from jobs.ports import Access, BlockDriver, Clock, JobStore, Observer
 from jobs.progress import View
 from jobs.slots import Slots
@@ -119,6 +121,13 @@ class Engine:
         self._world.changed(job)
         log.info("job queued", extra={"fields": {"job": job.id, "path": job.before.top.path}})
         return job, True
+
+    async def adopt(self, job: Job) -> None:
+        """Follow an external job, which runs: to its end, and to that of the access that ends with it."""
+        async with self._creating:
+            await asyncio.shield(asyncio.ensure_future(self._save_and_spawn(job, JobEventKind.STARTED)))
+        self._world.changed(job)
+        log.info("job of somebody else's", extra={"fields": {"job": job.id, "target": job.spec.target}})
 
     async def create_group(self, specs: Sequence[JobSpec], group_id: str | None = None) -> tuple[list[Job], bool]:
         """Copies that complete together or not at all; all of them are stored, or none. With a `group_id` that was
@@ -283,7 +292,8 @@ class Engine:
         return bool(tasks)
 
     def _refuse_when_full(self, number: int = 1) -> None:
-        if len(self.active()) + number > self._world.limits.queue:
+        ours = sum(not job.external for job in self.active())
+        if ours + number > self._world.limits.queue:
             raise JobError(
                 "limit",
                 f"{self._world.limits.queue} jobs wait or run already",
@@ -295,13 +305,14 @@ class Engine:
         for actor in self._actors.values():
             other = actor.job
             if other.before.top.file == plan.before.top.file:
+                wait = "wait for it" if other.external else f"wait for it, or `hostagent job abort {other.id}`"
                 ended = "wait: its access is still being settled (`hostagent status`)"
                 raise JobError(
                     "busy",
                     f"job {other.id} ({other.spec.operation}, {other.state}) works on {plan.before.top.path!r}",
                     field="target",
                     value=spec.target,
-                    remedy=ended if other.state.terminal else f"wait for it, or `hostagent job abort {other.id}`",
+                    remedy=ended if other.state.terminal else wait,
                     holders=[str(other.holder)],
                 )
 
@@ -327,10 +338,15 @@ class Engine:
         actor = self._actors.get(job.id)
         if actor is None or actor.job.state.terminal:
             raise JobError("conflict", f"job {job.id} is {job.state}", state=job.state.value)
+        if job.external:
+            message = f"job {job.id} is somebody else's: it is followed, and not interfered with"
+            disk = f"{job.drive.name} {job.drive.target}" if job.drive else "DOMAIN DISK"
+            remedy = f"ask who started it; `virsh blockjob {disk} --abort` ends it"
+            raise JobError("conflict", message, remedy=remedy, state=job.state.value)
         return actor
 
-    async def _save_and_spawn(self, job: Job) -> None:
-        await self._world.store.save(job)
+    async def _save_and_spawn(self, job: Job, told: JobEventKind | None = None) -> None:
+        await self._world.store.save(job, [job_event(job, told)] if told else [])
         self._spawn(job)
 
     async def _save_and_spawn_group(self, group: Group, jobs: Sequence[Job]) -> None:

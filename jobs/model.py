@@ -18,6 +18,10 @@ class Operation(StrEnum):
     COMMIT = "commit"
 
 
+EXTERNAL = "external"
+"""The origin of a job that somebody else started."""
+
+
 class State(StrEnum):
     QUEUED = "queued"
     STARTING = "starting"
@@ -263,6 +267,11 @@ class Job:
     kept: tuple[Kept, ...] = ()
     warnings: tuple[str, ...] = ()
     drive: Drive | None = None
+
+    @property
+    def external(self) -> bool:
+        """Somebody else started it: it is followed to its end, and never interfered with."""
+        return self.origin == EXTERNAL
 
     @property
     def incremental(self) -> bool:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from events.model import Event
-from jobs.model import Cursor, FileId, Holder, Job, JobSpec, Need, Plan
+from jobs.model import Chain, Cursor, FileId, Holder, Job, JobSpec, Need, Plan
 
 
 class Contact(StrEnum):
@@ -38,13 +38,19 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One look at a job: the process, the hypervisor's word, and the proof that the image's header gives."""
+    """One look at a job: the process, the hypervisor's word, and the proof that the image's header gives.
+
+    Of an external job `after` is its chain once it has ended, which nobody knew before, and `cancelled` says that
+    somebody aborted it.
+    """
 
     contact: Contact
     phase: Phase = Phase.ABSENT
     cursor: Cursor | None = None
     error: str | None = None
     proven: bool = False
+    after: Chain | None = None
+    cancelled: bool = False
 
     @property
     def done(self) -> bool:

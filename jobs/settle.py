@@ -47,6 +47,8 @@ def decide(job: Job, seen: Observation, failure: Failure | None = None) -> Verdi
         return Verdict(Signal.PROVEN_COMPLETED)
     if job.intent == "abort":
         return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", "the job was aborted", again(job)))
+    if seen.cancelled and failure is None:
+        return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", seen.error or "somebody aborted it", again(job)))
     return Verdict(Signal.PROVEN_FAILED, failure or explain(job, seen))
 
 

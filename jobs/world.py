@@ -12,7 +12,10 @@ from jobs.slots import Slots
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The engine's bounds; seconds and bytes. See the `jobs` section of the configuration."""
+    """The engine's bounds; seconds and bytes. See the `jobs` section of the configuration.
+
+    `live_interval` is the `progress_interval` of guests' disks, whose hypervisor tells of a job's end.
+    """
 
     width: int = 4
     queue: int = 1000
@@ -23,6 +26,7 @@ class Limits:
     settle_retry_max: float = 30.0
     end_retries: int = 3
     request_timeout: float = 30.0
+    live_interval: float = 2.0
 
 
 async def _nobody(job: Job) -> bool:

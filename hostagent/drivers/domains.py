@@ -12,9 +12,10 @@ import contextlib
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from events.model import DiskJobEvent, DomainEvent, HypervisorEvent
+from events.model import DiskJobEvent, DomainEvent, DomainEventKind, HypervisorEvent
 from hostagent.drivers import domain_xml
 from hostagent.drivers.domain_xml import Disk, Domain, LiveLayer
 from hostagent.drivers.hypervisor import Hypervisor
@@ -76,12 +77,17 @@ def split(target: str) -> tuple[str, str]:
 
 
 class Domains:
-    """`run` is a task for as long as the agent lives; `event` and `resync` are what a hypervisor's sink hears."""
+    """`run` is a task for as long as the agent lives; `event` and `resync` are what a hypervisor's sink hears.
+
+    `told` is called when a domain was read anew: with what it was before in the same run, and what it is.
+    """
 
     def __init__(self, hypervisor: Hypervisor, settings: Settings) -> None:
         self._hypervisor = hypervisor
         self._settings = settings
         self._uses: dict[str, list[tuple[FileId, Use]]] = {}
+        self._described: dict[str, tuple[DomainRef, Domain]] = {}
+        self.told: Callable[[DomainRef, Domain, Domain], None] = lambda domain, before, now: None
         self._stale: set[str] = set()
         self._all_stale = True
         self._looks: set[asyncio.Future[list[tuple[FileId, Use]]]] = set()
@@ -115,6 +121,16 @@ class Domains:
 
         return await self._hypervisor.call("describe", describe, domain=domain)
 
+    def running(self) -> list[tuple[DomainRef, Domain]]:
+        """The domains that run, as they were when they were last read."""
+        return [(ref, described) for ref, described in self._described.values() if ref.active]
+
+    def forget(self, uuid: str) -> None:
+        """What the domain was says nothing of what it is now: read it anew."""
+        self._described.pop(uuid, None)
+        self._stale.add(uuid)
+        self._awake()
+
     # Who uses a file
 
     async def users(self, file: FileId) -> list[Use]:
@@ -128,11 +144,14 @@ class Domains:
         return sorted(found, key=lambda use: (not use.domain.active, use.depth, str(use)))
 
     def event(self, event: HypervisorEvent) -> None:
+        if isinstance(event, DomainEvent) and event.kind in (DomainEventKind.STARTED, DomainEventKind.STOPPED):
+            self.forget(event.domain)
         if isinstance(event, DiskJobEvent | DomainEvent):
             self._stale.add(event.domain)
             self._awake()
 
     def resync(self) -> None:
+        self._described.clear()
         self._all_stale = True
         self._awake()
 
@@ -165,6 +184,7 @@ class Domains:
         domains = await self._hypervisor.call("domains", lambda session: session.domains())
         there = {domain.uuid for domain in domains}
         self._uses = {uuid: uses for uuid, uses in self._uses.items() if uuid in there}
+        self._described = {uuid: found for uuid, found in self._described.items() if uuid in there}
         for domain in domains:
             if everything or domain.uuid in stale or domain.uuid not in self._uses:
                 await self._refresh_one(domain)
@@ -173,6 +193,10 @@ class Domains:
         """One that cannot be read, or whose storage hangs, keeps what was known of it, and holds up no other."""
         try:
             described = await self.describe(domain)
+            before = self._described.get(domain.uuid)
+            self._described[domain.uuid] = domain, described
+            if before is not None and before[0].active and domain.active:
+                self.told(domain, before[1], described)
             self._uses[domain.uuid] = await self._look(domain, described)
         except JobError as error:
             if error.code != "not_found":  # undefined meanwhile

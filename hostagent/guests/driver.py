@@ -146,7 +146,7 @@ class GuestDriver:
         known.run = known.run or runs
         if found is not None:
             if found.type != PULL or not (known.ours or job.started):
-                raise JobError("conflict", f"{drive} has a block job of somebody else's", remedy=look_at(drive))
+                raise JobError("busy", f"{drive} has a block job of somebody else's", remedy=look_at(drive))
         elif (job.started is None or job.incremental) and not await self._proof.of_running(job):
             await self._begin(job)
 

@@ -50,7 +50,7 @@ class Finder:
             raise error("invalid", f"{spec.target} is not the top of its disk", f"name the disk, {drive}, and --base")
         holder = self._claims.holder(drive.uuid)
         if holder is None and (found.job is not None or found.disk.mirror is not None):
-            raise error("conflict", f"{drive} has a block job of somebody else's", look_at(drive))
+            raise error("busy", f"{drive} has a block job of somebody else's", look_at(drive))
         waits = f"it begins after {holder}: one block operation on domain {drive.name} at a time"
         return Found(drive, found.disk, () if holder is None else (waits,))
 

@@ -153,7 +153,7 @@ class Mirrors:
         disk = await self._disks.describe(drive)
         if found is not None:
             if not self._is_ours(job, found, disk) or not (known.ours or job.started):
-                raise JobError("conflict", f"{drive} has a block job of somebody else's", remedy=look_at(drive))
+                raise JobError("busy", f"{drive} has a block job of somebody else's", remedy=look_at(drive))
         elif job.started is None and not await work.proven(job, disk):
             known.word, known.said = None, None
             known.heard.clear()

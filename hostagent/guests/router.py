@@ -1,5 +1,7 @@
 """Which driver a job has: the disk of a running guest is libvirt's, an image that nobody runs on ours.
 
+A job that somebody else started on a guest's disk is only followed.
+
 A job's driver never changes. The engine knows nothing of this.
 """
 
@@ -19,14 +21,18 @@ def is_guests(target: str) -> bool:
 
 
 class Router:
-    """A BlockDriver of three: `offline` for images, `pulls` and `mirrors` for guests' disks."""
+    """A BlockDriver of four: `offline` for images, `pulls` and `mirrors` for guests' disks, and `external` for what
+    somebody else has started there."""
 
-    def __init__(self, offline: BlockDriver, pulls: BlockDriver, mirrors: BlockDriver) -> None:
+    def __init__(self, offline: BlockDriver, pulls: BlockDriver, mirrors: BlockDriver, external: BlockDriver) -> None:
         self._offline = offline
         self._pulls = pulls
         self._mirrors = mirrors
+        self._external = external
 
     def _of(self, job: Job) -> BlockDriver:
+        if job.external:
+            return self._external
         return self._offline if job.drive is None else self._of_guests(job.spec)
 
     def _of_guests(self, spec: JobSpec) -> BlockDriver:

@@ -25,7 +25,12 @@ if __name__ != "__main__":
 
 ROOT = os.geteuid() == 0
 READ = 64 * 1024
-HASTE = {"JOBS_PROGRESS_INTERVAL": "0.05", "JOBS_SETTLE_RETRY": "0.1", "EXPORTS_IDLE_CHECK": "0.1"}
+HASTE = {
+    "JOBS_PROGRESS_INTERVAL": "0.05",
+    "JOBS_SETTLE_RETRY": "0.1",
+    "EXPORTS_IDLE_CHECK": "0.1",
+    "LIBVIRT_SAMPLE": "0.1",
+}
 """Settings of an agent that tests do not want to wait for."""
 PATIENCE = 30.0
 """Seconds after which a test gives up what must have happened long ago, also on a busy machine."""

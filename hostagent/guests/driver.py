@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HypervisorEvent
 from hostagent.drivers.domain_claims import DomainClaims
-from hostagent.guests import chain
+from hostagent.guests import chain, ends
 from hostagent.guests.disks import PULL, Disks, drive_of, stopped
 from hostagent.guests.durable import Durable
 from hostagent.guests.finding import Finder, Found, claimant, look_at
 from hostagent.guests.holding import Holding, holder_of
 from hostagent.guests.proof import Proof
-from hostagent.guests.pulling import Pulling
+from hostagent.guests.pulling import LOOK, Pulling
 from hostagent.images.member import ChainLimits
 from hostagent.nbd.operations import at_most, preflight, room
 from jobs import pull
@@ -36,6 +36,8 @@ T = TypeVar("T")
 WAITS = "QEMU has pulled all, and holds some of it in memory until the guest flushes its disk (sync) or is shut down"
 SOON = 10.0
 """Seconds in which a guest that lives flushes its disk; nobody need be told before."""
+END_TOLD = 1.0
+"""Seconds to be told how a guest ended that is gone."""
 REST = 5
 """Times as long as a look at an image's tables took until the next one."""
 
@@ -54,9 +56,9 @@ class Settings:
 @dataclass(slots=True)
 class _Known:
     """What is remembered of a job while it lives: `ours` says that a pull on its disk is this job's, `pausing` that we
-    have ended it to go on later, `said` what libvirt told of its end or of a failed request; `run` is the guest's run
-    that it works in. `waits` says why it is not done although QEMU's part is, `since` when, and `again` when to look
-    anew."""
+    have ended it to go on later, `said` what libvirt told of its end or of a failed request, `ended` how the guest did;
+    `run` is the guest's run that it works in. `waits` says why it is not done although QEMU's part is, `since` when,
+    and `again` when to look anew."""
 
     drive: Drive
     run: int | None = None
@@ -66,6 +68,7 @@ class _Known:
     ours: bool = False
     pausing: bool = False
     said: str | None = None
+    ended: str | None = None
 
 
 class GuestDriver:
@@ -171,6 +174,8 @@ class GuestDriver:
 
     async def observe(self, job: Job) -> Observation:
         drive, known = drive_of(job), self._jobs.get(job.id)
+        if job.started is None and not (known is not None and known.ours):
+            return Observation(Contact.ALIVE)  # it never ran: what runs there is somebody else's
         try:
             runs, found = await self._disks.look(drive)
         except JobError:
@@ -199,7 +204,7 @@ class GuestDriver:
         if proven is None:
             return Observation(Contact.UNRESPONSIVE)
         if not (proven and job.dropped):
-            return Observation(Contact.DEAD, proven=proven)
+            return Observation(Contact.DEAD, error=None if proven else await self._how_ended(job), proven=proven)
         try:
             lost = await self._file.missing(job, running=False)
             what = f"{lost} bytes of it were not written"
@@ -214,6 +219,16 @@ class GuestDriver:
             f"qemu-img rebase -u -f {top.format} -F {base.format} -b {base.path} {top.path}"
         )
         return Observation(Contact.DEAD, error=error)
+
+    async def _how_ended(self, job: Job) -> str:
+        """libvirt says it at about the time from which the guest is gone."""
+        known, drive = self._jobs.get(job.id), drive_of(job)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_TOLD):
+                while known is not None and known.ended is None:  # noqa: ASYNC110 - it may have been told before
+                    await asyncio.sleep(LOOK)
+        how = (known.ended if known else None) or "ended"
+        return f"domain {drive.name} {how} while the job ran; the image still stands on its backing files"
 
     async def _durable(self, job: Job, known: _Known | None) -> bool:
         """Whether the pull that QEMU has done is on the file. Maps of large images take long: not at every look."""
@@ -237,6 +252,11 @@ class GuestDriver:
         said = known.said if known else None
         if said == "cancelled":
             return f"the pull of {drive} was aborted by somebody else (`virsh blockjob --abort`, or another program)"
+        try:
+            await self._disks.describe(drive)
+        except JobError as error:
+            if error.code == "not_found":
+                return f"{drive} was detached from its guest while the job ran"
         free = await self._free(job.before.top)
         if free is not None and free < FULL:
             return f"the pull of {drive} ended, and there is no space left beside {job.before.top.path}"
@@ -365,6 +385,7 @@ def _refuse(found: Found) -> None:
 
 
 def _note(known: _Known, event: HypervisorEvent) -> None:
+    known.ended = ends.said(event) or known.ended
     if isinstance(event, DiskJobEvent) and event.disk == known.drive.target:
         known.said = event.reason or known.said
     elif isinstance(event, DiskErrorEvent):

@@ -153,6 +153,8 @@ class ExternalDriver:
         deadline = asyncio.get_running_loop().time() + self._settings.agree_timeout
         while True:
             disk = await self._disks.describe(known.drive)
+            if disk.top is not None and disk.top.index is None:  # it has ended since, and libvirt knows the top alone
+                raise JobError("unresponsive", f"domain {known.drive.name} ended just now")
             files = await self._files(chain.files_of, disk)
             kept = tuple(layer for layer in job.before.layers if layer.file in files)
             if job.before.top.file not in files:

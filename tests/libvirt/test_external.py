@@ -20,6 +20,7 @@ def module_agent(tmp_path_factory: pytest.TempPathFactory, daemon: PrivateLibvir
     settings = {
         **HASTE,
         "JOBS_WIDTH": "1",
+        "LIBVIRT_AGREE_TIMEOUT": "1",
         "LIBVIRT_URI": daemon.uri,
         "LIBVIRT_RECONNECT_WAIT": "0.1",
         "LIBVIRT_RECONNECT_WAIT_MAX": "0.5",
@@ -253,7 +254,7 @@ def test_one_that_is_over_before_a_look_is_known_by_its_event(
         job = until(lambda: agent.get("/v1/jobs?origin=external")["items"], "it is found")[0]
         guest.destroy()
         job = agent.until_ended(job["id"])
-        assert (job["state"], job["chain"]["after"]) == ("completed", [str(chain.top)])
+        assert (job["state"], job["chain"]["after"]) == ("completed", [str(chain.top)]), job["error"]
         assert kinds(agent, job) == ["started", "completed"]
         assert len(agent.get("/v1/jobs")["items"]) == 1
     assert chain.whole()

@@ -34,6 +34,7 @@ class FakeDisks:
         self.run: int | None = 1
         self.job: BlockJobInfo | None = None
         self.stuck = False
+        self.detached = False
         self.paths = paths
         self.calls: list[str] = []
 
@@ -58,6 +59,8 @@ class FakeDisks:
 
     async def describe(self, drive: Drive) -> Disk:
         self._answer("describe")
+        if self.detached:
+            raise JobError("not_found", "domain web1 has no disk vda any more")
         layers = [LiveLayer(SourceType.FILE, str(path), "qcow2", number + 1) for number, path in enumerate(self.paths)]
         return Disk("vda", "disk", tuple(layers), True, False)
 

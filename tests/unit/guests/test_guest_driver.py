@@ -132,7 +132,7 @@ def test_somebody_elses_job_is_left_alone(tmp_path: Path, kind: int) -> None:
         host.disks.job = BlockJobInfo(kind, 0, END, 0)
         with pytest.raises(JobError) as refused:
             await host.driver.start(host.job)
-        assert refused.value.code == "conflict"
+        assert refused.value.code == "busy"
         await host.driver.cancel(host.job)
         assert "abort" not in host.disks.calls and host.disks.job is not None
 
@@ -299,3 +299,39 @@ def test_an_image_that_may_name_its_base_no_more_has_its_own_rows_before_the_job
         assert host.shared == [(str(job.holder), str(image), list(job.dropped))]
 
     play(scenario(Host(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [("migrated", "another host"), ("saved", "was saved"), ("shutdown", "shut down"), (None, "ended")],
+)
+def test_how_a_guest_ended_is_said(tmp_path: Path, reason: str | None, words: str) -> None:
+    async def story() -> None:
+        host = Host(tmp_path)
+        job = await host.started()
+        host.disks.run = None
+        host.driver.event(DomainEvent(DomainEventKind.STOPPED, DRIVE.uuid, "web1", reason))
+        assert host.hints == [job.id]
+        failure = decide(job, await host.driver.observe(job)).failure
+        assert failure is not None and failure.code == "guest_stopped" and words in failure.message
+
+    play(story())
+
+
+@on_a_host
+async def test_a_disk_that_was_detached_fails_its_job(host: Host) -> None:
+    job = await host.started()
+    host.disks.job, host.disks.detached = None, True
+    host.driver.event(DiskJobEvent(DiskJobKind.FAILED, DRIVE.uuid, "web1", "vda", "pull", reason="failed"))
+    failure = decide(job, await host.driver.observe(job)).failure
+    assert failure is not None and (failure.code, "detached" in failure.message) == ("job_failed", True)
+
+
+@on_a_host
+async def test_a_job_that_never_began_is_not_somebody_elses(host: Host) -> None:
+    await host.driver.prepare(host.job)
+    host.disks.job = BlockJobInfo(1, 7, END, 0)
+    seen = await host.driver.observe(host.job)
+    assert (seen.contact, seen.phase, seen.proven) == (Contact.ALIVE, Phase.ABSENT, False)
+    host.done()
+    assert not (await host.driver.observe(host.job)).proven

@@ -17,7 +17,18 @@ from types import FrameType
 
 from rich.console import Console
 
-from tests.bench import copy_overhead, crowd, export_start, history, idle, increments, pull_overhead, revocation
+from tests.bench import (
+    copy_overhead,
+    crowd,
+    export_start,
+    history,
+    idle,
+    increments,
+    live_idle,
+    live_pull,
+    pull_overhead,
+    revocation,
+)
 from tests.bench.figure import Figure
 from tests.bench.stage import Stage
 from tests.bench.table import machine, show
@@ -27,7 +38,18 @@ WIDTH = 140
 
 FIGURES: dict[str, Callable[[Stage], Figure]] = {
     module.NAME: module.measure
-    for module in (pull_overhead, increments, revocation, export_start, copy_overhead, idle, crowd, history)
+    for module in (
+        pull_overhead,
+        increments,
+        revocation,
+        export_start,
+        copy_overhead,
+        idle,
+        live_pull,
+        live_idle,
+        crowd,
+        history,
+    )
 }
 USUAL = [name for name in FIGURES if name not in (crowd.NAME, history.NAME)]
 """Without a name on the command line. The others need some minutes, and hundreds of processes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory, libvirt: PrivateLibvirt) -> 
 
 
 def test_fifty_guests_with_jobs_at_once(
-    agent: AgentProcess, libvirt: PrivateLibvirt, folder: Path, record_property: pytest.RecordProperty
+    agent: AgentProcess, libvirt: PrivateLibvirt, folder: Path, record_property: Callable[[str, object], None]
 ) -> None:
     def say(name: str, value: float) -> None:
         record_property(name, value)

@@ -26,6 +26,9 @@ from tests.libvirt.private import PrivateLibvirt, until
 from tests.libvirt.test_guest_pull import SLOW, abort, block_job, pull, running, terminal_events
 from tests.qemu.faults import HASTE, Tmpfs
 
+PAUSED, FOR_IO_ERROR = 3, 5
+"""VIR_DOMAIN_PAUSED, VIR_DOMAIN_PAUSED_IOERROR"""
+
 
 @dataclass
 class Storage:
@@ -110,6 +113,33 @@ def test_a_full_file_system_fails_the_pull_and_not_the_guest(
     guest.destroy()
     assert agent.until_ended(again["id"])["state"] == "completed"
     assert same_content(top, base, first="qcow2") and check_clean(top)
+    top.unlink()
+
+
+@pytest.mark.slow
+def test_a_guest_that_stands_still_for_want_of_space_goes_on_and_so_does_a_later_pull(
+    agent: AgentProcess, libvirt: PrivateLibvirt, storage: Storage, folder: Path
+) -> None:
+    base = raw_image(folder / "base.raw", 16 * MIB)
+    guest = libvirt.guest("web1", overlay(storage.small.folder / "still.qcow2", base))
+    guest.start()
+    guest.until_flushed(2)
+    job = running(agent, pull(agent, bandwidth=SLOW))
+    filler = storage.small.fill()
+    job = agent.until_ended(job["id"])
+    assert (job["state"], job["error"]["code"]) == ("failed", "no_space")
+    with guest.domain() as domain:
+        until(lambda: domain.state() == [PAUSED, FOR_IO_ERROR], "the guest stands still")
+        filler.unlink()
+        domain.resume()
+    guest.until_flushed(guest.flushed + 3)
+    again = agent.until_ended(pull(agent)["id"])
+    assert again["state"] == "completed"
+    guest.until_flushed(guest.flushed + 1)
+    guest.destroy()
+    guest.verify()
+    assert backing_of(guest.disk) is None and check_clean(guest.disk)
+    guest.disk.unlink()
 
 
 def test_a_base_that_cannot_be_read_fails_the_pull_and_a_later_one_completes(

@@ -229,3 +229,16 @@ def test_only_root_and_the_agents_own_user_drain_the_host() -> None:
         assert host.facts == {}
 
     run(scenario)
+
+
+def test_somebody_elses_job_is_not_paused() -> None:
+    async def story() -> None:
+        host = Host(ours=State.RUNNING, theirs=State.RUNNING)
+        host.jobs["theirs"] = replace(host.jobs["theirs"], origin="external")
+        await host.drain.begin(pause=True)
+        await host.settled()
+        assert host.states() == {"ours": "paused", "theirs": "running"}
+        assert host.drain.record.paused == ("ours",)
+        assert [job.id for job in host.drain.holding()] == ["theirs"]
+
+    asyncio.run(story())

@@ -164,3 +164,12 @@ def test_a_member_of_a_group_that_is_decided_completes_whatever_is_seen(
     assert pivot.failure is None or pivot.failure.code == "pivot_refused"
     undecided = replace(job, completion=None)
     assert decide(undecided, replace(seen, proven=False), failure).signal is not Signal.PROVEN_COMPLETED
+
+
+def test_an_abort_of_somebody_elses_is_no_failure_and_no_success() -> None:
+    seen = Observation(Contact.ALIVE, error="aborted by another", cancelled=True)
+    verdict = decide(replace(JOB, origin="external"), seen)
+    assert verdict.signal is Signal.PROVEN_ABORTED
+    assert verdict.failure is not None and (verdict.failure.code, verdict.failure.message) == ("cancelled", seen.error)
+    assert decide(JOB, replace(seen, proven=True)).signal is Signal.PROVEN_COMPLETED
+    assert decide(JOB, replace(seen, contact=Contact.UNRESPONSIVE)).signal is Signal.LOST

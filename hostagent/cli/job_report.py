@@ -18,7 +18,7 @@ SHORTEST = 0.1  # seconds; what took less is not told as 0
 def row(job: Json) -> tuple[str, ...]:
     return (
         str(job["id"]),
-        str(job["operation"]),
+        str(job["operation"]) if job.get("origin", "agent") == "agent" else f"{job['operation']} ({job['origin']})",
         str(job["target"]),
         str(job["state"]),
         percent(job),

@@ -154,6 +154,7 @@ def _register_list(verbs: Verbs, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="T", type=arguments.target, help="only those of this target")
     parser.add_argument("--label", metavar="K=V", type=arguments.label, action="append", default=[], help="may repeat")
     parser.add_argument("--group", metavar="ID", help="only those of this group")
+    parser.add_argument("--origin", choices=["agent", "external"], help="only ours, or only somebody else's")
     parser.set_defaults(run=_list)
 
 
@@ -285,7 +286,7 @@ def _list(args: argparse.Namespace) -> int:
     from hostagent.cli import job_report
 
     labels = [f"{key}={value}" for key, value in args.label]
-    query = {"state": args.state, "target": args.target, "group": args.group, "label": labels}
+    query = {"state": args.state, "target": args.target, "group": args.group, "origin": args.origin, "label": labels}
     jobs = arguments.connect(args).items("/v1/jobs", query)
     terminal = Terminal.of(args)
     if terminal.json:

@@ -10,7 +10,7 @@ import pytest
 from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, reachable, same_content
 from tests.libvirt.guest import Guest
 from tests.libvirt.private import PrivateLibvirt, until
-from tests.libvirt.test_guest_pull import SLOW, Disk, abort, block_job, error_of, index_of, pull, speed_up
+from tests.libvirt.test_guest_pull import SLOW, Disk, abort, block_job, command, error_of, index_of, pull, speed_up
 from tests.qemu.faults import HASTE
 
 
@@ -258,6 +258,21 @@ def test_one_that_is_over_before_a_look_is_known_by_its_event(
         assert kinds(agent, job) == ["started", "completed"]
         assert len(agent.get("/v1/jobs")["items"]) == 1
     assert chain.whole()
+
+
+def test_a_disk_with_a_job_on_it_is_not_detached(agent: AgentProcess, paused: Guest) -> None:
+    import libvirt
+
+    theirs(paused)
+    job = found(agent)
+    xml = "<disk type='file' device='disk'><target dev='vda' bus='virtio'/></disk>"
+    with paused.domain() as domain, pytest.raises(libvirt.libvirtError, match="active block job"):
+        domain.detachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    agent.until(job["id"], lambda now: now["cursor"]["cur"] > job["cursor"]["cur"])
+    command_list = command(agent, "job", "list", "--origin", "external", "--state", "running").stdout
+    assert job["id"] in command_list and "pull (external)" in command_list
+    refused = command(agent, "job", "abort", job["id"])
+    assert refused.returncode == 6 and "virsh blockjob web1 vda --abort" in refused.stderr
 
 
 def test_ours_is_never_taken_for_somebody_elses(agent: AgentProcess, chain: Disk, paused: Guest) -> None:

@@ -36,6 +36,8 @@ T = TypeVar("T")
 WAITS = "QEMU has pulled all, and holds some of it in memory until the guest flushes its disk (sync) or is shut down"
 SOON = 10.0
 """Seconds in which a guest that lives flushes its disk; nobody need be told before."""
+TRIES, TRY_AGAIN = 4, 0.25
+"""Looks at what a guest that is gone has written, and seconds between them."""
 END_TOLD = 1.0
 """Seconds to be told how a guest ended that is gone."""
 REST = 5
@@ -206,7 +208,7 @@ class GuestDriver:
         if not (proven and job.dropped):
             return Observation(Contact.DEAD, error=None if proven else await self._how_ended(job), proven=proven)
         try:
-            lost = await self._file.missing(job, running=False)
+            lost = await self._lost(job)
             what = f"{lost} bytes of it were not written"
         except JobError as failure:
             lost, what = None, f"whether all of it was written cannot be said: {failure.message}"
@@ -219,6 +221,15 @@ class GuestDriver:
             f"qemu-img rebase -u -f {top.format} -F {base.format} -b {base.path} {top.path}"
         )
         return Observation(Contact.DEAD, error=error)
+
+    async def _lost(self, job: Job) -> int:
+        """As the guest is gone, libvirt takes the files from QEMU's user: perhaps just between our look at whether it
+        may open them and its opening them."""
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(JobError):
+                return await self._file.missing(job, running=False)
+            await asyncio.sleep(TRY_AGAIN)
+        return await self._file.missing(job, running=False)
 
     async def _how_ended(self, job: Job) -> str:
         """libvirt says it at about the time from which the guest is gone."""

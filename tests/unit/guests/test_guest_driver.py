@@ -335,3 +335,12 @@ async def test_a_job_that_never_began_is_not_somebody_elses(host: Host) -> None:
     assert (seen.contact, seen.phase, seen.proven) == (Contact.ALIVE, Phase.ABSENT, False)
     host.done()
     assert not (await host.driver.observe(host.job)).proven
+
+
+@on_a_host
+async def test_files_that_are_taken_from_qemus_user_just_now_are_looked_at_again(host: Host) -> None:
+    job = await host.started()
+    host.done()
+    host.disks.run, host.file.error = None, JobError("denied", "Permission denied")
+    asyncio.get_running_loop().call_later(driver.TRY_AGAIN / 2, lambda: setattr(host.file, "error", None))
+    assert (await host.driver.observe(job)).proven

@@ -85,6 +85,13 @@ class ExternalDriver:
                 self._guests.recover(job)
                 known.pulls = True
 
+    def refuse(self, drive: Drive) -> None:
+        """A JobError busy that names the job on the disk."""
+        for job, known in self._jobs.items():
+            if (known.drive.uuid, known.drive.target) == (drive.uuid, drive.target):
+                message = f"job {job}, which somebody else has started, works on {drive}"
+                raise JobError("busy", message, remedy=f"wait for it (`hostagent job watch {job}`)")
+
     # Looks
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from jobs.model import Holder, Job, JobSpec, Operation, Plan
+from jobs.model import Drive, Holder, Job, JobSpec, Operation, Plan
 from jobs.ports import BlockDriver, Observation
 
 
@@ -20,11 +20,17 @@ def is_guests(target: str) -> bool:
     return not target.startswith("/")
 
 
+class External(BlockDriver, Protocol):
+    """The driver of others' jobs, which knows whether there is one on a disk."""
+
+    def refuse(self, drive: Drive) -> None: ...
+
+
 class Router:
     """A BlockDriver of four: `offline` for images, `pulls` and `mirrors` for guests' disks, and `external` for what
     somebody else has started there."""
 
-    def __init__(self, offline: BlockDriver, pulls: BlockDriver, mirrors: BlockDriver, external: BlockDriver) -> None:
+    def __init__(self, offline: BlockDriver, pulls: BlockDriver, mirrors: BlockDriver, external: External) -> None:
         self._offline = offline
         self._pulls = pulls
         self._mirrors = mirrors
@@ -46,6 +52,8 @@ class Router:
         await self._of(job).turn(job)
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
+        if job.drive is not None and job.started is None:
+            self._external.refuse(job.drive)  # it may have come while ours was queued
         return await self._of(job).prepare(job)
 
     async def check(self, job: Job) -> tuple[str, ...]:

@@ -43,15 +43,22 @@ def _measure(stage: Stage) -> tuple[float, float, dict[str, float]]:
         until(lambda: agent.get("/v1/host")["libvirt"]["connected"], "the agent is connected")
         stage.say(f"{NAME}: {GUESTS} guests")
         with crowd(libvirt, stage.folder, GUESTS) as guests:
+            stage.say(f"{NAME}: {SECONDS:g} s without jobs")
+            without = _percent(pid)
             pull_all(agent, guests)
             stage.say(f"{NAME}: {SECONDS:g} s of watching")
-            before, began = cpu_seconds(pid), time.monotonic()
-            time.sleep(SECONDS)
-            percent = 100 * (cpu_seconds(pid) - before) / (time.monotonic() - began)
+            percent = _percent(pid)
             scrapes = []
             with guests[0].frozen():
                 for _ in range(SCRAPES):
                     began = time.perf_counter()
                     agent.get("/metrics")
                     scrapes.append(1000 * (time.perf_counter() - began))
-            return percent, percentile(scrapes, 99), {"agent_rss_mib": rss_mib(pid)}
+            details = {"cpu_percent_without_jobs": without, "agent_rss_mib": rss_mib(pid)}
+            return percent, percentile(scrapes, 99), details
+
+
+def _percent(pid: int) -> float:
+    before, began = cpu_seconds(pid), time.monotonic()
+    time.sleep(SECONDS)
+    return 100 * (cpu_seconds(pid) - before) / (time.monotonic() - began)

@@ -348,6 +348,7 @@ class Agent:
                 config.libvirt.pivot_attempts,
                 config.libvirt.pivot_wait,
             ),
+            holding=self._holding,
             hint=lambda job: self._engine.hint(job),
         )
         live.tell(mirrors)
@@ -358,7 +359,12 @@ class Agent:
         limits = ChainLimits(tuple(config.images.pools))
         settings = ExternalSettings(limits, config.libvirt.file_timeout, config.libvirt.agree_timeout)
         external = ExternalDriver(
-            self._disks, live.hypervisor.claims, self._guests, settings, hint=lambda job: self._engine.hint(job)
+            self._disks,
+            live.hypervisor.claims,
+            self._guests,
+            settings,
+            holding=self._holding,
+            hint=lambda job: self._engine.hint(job),
         )
         live.tell(external)
         return external

@@ -21,7 +21,7 @@ from hostagent.guests import chain, ends
 from hostagent.guests.disks import PULL, Disks, drive_of, stopped
 from hostagent.guests.durable import Durable
 from hostagent.guests.finding import Finder, Found, claimant, look_at
-from hostagent.guests.holding import Holding, holder_of
+from hostagent.guests.holding import Holding
 from hostagent.guests.proof import Proof
 from hostagent.guests.pulling import LOOK, Pulling
 from hostagent.images.member import ChainLimits
@@ -131,10 +131,7 @@ class GuestDriver:
         if found not in ([layer.file for layer in job.before.layers], [layer.file for layer in job.after.layers]):
             message = f"the chain of {drive} is not what it was when the job was planned"
             raise JobError("image_changed", message, remedy="look at it, and start the pull again")
-        with contextlib.suppress(JobError):  # said by the ledger, and by `doctor`
-            await self._holding.renew(drive)
-        # libvirt's chain loses a layer before what it held is on the file: until then the job needs it.
-        await self._holding.share(holder_of(drive), job.holder, job.before.layers)
+        await self._holding.begin(job)
         return {}
 
     async def check(self, job: Job) -> tuple[str, ...]:
@@ -339,10 +336,8 @@ class GuestDriver:
         await self.drop(await record(()))
 
     async def drop(self, job: Job) -> None:
-        """libvirt has closed what the chain lost. Whether the disk needs it no more says libvirt, asked anew: a guest's
-        definition can still name it."""
-        if job.state is State.COMPLETED:
-            await self._holding.renew(drive_of(job))
+        """libvirt has closed what the chain lost."""
+        await self._holding.end(job)
 
     async def leave(self, job: Job) -> None:
         self._jobs.pop(job.id, None)

@@ -19,6 +19,7 @@ from hostagent.drivers.domain_claims import DomainClaims
 from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests import chain
 from hostagent.guests.disks import Disks, drive_of
+from hostagent.guests.holding import Holding
 from hostagent.images.member import ChainLimits
 from hostagent.nbd.operations import durable_backing
 from jobs import pull
@@ -65,12 +66,20 @@ class ExternalDriver:
     """A BlockDriver that only looks. `hint` is told which job to look at."""
 
     def __init__(
-        self, disks: Disks, claims: DomainClaims, guests: Guests, settings: Settings, hint: Callable[[str], None]
+        self,
+        disks: Disks,
+        claims: DomainClaims,
+        guests: Guests,
+        settings: Settings,
+        *,
+        holding: Holding,
+        hint: Callable[[str], None],
     ) -> None:
         self._disks = disks
         self._claims = claims
         self._guests = guests
         self._settings = settings
+        self._holding = holding
         self._hint = hint
         self._jobs: dict[str, _Known] = {}
 
@@ -96,6 +105,8 @@ class ExternalDriver:
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         self.follow(job)
+        if job.started is None:
+            await self._holding.begin(job)
         return {}
 
     async def observe(self, job: Job) -> Observation:
@@ -207,8 +218,14 @@ class ExternalDriver:
     # The end
 
     async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
-        """Whoever looks after access is told of it as of the end of a job of ours: by the files that were dropped."""
-        await record(())
+        """As of a job of ours, so that what the chain lost is closed."""
+        if job.spec.operation is Operation.PULL:
+            await self._guests.conclude(job, record)
+        else:
+            await self.drop(await record(()))
+
+    async def drop(self, job: Job) -> None:
+        await self._holding.end(job)
 
     async def leave(self, job: Job) -> None:
         self._jobs.pop(job.id, None)
@@ -273,5 +290,3 @@ class ExternalDriver:
     async def resume(self, job: Job) -> None: ...
 
     async def set_speed(self, job: Job, bandwidth: int) -> None: ...
-
-    async def drop(self, job: Job) -> None: ...

@@ -24,13 +24,14 @@ from hostagent.drivers.domain_xml import Domain
 from hostagent.drivers.hypervisor import Hypervisor
 from hostagent.drivers.libvirt import DomainRef, Session
 from hostagent.guests import labels
+from hostagent.guests.disks import drive_of
 from hostagent.guests.labels import Labels
 from hostagent.guests.needs import DiskNeeds, read_needs
 from hostagent.images.member import ChainLimits
 from hostagent.locks import Locks
 from hostagent.records import AccessFile, AccessRow, Label, Use
 from jobs.errors import JobError
-from jobs.model import Drive, FileId, Holder, Layer, Need
+from jobs.model import Drive, FileId, Holder, Job, Layer, Need, State
 from jobs.ports import AccessResult, AccessVerdict
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,19 @@ class Holding:
         finally:
             if not self._known.is_set():
                 self._wake.set()
+
+    async def begin(self, job: Job) -> None:
+        """A job is to work on the disk. libvirt's chain loses a layer before what it held is on the file: so until its
+        end is proven the job itself needs them all."""
+        with contextlib.suppress(JobError):  # said by the ledger, and by `doctor`
+            await self.renew(drive_of(job))
+        await self.share(holder_of(drive_of(job)), job.holder, job.before.layers)
+
+    async def end(self, job: Job) -> None:
+        """Whether the disk needs no more what a completed job took from its chain says libvirt, asked anew: a guest's
+        definition can still name it. A JobError where it cannot be said."""
+        if job.state is State.COMPLETED:
+            await self.renew(drive_of(job))
 
     async def share(self, source: Holder, holder: Holder, layers: Sequence[Layer]) -> None:
         """The holder needs from now on what `source` does of these: a job that is not proven yet what its disk does, an

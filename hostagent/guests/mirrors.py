@@ -24,6 +24,7 @@ from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests import chain
 from hostagent.guests.disks import Disks, drive_of, stopped
 from hostagent.guests.finding import Finder, Found, claimant, look_at
+from hostagent.guests.holding import Holding
 from hostagent.images.member import ChainLimits
 from jobs.errors import JobError
 from jobs.model import Chain, Completion, Cursor, Drive, Holder, Job, JobSpec, Operation, Plan, State
@@ -102,6 +103,7 @@ class Mirrors:
         works: Mapping[Operation, Work],
         *,
         settings: Settings,
+        holding: Holding,
         hint: Callable[[str], None],
     ) -> None:
         self._disks = disks
@@ -109,6 +111,7 @@ class Mirrors:
         self._finder = finder
         self._works = works
         self._settings = settings
+        self._holding = holding
         self._hint = hint
         self._jobs: dict[str, _Known] = {}
 
@@ -136,6 +139,7 @@ class Mirrors:
         if not await self._shows(disk, job.before) and not await self._works[job.spec.operation].proven(job, disk):
             message = f"the chain of {drive} is not what it was when the job was planned"
             raise JobError("image_changed", message, remedy=f"look at it, and start the {job.spec.operation} again")
+        await self._holding.begin(job)
         return await self._works[job.spec.operation].make_ready(job)
 
     async def check(self, job: Job) -> tuple[str, ...]:
@@ -286,10 +290,11 @@ class Mirrors:
     # After the job
 
     async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
-        await record(())
+        await self.drop(await record(()))
 
     async def drop(self, job: Job) -> None:
         """libvirt has closed what the chain lost."""
+        await self._holding.end(job)
 
     async def leave(self, job: Job) -> None:
         self._jobs.pop(job.id, None)

@@ -14,6 +14,7 @@ from hostagent.drivers.domain_xml import Disk, LiveLayer, SourceType
 from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests.driver import GuestDriver, Settings
 from hostagent.guests.finding import Finder
+from hostagent.guests.holding import Holding
 from hostagent.guests.proof import Proof
 from hostagent.guests.pulling import Pulling
 from hostagent.images.member import ChainLimits
@@ -137,6 +138,8 @@ class Host:
         before, after = Chain(layers), Chain(layers[:1])
         job = Job("4711", spec, State.STARTING, NOW, NOW, before, after, cursor=Cursor(0, END), drive=DRIVE)
         self.job = job
+
+    begin, end = Holding.begin, Holding.end
 
     async def renew(self, drive: Drive) -> None:
         self.renewed += 1

@@ -89,8 +89,18 @@ class Host:
         disks: Any = self.disks
         work: Any = self.work
         finder: Any = None
+        holding: Any = self
         works = {Operation.COPY: work}
-        self.driver = Mirrors(disks, DomainClaims(), finder, works, settings=settings, hint=lambda job: None)
+        self.asked: list[str] = []
+        self.driver = Mirrors(
+            disks, DomainClaims(), finder, works, settings=settings, holding=holding, hint=lambda job: None
+        )
+
+    async def begin(self, job: Job) -> None:
+        self.asked.append("begin")
+
+    async def end(self, job: Job) -> None:
+        self.asked.append(f"end {job.state}")
 
     def job(self, completion: Completion | None) -> Job:
         """A copy that runs."""

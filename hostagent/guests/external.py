@@ -105,8 +105,6 @@ class ExternalDriver:
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
         self.follow(job)
-        if job.started is None:
-            await self._holding.begin(job)
         return {}
 
     async def observe(self, job: Job) -> Observation:

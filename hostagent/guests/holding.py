@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,8 +136,9 @@ class Holding:
 
     # Reading
 
-    async def renew(self, drive: Drive) -> None:
-        """Read one domain anew. A JobError where it cannot be said what it needs; then it keeps what it had."""
+    async def renew(self, drive: Drive, *, proven: bool = False) -> None:
+        """Read one domain anew. A JobError where it cannot be said what it needs; then it keeps what it had. `proven`:
+        what the chain has lost is in the files that stay."""
         try:
             domain = await self._hypervisor.call("find", lambda session: session.find(drive.uuid))
         except JobError as error:
@@ -146,7 +147,7 @@ class Holding:
             await self._release({drive.uuid}, set())
             return
         try:
-            await self._read(domain, anew=True)
+            await self._read(domain, anew=True, proven=proven)
         finally:
             if not self._known.is_set():
                 self._wake.set()
@@ -162,14 +163,21 @@ class Holding:
         """Whether the disk needs no more what a completed job took from its chain says libvirt, asked anew: a guest's
         definition can still name it. A JobError where it cannot be said."""
         if job.state is State.COMPLETED:
-            await self.renew(drive_of(job))
+            await self.renew(drive_of(job), proven=True)
 
     async def share(self, source: Holder, holder: Holder, layers: Sequence[Layer]) -> None:
-        """The holder needs from now on what `source` does of these: a job that is not proven yet what its disk does, an
-        image what the job does that left it broken."""
-        files = sorted({layer.file for layer in layers})
-        rows = [row for row in await self._rows.access_rows(files) if row.holder == source]
-        await self._ledger.hold(holder, [_as_before(row) for row in rows], name="", trigger=KIND)
+        """Also `holder` needs from now on what `source` does of these: a job that is not proven yet what its disk does,
+        an image what the job does that left it broken."""
+        files = {layer.file for layer in layers}
+        rows = await self._rows.access_rows()
+        await self._add(holder, rows, [row for row in rows if row.holder == source and row.file in files])
+
+    async def _add(self, holder: Holder, rows: Sequence[AccessRow], more: Sequence[AccessRow]) -> None:
+        """`more` are needed by the holder, too, beside what it has among all `rows`."""
+        had = {row.file: _as_before(row) for row in rows if row.holder == holder}
+        await self._ledger.hold(
+            holder, list(({row.file: _as_before(row) for row in more} | had).values()), name="", trigger=KIND
+        )
 
     async def run(self) -> None:
         """Read what became stale, everything now and then, and what could not be read again."""
@@ -241,14 +249,14 @@ class Holding:
         owed = [file.file for file in await self._rows.access_files() if file.verdict == AccessVerdict.PENDING]
         await self._ledger.converge(owed, trigger="domains")
 
-    async def _read(self, domain: DomainRef, *, anew: bool) -> None:
+    async def _read(self, domain: DomainRef, *, anew: bool, proven: bool = False) -> None:
         """One domain into the ledger; `anew` also when it needs what it did. A JobError, which is remembered, where
         something of it is not known."""
         async with self._turns.alone(domain.uuid):
             try:
                 found = await self._needs(domain)
                 if anew or self._seen.get(domain.uuid) != found:
-                    await self._hold(domain, found)
+                    await self._hold(domain, found, proven)
             except JobError as error:
                 if error.code == "not_found":  # undefined meanwhile
                     await self._release({domain.uuid}, set())
@@ -263,7 +271,7 @@ class Holding:
         chosen = await self._label()
         return await self._look(domain, lambda: read_needs(descriptions, chosen, self._settings.limits))
 
-    async def _hold(self, domain: DomainRef, found: tuple[DiskNeeds, ...]) -> None:
+    async def _hold(self, domain: DomainRef, found: tuple[DiskNeeds, ...], proven: bool) -> None:
         self._seen.pop(domain.uuid, None)
         rows = await self._rows.access_rows()
         for needs in found:
@@ -271,12 +279,24 @@ class Holding:
             uses = {use.need.layer.file: use for use in needs.uses}
             if needs.missing or needs.unknown:
                 uses = {row.file: _as_before(row) for row in rows if row.holder == holder} | uses
+            elif domain.active and needs.uses and not proven:
+                await self._keep_lost(holder, needs.uses[0].need.layer, uses, rows)
             name = f"{domain.name}/{needs.target}"
             await self._ledger.hold(holder, list(uses.values()), name=name, trigger=KIND)
         await self._release({domain.uuid}, {needs.target for needs in found})
         if (trouble := next((needs.unknown for needs in found if needs.unknown), None)) is not None:
             raise JobError("unavailable", f"domain {domain.name}: {trouble.message}", remedy=trouble.remedy)
         self._seen[domain.uuid] = found
+
+    async def _keep_lost(self, holder: Holder, top: Layer, uses: Collection[FileId], rows: Sequence[AccessRow]) -> None:
+        """A running guest's chain that lost layers below its top may need them still: QEMU writes the header first. The
+        image needs them, then, until a job that ended there is proven, of ours or of somebody else's. Where the guest
+        has gone over to another file, QEMU had that written first."""
+        before = [row for row in rows if row.holder == holder]
+        lost = [row for row in before if row.file not in uses]
+        below = all(row.mode == "r" for row in lost) and any(row.file == top.file for row in before)
+        if lost and below:
+            await self._add(Holder("image", top.path), rows, lost)
 
     async def _release(self, domains: set[str], disks: set[str]) -> None:
         """These domains need nothing any more, but for these disks."""

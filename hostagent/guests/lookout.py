@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 4
 """Domains that are asked at a time: a QEMU that hangs keeps one of libvirt's workers, and holds up no other here."""
+
+REMEMBERED = 1000
+"""Ends of jobs, in whose light a look that began before them is old."""
 
 REST = (State.QUEUED, State.WAITING)
 """States in which a job of ours has nothing on its disk, and somebody else's may be there."""
@@ -67,6 +71,7 @@ class Lookout:
         self._asked: dict[str, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._ended: dict[Drive, tuple[str, float]] = {}
+        self._settled: deque[tuple[Drive, float]] = deque(maxlen=REMEMBERED)
         self._full = False
         domains.told = self._changed
 
@@ -113,6 +118,7 @@ class Lookout:
         if not targets:
             return
         async with self._turns:
+            began = asyncio.get_running_loop().time()
             found = await self._hypervisor.call(
                 "block_jobs", lambda s: {target: s.block_job(ref.uuid, target) for target in targets}, domain=ref
             )
@@ -121,7 +127,7 @@ class Lookout:
                 described = await self._domains.describe(ref)
         for disk in described.disks:
             if (info := jobs.get(disk.target)) is not None:
-                await self._take(ref, disk, info)
+                await self._take(ref, disk, info, began)
 
     # Jobs that have ended
 
@@ -138,6 +144,7 @@ class Lookout:
     def settled(self, job: Job) -> None:
         """A job has ended: what the domain was before that is no news any more."""
         if job.drive is not None:
+            self._settled.append((job.drive, asyncio.get_running_loop().time()))
             self._domains.forget(job.drive.uuid)
 
     def _changed(self, ref: DomainRef, before: Domain, now: Domain) -> None:
@@ -150,16 +157,20 @@ class Lookout:
             left = {layer.path for layer in disk.layers}
             if any(layer.path not in left for layer in old.layers):
                 info = BlockJobInfo(_TYPES[ended[0]], 0, 0, 0)
-                self._later(f"{drive}", self._take(ref, old, info, said="completed"))
+                self._later(f"{drive}", self._take(ref, old, info, ended[1], said="completed"))
 
     # Both
 
-    async def _take(self, ref: DomainRef, disk: Disk, info: BlockJobInfo, said: str | None = None) -> None:
+    async def _take(
+        self, ref: DomainRef, disk: Disk, info: BlockJobInfo, began: float, said: str | None = None
+    ) -> None:
+        """`began` is when it was seen, on the loop's clock."""
         drive = Drive(ref.uuid, ref.name, disk.target)
         limits = self._settings.limits
         read = asyncio.to_thread(chain.read_chain, disk, limits)
         before = await asyncio.wait_for(read, self._settings.file_timeout)
-        if self._taken(drive) or not self._room():
+        known = self._taken(drive) or any(one == drive and began <= when for one, when in self._settled)
+        if known or not self._room():
             return
         now, operation = self._clock.now(), Operation(OPERATIONS[info.type])
         dest = disk.mirror.layer.path if disk.mirror and disk.mirror.layer else None

@@ -128,6 +128,51 @@ def test_the_base_is_its_owners_again_and_closed_and_the_guest_goes_on(
     guest.verify()
 
 
+@pytest.mark.parametrize("operation", ["copy", "commit"])
+def test_what_a_guest_has_gone_over_from_is_its_owners_again(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path, operation: str
+) -> None:
+    guest = defined(agent, libvirt, "web1", base)
+    guest.start(paused=True)
+    until(lambda: can_open(libvirt, base), "libvirt has given it")
+    copy = base.with_name("copy.qcow2")
+    spec = {"operation": operation, "target": "web1/vda", "completion": "pivot"}
+    job = agent.post("/v1/jobs", {**spec, "dest": str(copy)} if operation == "copy" else spec)
+    job = agent.until_ended(job["id"])
+    assert job["state"] == "completed", job["error"]
+    dropped, stays = ([guest.disk, base], copy) if operation == "copy" else ([guest.disk], base)
+    assert (job["revocation"], job["chain"]["kept"]) == ("done", [])
+    assert job["chain"]["revoked"] == [str(path) for path in dropped]
+    assert not any(can_open(libvirt, path) for path in dropped)
+    assert owner(guest.disk) in (
+        ALICE,
+        (0, 0),
+    )  # libvirt has closed it itself, and does not always remember whose it was
+    assert operation == "commit" or owner(base) == ALICE
+    assert can_open(libvirt, stays)
+    guest.destroy()
+    guest.start(paused=True)
+    assert can_open(libvirt, stays)
+
+
+def test_the_base_of_a_pull_of_somebody_elses_is_given_back(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path
+) -> None:
+    guest = writing(agent, libvirt, "web1", base)
+    with guest.domain() as domain:
+        domain.blockPull("vda", 0)
+    until(lambda: agent.get("/v1/jobs?origin=external")["items"], "it is seen")
+    items = agent.get("/v1/jobs?origin=external")["items"]
+    assert len(items) == 1, (items, agent.log.read_text()[-3000:])
+    (job,) = items
+    job = agent.until_ended(job["id"])
+    assert (job["state"], job["revocation"], job["chain"]["revoked"]) == ("completed", "done", [str(base)]), job
+    assert (owner(base), can_open(libvirt, base)) == (ALICE, False)
+    guest.until_flushed(guest.flushed + 1)
+    guest.destroy()
+    guest.verify()
+
+
 @pytest.mark.parametrize(("runs", "end"), [(True, "pull"), (False, "undefine"), (True, "undefine")])
 def test_a_base_of_two_guests_is_kept_for_the_second_and_named(
     agent: AgentProcess, libvirt: PrivateLibvirt, base: Path, runs: bool, end: str

@@ -141,7 +141,7 @@ class Host:
 
     begin, end = Holding.begin, Holding.end
 
-    async def renew(self, drive: Drive) -> None:
+    async def renew(self, drive: Drive, *, proven: bool = False) -> None:
         self.renewed += 1
         if self.disks.away:
             raise JobError("unavailable", "libvirt is away")

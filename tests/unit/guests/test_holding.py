@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from events.model import DiskJobEvent, DiskJobKind, DomainEvent, DomainEventKind
 from hostagent.drivers.libvirt import DomainRef
@@ -68,6 +71,7 @@ class FakeLibvirt:
         self.connected = True
         self.disks: dict[str, Path] = {}
         self.hangs: set[str] = set()
+        self.active = False
 
     async def call(self, name: str, call: Callable[[Any], Any], *, domain: DomainRef | None = None) -> Any:
         if not self.connected:
@@ -77,12 +81,15 @@ class FakeLibvirt:
         return call(self)
 
     def domains(self) -> list[DomainRef]:
-        return [DomainRef(uuid, f"name-{uuid}", False) for uuid in self.disks]
+        return [self.find(uuid) for uuid in self.disks]
 
     def find(self, uuid: str) -> DomainRef:
         if uuid not in self.disks:
             raise JobError("not_found", "no such domain")
-        return DomainRef(uuid, f"name-{uuid}", False)
+        return DomainRef(uuid, f"name-{uuid}", self.active)
+
+    def definition(self, uuid: str) -> str | None:
+        return None
 
     def describe(self, uuid: str) -> str:
         self.find(uuid)
@@ -243,6 +250,24 @@ async def test_a_job_keeps_what_the_disk_needs_until_it_is_proven(host: Host) ->
     assert host.held()["a/vda"] == {"a.qcow2"}
     for holder in (job, image):
         assert [(use.need.layer.path, use.label) for use in host.ledger.rows[holder]] == [(str(host.base), QEMU)]
+
+
+@pytest.mark.parametrize("proven", [False, True])
+def test_what_a_running_guests_chain_lost_is_its_images_until_that_is_proven(tmp_path: Path, proven: bool) -> None:
+    @on_a_host
+    async def scenario(host: Host) -> None:
+        host.libvirt.active = True
+        await host.connect()
+        top = host.libvirt.disks["a"]
+        subprocess.run(["qemu-img", "rebase", "-u", "-b", "", str(top)], check=True)
+        await host.holding.renew(Drive("a", "name-a", "vda"), proven=proven)
+        assert host.held()["a/vda"] == {"a.qcow2"}
+        assert host.held().get(str(top)) == (None if proven else {"base.raw"})
+        host.libvirt.disks["b"] = raw_image(top.with_name("copy.raw"), MIB)  # b has gone over: QEMU wrote that first
+        await host.holding.renew(Drive("b", "name-b", "vda"))
+        assert [name for name in host.held() if name.startswith("/")] == ([] if proven else [str(top)])
+
+    scenario(tmp_path)
 
 
 @on_a_host

@@ -15,7 +15,7 @@ from hostagent.drivers.domain_xml import Disk, Domain, LiveLayer, SourceType
 from hostagent.drivers.libvirt import BlockJobInfo, DomainRef
 from hostagent.guests.lookout import Lookout, Settings
 from hostagent.images.member import ChainLimits
-from jobs.model import Job, State
+from jobs.model import Drive, Job, State
 from jobs.ports import SystemClock
 from tests.harness import overlay, raw_image
 from tests.unit.guests.fake_libvirt import Host
@@ -139,5 +139,26 @@ def test_one_that_was_too_quick_is_known_by_its_event_and_by_what_the_chain_lost
         assert world.said == ["completed"] and len(world.active[0].before.layers) == 2
         world.lookout.settled(world.active[0])
         assert world.forgotten == [ref.uuid]
+
+    asyncio.run(story())
+
+
+def test_one_that_ended_while_it_was_looked_at_is_not_found_anew(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        (ref, _), _ = world.guests
+        world.jobs = {ref.uuid: PULL}
+        host = Host(tmp_path)
+        known = replace(host.job, drive=Drive(ref.uuid, "web1", "vda"))
+        describe = world.describe
+
+        async def ends(ref: DomainRef) -> Domain:
+            world.jobs.clear()
+            world.lookout.settled(known)
+            return await describe(ref)
+
+        world.describe = ends  # type: ignore[method-assign]
+        await world.looks(0)
+        assert not world.jobs, "it was looked at"
 
     asyncio.run(story())

@@ -16,7 +16,7 @@ PYTHON := .venv/bin/python
 STORIES ?= 600
 # Tests wait more than they work: three at a time are right for two processors.
 WORKERS ?= 3
-PYTEST := $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 RUN := .venv/.run
 DEVELOP := .venv/.develop
 

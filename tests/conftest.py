@@ -12,6 +12,18 @@ from tests.harness import AgentProcess, reachable
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SLOWEST_FIRST = ("libvirt", "qemu")
+"""Folders of tests, whose files keep one of several workers for minutes: begun last, they would keep it alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return SLOWEST_FIRST.index(folder) if folder in SLOWEST_FIRST else len(SLOWEST_FIRST)
+
+    items.sort(key=turn)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A folder for images that other users may pass through."""

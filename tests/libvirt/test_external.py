@@ -91,7 +91,7 @@ def test_a_pull_of_somebody_elses_is_shown_and_followed(agent: AgentProcess, cha
     assert job["state"] == "completed"
     assert job["chain"]["before"] == [str(chain.top), str(chain.middle), str(chain.base)]
     assert job["chain"]["after"] == [str(chain.top)]
-    assert {entry["path"] for entry in job["chain"]["kept"]} == {str(chain.middle), str(chain.base)}
+    assert set(job["chain"]["revoked"]) == {str(chain.middle), str(chain.base)}
     assert kinds(agent, job) == ["started", "completed"]
     assert chain.whole()
 
@@ -104,7 +104,7 @@ def test_a_pull_to_a_base_leaves_what_is_below(agent: AgentProcess, chain: Disk,
     paused.destroy()
     job = agent.until_ended(job["id"])
     assert (job["state"], job["chain"]["after"]) == ("completed", [str(chain.top), str(chain.base)])
-    assert [entry["path"] for entry in job["chain"]["kept"]] == [str(chain.middle)]
+    assert job["chain"]["revoked"] == [str(chain.middle)]
     assert chain.whole()
 
 
@@ -209,7 +209,7 @@ def test_a_commit_of_the_top_completes_with_its_pivot(agent: AgentProcess, chain
     pivot(paused)
     job = agent.until_ended(job["id"])
     assert (job["state"], job["chain"]["after"]) == ("completed", [str(chain.base)])
-    assert {entry["path"] for entry in job["chain"]["kept"]} == {str(chain.top), str(chain.middle)}
+    assert set(job["chain"]["revoked"]) == {str(chain.top), str(chain.middle)}
     assert kinds(agent, job) == ["started", "ready", "completed"]
     paused.destroy()
     assert same_content(chain.base, chain.truth, first="raw")
@@ -229,7 +229,7 @@ def test_a_copy_completes_with_its_pivot_and_no_other_way(
         pivot(paused)
         job = agent.until_ended(job["id"])
         assert (job["state"], job["chain"]["after"]) == ("completed", [str(target)])
-        assert {entry["path"] for entry in job["chain"]["kept"]} == {str(chain.top), str(chain.middle), str(chain.base)}
+        assert set(job["chain"]["revoked"]) == {str(chain.top), str(chain.middle), str(chain.base)}
         paused.destroy()
         assert same_content(target, chain.truth, first="qcow2")
     else:

@@ -43,9 +43,10 @@ class Ownership:
         """What to change, or what stands in the way, or None; see owner.plan. FileNotFoundError as Files.opened."""
         held = self._files.held(was.file) is not None
         with self._files.opened(was) as fd:
-            if not held and is_former(was.path, was.file):  # an inode number alone is no proof: they are used again
+            plan = owner.plan(fd, was, uid=self._uid, unknown=self._unknown, manage_shared=self._manage_shared)
+            if plan is not None and not held and is_former(was.path, was.file):  # an inode number alone is no proof
                 return f"a file with its inode number goes by another name now, {acl.name(fd)}: chown it yourself"
-            return owner.plan(fd, was, uid=self._uid, unknown=self._unknown, manage_shared=self._manage_shared)
+            return plan
 
     def change(self, entry: AccessFile, was: Label, now: Label) -> None:
         """Make the file `now`'s, if it is `was`'s; see owner.change. FileNotFoundError as Files.opened."""

@@ -279,8 +279,12 @@ class Holding:
             uses = {use.need.layer.file: use for use in needs.uses}
             if needs.missing or needs.unknown:
                 uses = {row.file: _as_before(row) for row in rows if row.holder == holder} | uses
-            elif domain.active and needs.uses and not proven:
-                await self._keep_lost(holder, needs.uses[0].need.layer, uses, rows)
+            elif domain.active and needs.uses and needs.uses[0].need.mode == "rw":
+                image = Holder("image", needs.uses[0].need.layer.path)
+                if proven:
+                    await self._ledger.release(image, trigger=KIND)
+                else:
+                    await self._keep_lost(image, uses, [row for row in rows if row.holder == holder])
             name = f"{domain.name}/{needs.target}"
             await self._ledger.hold(holder, list(uses.values()), name=name, trigger=KIND)
         await self._release({domain.uuid}, {needs.target for needs in found})
@@ -288,15 +292,11 @@ class Holding:
             raise JobError("unavailable", f"domain {domain.name}: {trouble.message}", remedy=trouble.remedy)
         self._seen[domain.uuid] = found
 
-    async def _keep_lost(self, holder: Holder, top: Layer, uses: Collection[FileId], rows: Sequence[AccessRow]) -> None:
-        """A running guest's chain that lost layers below its top may need them still: QEMU writes the header first. The
-        image needs them, then, until a job that ended there is proven, of ours or of somebody else's. Where the guest
-        has gone over to another file, QEMU had that written first."""
-        before = [row for row in rows if row.holder == holder]
-        lost = [row for row in before if row.file not in uses]
-        below = all(row.mode == "r" for row in lost) and any(row.file == top.file for row in before)
-        if lost and below:
-            await self._add(Holder("image", top.path), rows, lost)
+    async def _keep_lost(self, image: Holder, uses: Collection[FileId], had: Sequence[AccessRow]) -> None:
+        """QEMU writes a header before the data that it relies on, and libvirt believes QEMU. So what a running guest's
+        chain lost its image needs, until the job that took it out is proven: ours, or somebody else's."""
+        if lost := [row for row in had if row.file not in uses]:
+            await self._add(image, await self._rows.access_rows(), lost)
 
     async def _release(self, domains: set[str], disks: set[str]) -> None:
         """These domains need nothing any more, but for these disks."""

@@ -12,7 +12,7 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from events.model import DiskJobEvent, DiskJobKind, HypervisorEvent
 from events.normalize import OPERATIONS
@@ -156,6 +156,9 @@ class Lookout:
                 continue
             left = {layer.path for layer in disk.layers}
             if any(layer.path not in left for layer in old.layers):
+                if ended[0] == Operation.PULL:  # it leaves the top: a new one is a snapshot's, made since the last look
+                    known = {layer.path for layer in old.layers}
+                    old = replace(old, layers=(*(one for one in disk.layers if one.path not in known), *old.layers))
                 info = BlockJobInfo(_TYPES[ended[0]], 0, 0, 0)
                 self._later(f"{drive}", self._take(ref, old, info, ended[1], said="completed"))
 

@@ -277,7 +277,7 @@ def test_a_pull_that_was_lost_leaves_the_base_to_the_image_that_must_stand_on_it
     guest.start(paused=True)  # it flushes nothing
     before, job = owner(base), pull(agent)
     until(lambda: backing_of(guest.disk) is None, "QEMU has rewritten the header")
-    until(lambda: holders(agent, base) == {job["id"]}, "libvirt's chain has lost it")
+    until(lambda: holders(agent, base) == {job["id"], str(guest.disk)}, "libvirt's chain has lost it")
     assert owner(base) == before
     guest.kill()
     job = agent.until_ended(job["id"])

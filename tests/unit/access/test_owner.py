@@ -373,6 +373,17 @@ def test_a_file_that_was_moved_is_never_confused_with_the_one_at_its_path(given_
     given_user(scenario)
 
 
+def test_a_file_that_got_its_name_late_and_is_closed_is_no_riddle(given_user: Play) -> None:
+    async def scenario(host: Host) -> None:
+        file = host.file("unfinished")
+        await pulled(host, file)
+        relabel(file, ALICE)  # as libvirt does itself when a copy is finished
+        file.rename(host.folder / "copy")
+        assert (await drop(host)).verdict is AccessVerdict.REVOKED
+
+    given_user(scenario)
+
+
 def test_a_link_at_its_path_leads_nowhere(given_user: Play) -> None:
     async def scenario(host: Host) -> None:
         file, other = host.file("base"), host.file("other")

@@ -143,6 +143,21 @@ def test_one_that_was_too_quick_is_known_by_its_event_and_by_what_the_chain_lost
     asyncio.run(story())
 
 
+def test_a_pull_right_after_a_snapshot_is_one_of_the_snapshots_overlay(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        (ref, before), _ = world.guests
+        (disk,) = before.disks
+        overlay_ = overlay(tmp_path / "snapshot.qcow2", tmp_path / "1.qcow2", "qcow2")
+        top = LiveLayer(SourceType.FILE, str(overlay_), "qcow2", 7)
+        world.lookout.event(DiskJobEvent(DiskJobKind.COMPLETED, ref.uuid, "web1", "vda", "pull"))
+        world.told(ref, before, replace(before, disks=(replace(disk, layers=(top,)),)))
+        await world.looks(1)
+        assert [Path(path).name for path in world.active[0].before.paths()] == ["snapshot.qcow2", "1.qcow2", "base.raw"]
+
+    asyncio.run(story())
+
+
 def test_one_that_ended_while_it_was_looked_at_is_not_found_anew(tmp_path: Path) -> None:
     async def story() -> None:
         world = World(tmp_path)

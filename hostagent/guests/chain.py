@@ -1,11 +1,13 @@
 """The chain of a guest's disk as jobs know chains: what libvirt says of it, and the files that it means.
 
 libvirt opened these files for the guest, and follows links to them; so paths are shown without links, and files are
-compared by identity. Only the top is opened here, by the same rules as any image that a person names. All calls block.
+compared by identity. The top is opened here by the same rules as any image that a person names; and for who may name
+images in pools only so is the rest, by the rules for what a header names. All calls block.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
@@ -25,6 +27,9 @@ def read_chain(disk: Disk, limits: ChainLimits) -> Chain:
     no file or device of this host, or is gone."""
     layers = [_layer(layer) for layer in disk.layers]
     size = _virtual_size(layers[0], limits)
+    if not limits.top_anywhere:
+        for above, below in itertools.pairwise(layers):
+            os.close(_opened(Wanted(below.path, below.format, above), below, limits))
     return Chain(tuple(_sized(layer, size) for layer in layers))
 
 
@@ -90,15 +95,22 @@ def _layer(live: LiveLayer) -> Layer:
 
 
 def _virtual_size(top: Layer, limits: ChainLimits) -> int:
-    fd, _ = open_member(Wanted(top.path, top.format), limits)
+    fd = _opened(Wanted(top.path, top.format), top, limits)
     try:
-        found = os.fstat(fd)
-        if FileId(found.st_dev, found.st_ino) != top.file:
-            raise JobError("image_changed", f"{top.path} was replaced while it was looked at", remedy="try again")
         header = read_header(fd) if top.format == "qcow2" else None
         return os.lseek(fd, 0, os.SEEK_END) if header is None else header.virtual_size
     finally:
         os.close(fd)
+
+
+def _opened(wanted: Wanted, layer: Layer, limits: ChainLimits) -> int:
+    """A descriptor of the layer's very file, if it lies where it may."""
+    fd, _ = open_member(wanted, limits)
+    found = os.fstat(fd)
+    if FileId(found.st_dev, found.st_ino) != layer.file:
+        os.close(fd)
+        raise JobError("image_changed", f"{layer.path} was replaced while it was looked at", remedy="try again")
+    return fd
 
 
 def _sized(layer: Layer, size: int) -> Layer:

@@ -228,7 +228,8 @@ class Keeper:
             for path, result in results
             if result.verdict in still_open
         )
-        warnings = await self._w.driver.delete_dropped(job) if job.spec.delete else ()
+        needed = [layer.file for layer in job.dropped if found[layer.file].verdict is AccessVerdict.GRANTED]
+        warnings = await self._w.driver.delete_dropped(job, needed) if job.spec.delete else ()
         state = Revocation.KEPT if kept else Revocation.DONE
         if self._end_seen is not None:
             self._w.observer.revocation_lag(self._w.clock.monotonic() - self._end_seen)

@@ -7,7 +7,7 @@ said to be idempotent may be called again after a crash between it and the next 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -148,9 +148,9 @@ class BlockDriver(Protocol):
         """Close the target of a job that did not complete, and delete it if we made it, unless its group decided that
         it stays, or a guest may have gone over to it: whether it is gone. Idempotent."""
 
-    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
         """Delete the files that a completed job took out of the chain, as `job.spec.delete` says, but for those that
-        others need by now: warnings. Idempotent."""
+        others need by now, in the ledger (`needed`) or in any other way: warnings. Idempotent."""
 
     async def cancel(self, job: Job, *, force: bool = False) -> None: ...
 

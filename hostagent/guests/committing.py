@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from hostagent.nbd.committing import Commit, refuse_devices
 from hostagent.nbd.operations import durable_backing, preflight, room
 from jobs import commit
 from jobs.errors import JobError
-from jobs.model import Chain, Drive, Job, JobSpec, Layer, Plan
+from jobs.model import Chain, Drive, FileId, Job, JobSpec, Layer, Plan
 
 T = TypeVar("T")
 
@@ -144,8 +144,8 @@ class GuestCommit:
         """The base has part of the overlay's data, and the overlay all of it."""
         return False
 
-    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
-        return await self._offline.delete_dropped(job, self._chains.leasing)
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
+        return await self._offline.delete_dropped(job, needed, self._chains.leasing)
 
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:
         """Blocking work on files, bounded by libvirt.file_timeout."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from hostagent.nbd.prepared import Leasing
 from hostagent.nbd.uri import is_uri
 from jobs import copy
 from jobs.errors import JobError
-from jobs.model import Chain, Completion, Drive, Job, JobSpec, Layer, Plan, Target
+from jobs.model import Chain, Completion, Drive, FileId, Job, JobSpec, Layer, Plan, Target
 
 T = TypeVar("T")
 
@@ -190,7 +190,7 @@ class GuestCopy:
         await self._aside(copy_files.delete, target, job.id, None)
         return True
 
-    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
         return ()
 
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:

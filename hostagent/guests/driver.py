@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from hostagent.images.member import ChainLimits
 from hostagent.nbd.operations import at_most, preflight, room
 from jobs import pull
 from jobs.errors import JobError
-from jobs.model import Chain, Cursor, Drive, Holder, Job, JobSpec, Layer, Plan, State
+from jobs.model import Chain, Cursor, Drive, FileId, Holder, Job, JobSpec, Layer, Plan, State
 from jobs.ports import Contact, Observation, Phase
 
 T = TypeVar("T")
@@ -323,7 +323,7 @@ class GuestDriver:
     async def discard(self, job: Job) -> bool:
         return False
 
-    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
         return ()
 
     # After the job

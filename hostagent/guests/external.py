@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ from hostagent.images.member import ChainLimits
 from hostagent.nbd.operations import durable_backing
 from jobs import pull
 from jobs.errors import JobError
-from jobs.model import Chain, Cursor, Drive, Holder, Job, JobSpec, Operation, Plan
+from jobs.model import Chain, Cursor, Drive, FileId, Holder, Job, JobSpec, Operation, Plan
 from jobs.ports import BlockDriver, Contact, Observation, Phase
 
 P = ParamSpec("P")
@@ -278,7 +278,7 @@ class ExternalDriver:
     async def discard(self, job: Job) -> bool:
         return False
 
-    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
         return ()
 
     async def cancel(self, job: Job, *, force: bool = False) -> None: ...

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -27,7 +27,7 @@ from hostagent.guests.finding import Finder, Found, claimant, look_at
 from hostagent.guests.holding import Holding
 from hostagent.images.member import ChainLimits
 from jobs.errors import JobError
-from jobs.model import Chain, Completion, Cursor, Drive, Holder, Job, JobSpec, Operation, Plan, State
+from jobs.model import Chain, Completion, Cursor, Drive, FileId, Holder, Job, JobSpec, Operation, Plan, State
 from jobs.ports import Contact, Observation, Phase
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Work(Protocol):
 
     async def discard(self, job: Job, disk: Disk | None, *, over: bool) -> bool: ...
 
-    async def delete_dropped(self, job: Job) -> tuple[str, ...]: ...
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +284,8 @@ class Mirrors:
 
     async def name(self, job: Job) -> None: ...
 
-    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
-        return await self._works[job.spec.operation].delete_dropped(job)
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
+        return await self._works[job.spec.operation].delete_dropped(job, needed)
 
     # After the job
 

@@ -8,10 +8,10 @@ A job's driver never changes. The engine knows nothing of this.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Protocol
 
-from jobs.model import Drive, Holder, Job, JobSpec, Operation, Plan
+from jobs.model import Drive, FileId, Holder, Job, JobSpec, Operation, Plan
 from jobs.ports import BlockDriver, Observation
 
 
@@ -92,8 +92,8 @@ class Router:
     async def discard(self, job: Job) -> bool:
         return await self._of(job).discard(job)
 
-    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
-        return await self._of(job).delete_dropped(job)
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
+        return await self._of(job).delete_dropped(job, needed)
 
     async def cancel(self, job: Job, *, force: bool = False) -> None:
         await self._of(job).cancel(job, force=force)

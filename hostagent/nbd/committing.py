@@ -95,18 +95,19 @@ class Commit:
         """The images beside the job's chain that stand on one of these of its layers."""
         return list(await dependents(self._search, layers, **_around(job.before)))
 
-    async def delete_dropped(self, job: Job, leasing: Leasing) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId], leasing: Leasing) -> tuple[str, ...]:
         """Delete what the completed job took out of the chain, but for what others need by now: warnings."""
         try:
-            needed = await self.standing_on(job, job.dropped)
+            above = await self.standing_on(job, job.dropped)
         except JobError as error:
             return (f"nothing was deleted: whether other images need it cannot be said: {error.message}",)
-        kept = {image.on for image in needed}
+        kept = {image.on for image in above} | set(needed)
         unneeded = [layer for layer in job.dropped if layer.file not in kept]
         busy = await asyncio.to_thread(_delete, unneeded, leasing)
         paths = {layer.file: layer.path for layer in job.dropped}
-        below = [f"{paths[image.on]} was not deleted: {image.path} stands on it" for image in needed[:NAMED]]
-        return (*below, *busy)
+        below = [f"{paths[image.on]} was not deleted: {image.path} stands on it" for image in above[:NAMED]]
+        others = [f"{path} was not deleted: it is still needed" for file, path in paths.items() if file in needed]
+        return (*below, *others, *busy)
 
     def needs(self, job: Job) -> list[Need]:
         writes = self.writes(job)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -27,7 +27,7 @@ from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull
 from jobs import model
 from jobs.errors import JobError
-from jobs.model import Completion, Holder, Job, JobSpec, Need, Plan, State
+from jobs.model import Completion, FileId, Holder, Job, JobSpec, Need, Plan, State
 from jobs.ports import Contact, Observation, Phase
 
 log = logging.getLogger(__name__)
@@ -298,8 +298,8 @@ class OfflineDriver:
             await operation.discard(job, chain)
         return _goes(job)
 
-    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
-        return await self._commit.delete_dropped(job, self._chains.leasing)
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
+        return await self._commit.delete_dropped(job, needed, self._chains.leasing)
 
     async def cancel(self, job: Job, *, force: bool = False) -> None:
         chain = self._find(job)

@@ -226,7 +226,7 @@ class ReadySuite(DriverSuite):
             await rig.driver.seal(job)
         job = await rig.end(job, State.COMPLETED)
         for _ in range(2):
-            await rig.driver.delete_dropped(job)
+            await rig.driver.delete_dropped(job, ())
         assert names - rig.names() == ({rig.middle} if work.below else {rig.middle, rig.top})
         assert rig.same(rig.top if work.below else rig.base)
 

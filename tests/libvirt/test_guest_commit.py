@@ -97,6 +97,22 @@ def test_a_commit_into_a_layer_deletes_what_it_took(agent: AgentProcess, disk: D
     assert disk.reads_right(disk.low)
 
 
+def test_what_another_domain_came_to_need_meanwhile_is_not_deleted(
+    agent: AgentProcess, libvirt: PrivateLibvirt, disk: Disk, paused: Guest
+) -> None:
+    job = agent.until(commit(agent, base=str(disk.low), delete=True)["id"], lambda job: job["state"] == "ready")
+    other = libvirt.guest("web2", disk.high)
+    path = f"/v1/grants?path={disk.high}"
+    until(lambda: f"{other.uuid}/vda" in str(agent.get(path)["items"]), "it is known what the other needs")
+    agent.post(f"/v1/jobs/{job['id']}/complete", {"completion": "pivot"})
+    completed(agent, job)
+    until(lambda: agent.job(job["id"])["revocation"] != "pending", "its access is settled")
+    job = agent.job(job["id"])
+    assert disk.high.exists() and not disk.top.exists()
+    assert [kept["path"] for kept in job["chain"]["kept"]] == [str(disk.high)]
+    assert any(f"{disk.high} was not deleted" in warning for warning in job["warnings"]), job["warnings"]
+
+
 def test_a_commit_that_keeps_the_overlay(agent: AgentProcess, disk: Disk, paused: Guest) -> None:
     job = completed(agent, commit(agent, completion="finish"))
     assert job["chain"]["after"] == live_paths(paused) == disk.chain

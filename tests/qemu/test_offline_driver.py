@@ -182,7 +182,7 @@ class TestOfflineDriver(GroupSuite):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
             try:
                 assert await asyncio.to_thread(eventually, lambda: open_below(other.pid, Path(rig.middle).parent))
-                (warning,) = await rig.driver.delete_dropped(job)
+                (warning,) = await rig.driver.delete_dropped(job, ())
             finally:
                 other.kill()
         assert warning.startswith(f"{rig.middle} was not deleted: ")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -339,10 +339,10 @@ class FakeDriver:
         self.fault("discard done", job)
         return target is not None and target.made and not job.decided
 
-    async def delete_dropped(self, job: Job) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
         await self._called("delete_dropped", job)
         for layer in job.dropped:
-            if self.names.get(layer.path) == layer.file:
+            if layer.file not in needed and self.names.get(layer.path) == layer.file:
                 del self.names[layer.path]
                 self.deleted.add(layer.file)
         return ()

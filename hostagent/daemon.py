@@ -415,7 +415,7 @@ class Agent:
     def _make_engine(self) -> Engine:
         jobs = self._config.jobs
         return Engine(
-            Router(self._driver, self._guests, self._mirrors, self._external),
+            Router(self._driver, self._guests, self._mirrors, self._external, self._live),
             self._store,
             self._ledger,
             clock=self._clock,

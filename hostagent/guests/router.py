@@ -11,7 +11,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Protocol
 
-from jobs.model import Drive, FileId, Holder, Job, JobSpec, Operation, Plan
+from hostagent.nbd.uri import is_uri
+from jobs import commit
+from jobs.errors import JobError
+from jobs.model import Chain, Drive, FileId, Holder, Job, JobSpec, Operation, Plan, Target
 from jobs.ports import BlockDriver, Observation
 
 
@@ -26,15 +29,24 @@ class External(BlockDriver, Protocol):
     def refuse(self, drive: Drive) -> None: ...
 
 
+class Live(Protocol):
+    """Who knows which domain, running or defined, uses a file."""
+
+    async def refuse_guests(self, path: str, *, whole_chain: bool) -> None: ...
+
+
 class Router:
     """A BlockDriver of four: `offline` for images, `pulls` and `mirrors` for guests' disks, and `external` for what
     somebody else has started there."""
 
-    def __init__(self, offline: BlockDriver, pulls: BlockDriver, mirrors: BlockDriver, external: External) -> None:
+    def __init__(
+        self, offline: BlockDriver, pulls: BlockDriver, mirrors: BlockDriver, external: External, live: Live
+    ) -> None:
         self._offline = offline
         self._pulls = pulls
         self._mirrors = mirrors
         self._external = external
+        self._live = live
 
     def _of(self, job: Job) -> BlockDriver:
         if job.external:
@@ -45,15 +57,34 @@ class Router:
         return self._pulls if spec.operation is Operation.PULL else self._mirrors
 
     async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
-        driver = self._of_guests(spec) if is_guests(spec.target) else self._offline
-        return await driver.plan(spec, preview=preview)
+        if is_guests(spec.target):
+            return await self._of_guests(spec).plan(spec, preview=preview)
+        plan = await self._offline.plan(spec, preview=preview)
+        await self._refuse_guests(spec, plan.before, plan.target)
+        return plan
+
+    async def _refuse_guests(self, spec: JobSpec, before: Chain, target: Target | None) -> None:
+        """What an image's job writes or takes away beside the image itself is no guest's. Of one that does not run
+        nothing else tells."""
+        if spec.operation is Operation.COMMIT:
+            for layer in commit.touched(before, spec):
+                await self._live.refuse_guests(layer.path, whole_chain=True)
+        elif target is not None and not target.made and not is_uri(target.path):
+            try:
+                await self._live.refuse_guests(target.path, whole_chain=True)
+            except JobError as error:
+                error.field = "dest"
+                raise
 
     async def turn(self, job: Job) -> None:
         await self._of(job).turn(job)
 
     async def prepare(self, job: Job) -> Mapping[str, Any]:
-        if job.drive is not None and job.started is None:
-            self._external.refuse(job.drive)  # it may have come while ours was queued
+        if job.started is None:  # again: somebody may have come while ours was queued
+            if job.drive is not None:
+                self._external.refuse(job.drive)
+            else:
+                await self._refuse_guests(job.spec, job.before, job.target)
         return await self._of(job).prepare(job)
 
     async def check(self, job: Job) -> tuple[str, ...]:

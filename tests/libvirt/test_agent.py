@@ -145,6 +145,31 @@ def test_a_guests_image_is_busy_until_it_is_undefined(
     guest.verify()
 
 
+def test_a_guests_image_is_not_written_over_nor_committed_into(
+    connected: AgentProcess, libvirt: PrivateLibvirt, folder: Path
+) -> None:
+    mine, base, other = (folder / name for name in ("mine.qcow2", "base.qcow2", "other.qcow2"))
+    for path in (mine, base, other):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "4M"], check=True)
+    above = overlay(folder / "above.qcow2", base, "qcow2")
+    for name, path in (("web1", mine), ("web2", base)):
+        libvirt.guest(name, path)
+
+    def is_known(name: str, path: Path) -> bool:
+        answer = connected.call("POST", "/v1/exports", {"image": str(path), "writable": True})[2]
+        return bool(answer.get("holders") == [f"domain:{name}"])
+
+    until(lambda: is_known("web1", mine) and is_known("web2", base), "the guests are known")
+    copy = {"operation": "copy", "target": str(other), "dest": str(mine), "reuse_external": True}
+    commit = {"operation": "commit", "target": str(above), "base": str(base)}
+    before = mine.read_bytes()
+    for spec, field, name in ((copy, "dest", "web1"), (commit, "target", "web2")):
+        for more in ({"dry_run": True}, {"completion": "finish"}):
+            error = refused(connected, "/v1/jobs", {**spec, **more})
+            assert (error["code"], error.get("holders"), error["field"]) == ("busy", [f"domain:{name}"], field), error
+    assert mine.read_bytes() == before
+
+
 def test_another_image_is_not_held_up_by_a_guest_that_hangs(
     connected: AgentProcess, libvirt: PrivateLibvirt, disk: Path
 ) -> None:

@@ -138,7 +138,7 @@ class Holding:
 
     async def renew(self, drive: Drive, *, proven: bool = False) -> None:
         """Read one domain anew. A JobError where it cannot be said what it needs; then it keeps what it had. `proven`:
-        what the chain has lost is in the files that stay."""
+        what the chain of this disk has lost is in the files that stay; of its others that is not known."""
         try:
             domain = await self._hypervisor.call("find", lambda session: session.find(drive.uuid))
         except JobError as error:
@@ -147,7 +147,7 @@ class Holding:
             await self._release({drive.uuid}, set())
             return
         try:
-            await self._read(domain, anew=True, proven=proven)
+            await self._read(domain, anew=True, proven=drive.target if proven else None)
         finally:
             if not self._known.is_set():
                 self._wake.set()
@@ -249,9 +249,9 @@ class Holding:
         owed = [file.file for file in await self._rows.access_files() if file.verdict == AccessVerdict.PENDING]
         await self._ledger.converge(owed, trigger="domains")
 
-    async def _read(self, domain: DomainRef, *, anew: bool, proven: bool = False) -> None:
-        """One domain into the ledger; `anew` also when it needs what it did. A JobError, which is remembered, where
-        something of it is not known."""
+    async def _read(self, domain: DomainRef, *, anew: bool, proven: str | None = None) -> None:
+        """One domain into the ledger; `anew` also when it needs what it did; `proven` is a disk. A JobError, which is
+        remembered, where something of it is not known."""
         async with self._turns.alone(domain.uuid):
             try:
                 found = await self._needs(domain)
@@ -271,7 +271,7 @@ class Holding:
         chosen = await self._label()
         return await self._look(domain, lambda: read_needs(descriptions, chosen, self._settings.limits))
 
-    async def _hold(self, domain: DomainRef, found: tuple[DiskNeeds, ...], proven: bool) -> None:
+    async def _hold(self, domain: DomainRef, found: tuple[DiskNeeds, ...], proven: str | None) -> None:
         self._seen.pop(domain.uuid, None)
         rows = await self._rows.access_rows()
         for needs in found:
@@ -279,11 +279,11 @@ class Holding:
             uses = {use.need.layer.file: use for use in needs.uses}
             if needs.missing or needs.unknown:
                 uses = {row.file: _as_before(row) for row in rows if row.holder == holder} | uses
-            elif domain.active and needs.uses and needs.uses[0].need.mode == "rw":
+            elif needs.uses and needs.uses[0].need.mode == "rw":
                 image = Holder("image", needs.uses[0].need.layer.path)
-                if proven:
+                if needs.target == proven:
                     await self._ledger.release(image, trigger=KIND)
-                else:
+                elif domain.active:
                     await self._keep_lost(image, uses, [row for row in rows if row.holder == holder])
             name = f"{domain.name}/{needs.target}"
             await self._ledger.hold(holder, list(uses.values()), name=name, trigger=KIND)

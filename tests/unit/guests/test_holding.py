@@ -270,6 +270,29 @@ def test_what_a_running_guests_chain_lost_is_its_images_until_that_is_proven(tmp
 
 
 @on_a_host
+async def test_what_is_proven_when_the_guest_has_ended_is_its_images_no_more(host: Host) -> None:
+    host.libvirt.active = True
+    await host.connect()
+    top, drive = host.libvirt.disks["a"], Drive("a", "name-a", "vda")
+    subprocess.run(["qemu-img", "rebase", "-u", "-b", "", str(top)], check=True)
+    await host.holding.renew(drive)
+    assert host.held()[str(top)] == {"base.raw"}
+    host.libvirt.active = False
+    await host.holding.renew(drive, proven=True)
+    assert str(top) not in host.held() and host.held()["a/vda"] == {"a.qcow2"}
+
+
+@on_a_host
+async def test_what_is_proven_of_one_disk_is_not_of_another(host: Host) -> None:
+    host.libvirt.active = True
+    await host.connect()
+    top = host.libvirt.disks["a"]
+    subprocess.run(["qemu-img", "rebase", "-u", "-b", "", str(top)], check=True)
+    await host.holding.renew(Drive("a", "name-a", "vdb"), proven=True)
+    assert host.held()[str(top)] == {"base.raw"}
+
+
+@on_a_host
 async def test_what_nobody_can_say_of_one_domain_is_said_to_who_asks(host: Host) -> None:
     await host.connect()
     host.libvirt.hangs = {"a"}

@@ -109,7 +109,7 @@ def traces(agent: AgentProcess, folder: Path) -> list[object]:
 
 
 def nothing_left(agent: AgentProcess, folder: Path) -> None:
-    assert eventually(lambda: traces(agent, folder) == [], timeout=5), traces(agent, folder)
+    assert eventually(lambda: traces(agent, folder) == []), traces(agent, folder)
     assert agent.get("/healthz", timeout=2) == {"ok": True}
 
 

@@ -16,6 +16,7 @@ from jobs.model import Completion, Failure, Job, Operation
 from jobs.ports import Contact, Observation, Phase
 
 PIVOT_REFUSED = "pivot_refused"
+GUEST_STOPPED = "guest_stopped"
 
 
 def again(job: Job) -> str:
@@ -49,6 +50,8 @@ def decide(job: Job, seen: Observation, failure: Failure | None = None) -> Verdi
         return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", "the job was aborted", again(job)))
     if seen.cancelled and failure is None:
         return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", seen.error or "somebody aborted it", again(job)))
+    if failure is not None and failure.code == GUEST_STOPPED and seen.contact is Contact.DEAD:
+        failure = None  # that its guest ended is less than what became of the image then
     return Verdict(Signal.PROVEN_FAILED, failure or explain(job, seen))
 
 
@@ -77,7 +80,7 @@ def explain(job: Job, seen: Observation) -> Failure:
     """Why a job ended without its proof, for its user."""
     if job.drive is not None and seen.contact is Contact.DEAD:
         text = seen.error or f"domain {job.drive.name} ended while the job ran"
-        return Failure("guest_stopped", text, again(job))
+        return Failure(GUEST_STOPPED, text, again(job))
     if seen.error is not None:
         return classify(job, seen.error)
     if seen.contact is Contact.DEAD:

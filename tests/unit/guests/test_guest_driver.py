@@ -14,7 +14,7 @@ from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests import driver
 from jobs.errors import JobError
 from jobs.machine import Signal
-from jobs.model import Cursor, Holder, Job, State
+from jobs.model import Cursor, Failure, Holder, Job, State
 from jobs.ports import Contact, Observation, Phase
 from jobs.settle import decide
 from tests.unit.guests.fake_libvirt import DRIVE, END, NOW, Host, play
@@ -63,6 +63,10 @@ async def test_what_cannot_be_seen_on_the_file_is_not_done(host: Host) -> None:
     assert (dead.contact, dead.proven) == (Contact.DEAD, False)
     failure = decide(job, dead).failure
     assert failure is not None and failure.code == "guest_stopped" and "qemu-img rebase" in failure.message
+    with pytest.raises(JobError) as gone:  # as it is seen by who is about to join the pull
+        await host.driver.start(job)
+    known = Failure(gone.value.code, gone.value.message, "")
+    assert decide(job, dead, known).failure == failure, "what is to be done is said, too"
     host.file.error = None
     assert (await host.driver.observe(job)).proven, "it ended in order"
 

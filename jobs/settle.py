@@ -17,6 +17,8 @@ from jobs.ports import Contact, Observation, Phase
 
 PIVOT_REFUSED = "pivot_refused"
 GUEST_STOPPED = "guest_stopped"
+WITHOUT_GUEST = (GUEST_STOPPED, "conflict", "not_found")
+"""What is heard of a guest that has just ended, by who asks it for something."""
 
 
 def again(job: Job) -> str:
@@ -50,7 +52,8 @@ def decide(job: Job, seen: Observation, failure: Failure | None = None) -> Verdi
         return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", "the job was aborted", again(job)))
     if seen.cancelled and failure is None:
         return Verdict(Signal.PROVEN_ABORTED, Failure("cancelled", seen.error or "somebody aborted it", again(job)))
-    if failure is not None and failure.code == GUEST_STOPPED and seen.contact is Contact.DEAD:
+    ended = job.drive is not None and seen.contact is Contact.DEAD
+    if ended and failure is not None and failure.code in WITHOUT_GUEST:
         failure = None  # that its guest ended is less than what became of the image then
     return Verdict(Signal.PROVEN_FAILED, failure or explain(job, seen))
 

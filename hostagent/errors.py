@@ -28,6 +28,7 @@ CODES: dict[str, Code] = {
     "chain_too_deep": Code(422, EXIT_ERROR, "The backing chain is too long"),
     "chain_loop": Code(422, EXIT_ERROR, "The backing chain leads back to itself"),
     "access_refused": Code(422, EXIT_DENIED, "Access cannot be given safely"),
+    "range": Code(416, EXIT_USAGE, "Beyond the end of the image"),
     "limit": Code(429, EXIT_BUSY, "A configured limit is reached"),
     "internal": Code(500, EXIT_ERROR, "A fault of the agent"),
     "io_error": Code(500, EXIT_ERROR, "Reading or writing failed"),

@@ -1,0 +1,1 @@
+"""Where images are: NBD exports, files, other data daemons; all behind `base.ImageBackend`."""

@@ -1,0 +1,44 @@
+"""Which backend serves a ticket's URL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from hostagent.data.backends.base import ImageBackend
+from hostagent.errors import AgentError
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a ticket wants its image opened: `url` as the ticket has it, `size` its limit in bytes, `sparse` whether
+    zeroing may free space. `image` is the read-only image behind an NBD export, for reads that need not cross it."""
+
+    url: str
+    size: int
+    writable: bool = False
+    sparse: bool = False
+    dirty: bool = False
+    image: Mapping[str, object] | None = None
+
+
+Factory = Callable[[Opening], ImageBackend]
+"""Checks the URL (AgentError invalid, denied) and returns a backend that opens nothing before its first use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    factories: dict[str, Factory] = field(default_factory=dict)
+
+    def register(self, scheme: str, factory: Factory) -> None:
+        self.factories[scheme] = factory
+
+    def open(self, opening: Opening) -> ImageBackend:
+        scheme = urlsplit(opening.url).scheme
+        factory = self.factories.get(scheme)
+        if factory is None:
+            known = ", ".join(sorted(self.factories))
+            message = f"Unsupported url scheme: {scheme or opening.url[:40]}"
+            raise AgentError("invalid", message, field="url", value=opening.url, remedy=f"one of {known}")
+        return factory(opening)

@@ -11,46 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+from hostagent.config_data import Data
+from hostagent.config_rule import GIB, MIB, UNSET, Rule, setting
 
-MIB, GIB = 1 << 20, 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What a value must be, beyond its type, and its manual.
-
-    `unset` says what stands for an empty default, `usual` is what root gets then.
-    """
-
-    manual: str
-    low: float | None = None
-    high: float | None = None
-    size: bool = False
-    choices: tuple[str, ...] = ()
-    unset: str = ""
-    usual: str = ""
-    servers: bool = False
-
-
-def setting(
-    default: T,
-    manual: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    size: bool = False,
-    choices: tuple[str, ...] = (),
-    unset: str = "",
-    usual: str = "",
-    servers: bool = False,
-) -> T:
-    return field(default=default, metadata={"rule": Rule(manual, low, high, size, choices, unset, usual, servers)})
-
-
-UNSET = Path()
+__all__ = ["DEFAULTS", "GIB", "MIB", "SECTIONS", "UNSET", "Config", "Rule", "rules", "setting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,6 +390,7 @@ class Config:
     exports: Exports = Exports()
     tls: Tls = Tls()
     api: Api = Api()
+    data: Data = Data()
     store: Store = Store()
     logs: Logs = Logs()
     origin: Mapping[str, str] = field(default_factory=dict)

@@ -182,6 +182,8 @@ def _from_text(section: str, key: str, text: str) -> object:
     default, rule = rules(section)[key]
     if isinstance(default, tuple):
         return [item for item in text.split("," if rule.servers else ":") if item]  # as in PATH
+    if isinstance(default, bool):
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
     if isinstance(default, int) and not rule.size:
         return int(text) if text.strip().lstrip("-").isdecimal() and len(text) < 20 else text
     if isinstance(default, float):
@@ -226,6 +228,10 @@ def _checked(section: str, key: str, raw: object, source: str) -> Any:
         if not isinstance(raw, list) or not all(fits(item) for item in raw):
             raise _wrong(name, raw, source, f"a list of {what}")
         return tuple(raw)
+    if isinstance(default, bool):
+        if not isinstance(raw, bool):
+            raise _wrong(name, raw, source, "true or false")
+        return raw
     if isinstance(default, Path):
         if raw == "" and default == UNSET and not rule.unset:
             return UNSET  # said to be not set
@@ -314,20 +320,28 @@ def _settled(values: Mapping[str, Any], origin: Mapping[str, str], env: Mapping[
         access=replace(config.access, hypervisor_user=user, unknown_owner=heir),
         qsd=replace(config.qsd, user=config.qsd.user or user),
         api=replace(config.api, socket=_or(config.api.socket, agent.runtime_dir / "hostagent.sock")),
+        data=replace(
+            config.data,
+            local_socket=_or(config.data.local_socket, agent.runtime_dir / "data.sock"),
+            control_socket=_or(config.data.control_socket, agent.runtime_dir / "data-control.sock"),
+        ),
     )
     _fits_together(config)
     return config
 
 
 def _fits_together(config: Config) -> None:
-    if len(os.fsencode(config.api.socket)) > _LONGEST_SOCKET:
-        raise AgentError(
-            "invalid",
-            f"the socket {str(config.api.socket)!r} has more than {_LONGEST_SOCKET} bytes, the limit of unix sockets",
-            field="api.socket",
-            value=str(config.api.socket),
-            remedy="set agent.runtime_dir to a shorter path",
-        )
+    for name in ("api.socket", "data.local_socket", "data.control_socket", "data.cloudstack_socket"):
+        section, key = name.split(".")
+        path = getattr(getattr(config, section), key)
+        if len(os.fsencode(path)) > _LONGEST_SOCKET:
+            raise AgentError(
+                "invalid",
+                f"the socket {str(path)!r} has more than {_LONGEST_SOCKET} bytes, the limit of unix sockets",
+                field=name,
+                value=str(path),
+                remedy="set agent.runtime_dir to a shorter path",
+            )
     if config.libvirt.reconnect_wait > config.libvirt.reconnect_wait_max:
         raise _wrong(
             "libvirt.reconnect_wait", config.libvirt.reconnect_wait, config.origin["libvirt.reconnect_wait"],

@@ -14,7 +14,6 @@ NOUNS = {
     "upload": "send a file",
     "download": "fetch a file",
     "checksum": "compute an image's checksum",
-    "data": "the data plane",
 }
 
 

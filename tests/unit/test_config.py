@@ -170,7 +170,7 @@ def test_every_setting_has_a_manual_and_a_default_within_its_own_rule(
 ) -> None:
     rule = item.metadata["rule"]
     assert len(rule.manual.split()) >= 4
-    if isinstance(item.default, int | float):
+    if isinstance(item.default, int | float) and not isinstance(item.default, bool):
         assert rule.low is not None, "a number has a least value"
         assert rule.low <= item.default <= (rule.high if rule.high is not None else item.default)
     if rule.choices:

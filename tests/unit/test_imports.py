@@ -20,7 +20,7 @@ OURS = {"events", "jobs", "hostagent"}
 LEAVES = {
     f"hostagent.{name}"
     for name in (
-        *("config", "config_text", "errors", "sizes", "logs", "sdnotify", "nbdclient"),
+        *("config", "config_data", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify", "nbdclient"),
         *("locks", "schema", "selection", "turns"),
     )
 }
@@ -190,8 +190,8 @@ def test_front_ends_reach_the_store_only_through_the_use_cases() -> None:
 
 
 def test_the_command_line_talks_to_the_agent_over_its_socket() -> None:
-    """Only `serve`, `demo`, `doctor` and `image` run here, and may use more than the leaves."""
-    here = {"serve", "demo", "demo_stage", "demo_images", "doctor", "doctor_host", "images"}
+    """Only `serve`, `data`, `demo`, `doctor` and `image` run here, and may use more than the leaves."""
+    here = {"serve", "data", "demo", "demo_stage", "demo_images", "doctor", "doctor_host", "images"}
     own = {"hostagent.cli"} | LEAVES
     wrong = [
         one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from hostagent.data.backends.base import ImageBackend
@@ -13,7 +14,10 @@ from hostagent.errors import AgentError
 @dataclass(frozen=True, slots=True)
 class Opening:
     """How a ticket wants its image opened: `url` as the ticket has it, `size` its limit in bytes, `sparse` whether
-    zeroing may free space. `image` is the read-only image behind an NBD export, for reads that need not cross it."""
+    zeroing may free space. `image` is the read-only image behind an NBD export, for reads that need not cross it.
+
+    `shared` is the ticket's: what its backends share, under names of theirs (several threads use it: setdefault); each
+    value has a `close()`, called when the ticket ends."""
 
     url: str
     size: int
@@ -21,6 +25,7 @@ class Opening:
     sparse: bool = False
     dirty: bool = False
     image: Mapping[str, object] | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 Factory = Callable[[Opening], ImageBackend]

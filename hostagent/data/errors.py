@@ -1,0 +1,68 @@
+"""An answer that is an error. What a backend raises becomes one by the table of codes (hostagent.errors)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hostagent.errors import CODES, AgentError
+
+Headers = Sequence[tuple[str, str]]
+
+
+class HttpError(Exception):
+    """`close`: nothing more is read of this connection."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str = "",
+        remedy: str | None = None,
+        headers: Headers = (),
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code or _code_of(status)
+        self.remedy = remedy
+        self.headers = headers
+        self.close = close
+
+
+def from_agent(error: AgentError) -> HttpError:
+    code = CODES.get(error.code, CODES["internal"])
+    headers: Headers = ()
+    if error.code == "range" and "size" in error.details:
+        headers = (("content-range", f"bytes */{error.details['size']}"),)
+    return HttpError(code.http, error.message, code=error.code, remedy=error.remedy, headers=headers)
+
+
+def not_allowed(why: str) -> HttpError:
+    """403 as the dialect words it. The connection closes: a client that goes on would be refused again."""
+    return HttpError(403, f"You are not allowed to access this resource: {why}", code="denied", close=True)
+
+
+_CODES = {
+    400: "invalid",
+    403: "denied",
+    404: "not_found",
+    405: "not_supported",
+    408: "timeout",
+    409: "conflict",
+    411: "invalid",
+    412: "conflict",
+    413: "too_large",
+    414: "too_large",
+    416: "range",
+    417: "not_supported",
+    429: "limit",
+    431: "too_large",
+    501: "not_supported",
+    503: "unavailable",
+}
+
+
+def _code_of(status: int) -> str:
+    return _CODES.get(status, "internal")

@@ -1,0 +1,110 @@
+"""Ranges of bytes: those that requests name (RFC 9110, section 14), and sets of them."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from dataclasses import dataclass
+
+from hostagent.data.errors import HttpError
+
+_BYTES = re.compile(r"bytes=(\d{0,19})-(\d{0,19})", re.ASCII)
+_CONTENT = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """`first` None: the last `last` bytes. `last` None: to the end."""
+
+    first: int | None
+    last: int | None
+
+    def within(self, size: int) -> tuple[int, int]:
+        """Offset and length in an image of `size` bytes. HttpError 416 where it names bytes that are not there: what
+        is written in the dialect's clients is exact, so nothing is clamped."""
+        if self.first is None:
+            assert self.last is not None
+            length = min(self.last, size)
+            if length == 0:
+                raise unsatisfiable(size, f"Requested last {self.last} bytes of {size}")
+            return size - length, length
+        last = size - 1 if self.last is None else self.last
+        if self.first >= size or last >= size:
+            raise unsatisfiable(size, f"Requested range out of allowed range: {self.first}-{last}, size {size}")
+        return self.first, last - self.first + 1
+
+
+def parse_range(value: str) -> Asked:
+    match = _BYTES.fullmatch(value.strip())
+    if match is None:
+        raise HttpError(416, f"Cannot satisfy range {value[:100]!r}, invalid range or multiple ranges")
+    first, last = (int(text) if text else None for text in match.groups())
+    if first is None and last is None:
+        raise HttpError(416, f"Cannot satisfy range {value[:100]!r}, no first or last")
+    if first is not None and last is not None and first > last:
+        raise HttpError(416, f"Cannot satisfy range {value[:100]!r}, first > last")
+    return Asked(first, last)
+
+
+def parse_content_range(value: str) -> tuple[int, int | None]:
+    """The first byte of a Content-Range, and the length that it says, if it does."""
+    match = _CONTENT.fullmatch(value.strip())
+    if match is None or match[1] is None:
+        raise HttpError(400, f"Invalid Content-Range {value[:100]!r}")
+    first, last = int(match[1]), int(match[2])
+    if first > last or (match[3] != "*" and last >= int(match[3])):
+        raise HttpError(400, f"Invalid Content-Range {value[:100]!r}")
+    return first, last - first + 1
+
+
+def unsatisfiable(size: int, message: str) -> HttpError:
+    return HttpError(416, message, headers=(("content-range", f"bytes */{size}"),))
+
+
+class RangeSet:
+    """A union of ranges, kept in order and apart; of more than `most` the shortest are forgotten, so it may be too
+    little, and never too much."""
+
+    def __init__(self, most: int = 65536) -> None:
+        self._most = most
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, begin: int, end: int) -> None:
+        if begin >= end:
+            return
+        first = bisect.bisect_left(self._ends, begin)
+        last = bisect.bisect_right(self._begins, end)
+        if first < last:
+            begin, end = min(begin, self._begins[first]), max(end, self._ends[last - 1])
+        self._begins[first:last], self._ends[first:last] = [begin], [end]
+        if len(self._begins) > self._most:
+            shortest = min(range(len(self._begins)), key=lambda i: self._ends[i] - self._begins[i])
+            del self._begins[shortest], self._ends[shortest]
+
+    def update(self, other: RangeSet) -> None:
+        for begin, end in other.pairs():
+            self.add(begin, end)
+
+    def discard(self, begin: int, end: int) -> None:
+        """Without these bytes from now on."""
+        kept = [
+            piece for b, e in self.pairs() for piece in ((b, min(e, begin)), (max(b, end), e)) if piece[0] < piece[1]
+        ]
+        self._begins, self._ends = [b for b, _ in kept], [e for _, e in kept]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """From the first byte to that after the last, in order."""
+        return list(zip(self._begins, self._ends, strict=True))
+
+    def copy(self) -> RangeSet:
+        other = RangeSet(self._most)
+        other._begins, other._ends = list(self._begins), list(self._ends)
+        return other
+
+    def clear(self) -> None:
+        self._begins, self._ends = [], []
+
+    def __len__(self) -> int:
+        """Bytes in all."""
+        return sum(self._ends) - sum(self._begins)

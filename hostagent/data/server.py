@@ -1,0 +1,152 @@
+"""Listeners: who connects gets a thread, unless the house is full. A handshake, a header or a body is its thread's.
+
+Full is a number of connections, in all and for one client (an address, or a user of a unix socket). A further one is
+closed at once: it costs nothing, and it hinders nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hostagent.data.connection import Connection, Handler, Patience
+from hostagent.data.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 512
+_ACCEPT_REST = 0.1  # seconds, when the process has no descriptor left for one more
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """`name` for metrics: remote, local, control. `tls` gives the context for the next connection."""
+
+    name: str
+    listener: socket.socket
+    handler: Handler
+    tls: Callable[[], ssl.SSLContext] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """Connections, in all and of one client. The control sockets' are counted apart, so that none can shut them out."""
+
+    most: int
+    most_of_one: int
+    most_control: int = 64
+
+
+class Server:
+    def __init__(self, services: list[Service], patience: Patience, house: House, metrics: Metrics) -> None:
+        self._services = services
+        self._patience = patience
+        self._house = house
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._open: dict[Connection, tuple[str, str]] = {}
+        self._of_service: Counter[str] = Counter()
+        self._of_client: Counter[str] = Counter()
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+        metrics.connections = self.connections
+
+    def start(self) -> None:
+        for service in self._services:
+            thread = threading.Thread(target=self._accept, args=(service,), name=f"accept {service.name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def connections(self) -> dict[str, int]:
+        with self._lock:
+            return {service.name: self._of_service[service.name] for service in self._services}
+
+    def stop(self, wait: float) -> None:
+        """No further connection; those that are get `wait` seconds to end what they do, and are then cut."""
+        self._stopping.set()
+        for service in self._services:
+            with contextlib.suppress(OSError):
+                service.listener.shutdown(socket.SHUT_RDWR)
+            service.listener.close()
+        end = time.monotonic() + wait
+        while self._open and time.monotonic() < end:
+            time.sleep(0.05)
+        with self._lock:
+            left = list(self._open)
+        for connection in left:
+            connection.stop()
+
+    def _accept(self, service: Service) -> None:
+        while not self._stopping.is_set():
+            try:
+                sock, address = service.listener.accept()
+            except OSError as error:
+                if self._stopping.is_set():
+                    return
+                log.warning("accept failed", extra={"fields": {"service": service.name, "error": str(error)}})
+                time.sleep(_ACCEPT_REST)
+                continue
+            try:
+                self._begin(service, sock, address)
+            except Exception:
+                log.exception("a connection could not begin", extra={"fields": {"service": service.name}})
+                sock.close()
+
+    def _begin(self, service: Service, sock: socket.socket, address: object) -> None:
+        if sock.family == socket.AF_UNIX:
+            client = f"uid {_user(sock)}"
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            client = str(address[0]) if isinstance(address, tuple) else ""
+        full = self._full(service.name, client)
+        if full:
+            self._metrics.count("data_connections_refused_total", full)
+            sock.close()
+            return
+        connection = Connection(sock, service.handler, self._patience, tls=service.tls, peer=client)
+        with self._lock:
+            self._open[connection] = service.name, client
+            self._of_service[service.name] += 1
+            self._of_client[client] += 1
+        thread = threading.Thread(target=self._run, args=(connection,), name="connection", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread to be had
+            self._leave(connection)
+            self._metrics.count("data_connections_refused_total", "threads")
+            sock.close()
+
+    def _full(self, service: str, client: str) -> str:
+        with self._lock:
+            if service == "control":
+                return "control" if self._of_service["control"] >= self._house.most_control else ""
+            if sum(self._of_service.values()) - self._of_service["control"] >= self._house.most:
+                return "all"
+            return "client" if self._of_client[client] >= self._house.most_of_one else ""
+
+    def _run(self, connection: Connection) -> None:
+        try:
+            connection.run()
+        finally:
+            self._leave(connection)
+
+    def _leave(self, connection: Connection) -> None:
+        with self._lock:
+            name, client = self._open.pop(connection)
+            self._of_service[name] -= 1
+            self._of_client[client] -= 1
+            if not self._of_client[client]:
+                del self._of_client[client]
+
+
+def _user(sock: socket.socket) -> int:
+    return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])

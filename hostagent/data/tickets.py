@@ -1,0 +1,317 @@
+"""The tickets in force, and what is under way with each of them.
+
+One lock a ticket; nothing that waits is done under it. Revocation is one path, whatever asks for it (DELETE, another
+ticket of the same id, DELETE of all, the end of its time, the daemon's stop): the ticket says no from then on, the
+sockets of what is running are shut down and their backends fenced, so that they end within a bounded time whatever they
+wait for; and what only holds a backend open gives it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hostagent.data.errors import HttpError, not_allowed
+from hostagent.data.ranges import RangeSet
+from hostagent.data.streams import Stopped
+from hostagent.data.throttle import Lane
+from hostagent.data.ticket import Spec
+
+
+class Holder(Protocol):
+    """A connection that has used a ticket, as the ticket knows it."""
+
+    def stop(self) -> None:
+        """End what runs, at once, from another thread: the socket and the backend. Idempotent."""
+
+    def let_go(self) -> None:
+        """Give back the backend, where nothing runs; else `stop` has been called and does it."""
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """One request that moves bytes. `done` grows as they move; only its own thread writes it."""
+
+    kind: str
+    offset: int = 0
+    length: int = 0
+    done: int = 0
+
+
+@dataclass(eq=False)
+class Ticket:
+    spec: Spec
+    lane: Lane
+    expires: float
+    """On the monotonic clock."""
+    canceled: bool = False
+    gone: bool = False
+    """It was revoked, and no other word of it stays."""
+    touched: float = field(default_factory=time.monotonic)
+    holders: set[Holder] = field(default_factory=set)
+    running: dict[Operation, Holder] = field(default_factory=dict)
+    moved: RangeSet = field(default_factory=RangeSet)
+    written: RangeSet = field(default_factory=RangeSet)
+    durable: RangeSet = field(default_factory=RangeSet)
+    flushes: list[RangeSet] = field(default_factory=list)
+    """What each flush that is under way will have made durable."""
+    etag: str = field(default_factory=lambda: secrets.token_hex(12))
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What connections of this ticket share, such as a map; `close` of each is called with the ticket's end."""
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+        self.turned = threading.Condition(self.lock)
+
+    def refuse(self, op: str | None) -> None:
+        """HttpError 403 unless `op` (read, write; None: any) is allowed now."""
+        name = self.spec.name
+        if self.canceled:
+            raise not_allowed(f"Transfer {name} was canceled")
+        if time.monotonic() >= self.expires:
+            raise not_allowed(f"Transfer={name} expired")
+        if (op == "write" and not self.spec.writable) or (op == "read" and not self.spec.readable):
+            raise not_allowed(f"Transfer={name} forbids {op}")
+
+    @contextlib.contextmanager
+    def operation(self, op: Operation, holder: Holder, *, most: int, wait: float) -> Iterator[Operation]:
+        """While it runs it can be stopped. `most` of its kind run at a time: a further one waits up to `wait` s."""
+        limit = time.monotonic() + wait
+        with self.turned:
+            self.refuse(op.kind)
+            while sum(one.kind == op.kind for one in self.running) >= most:
+                if not self.turned.wait(max(0.0, limit - time.monotonic())) and time.monotonic() >= limit:
+                    raise HttpError(
+                        503,
+                        f"Transfer {self.spec.name} has {most} connections that {op.kind} already",
+                        code="limit",
+                        remedy="keep to max_readers and max_writers of OPTIONS",
+                        headers=(("retry-after", "1"),),
+                        close=True,
+                    )
+                self.refuse(op.kind)
+            self.running[op] = holder
+            self.holders.add(holder)
+        try:
+            yield op
+        finally:
+            with self.turned:
+                del self.running[op]
+                if op.done:
+                    self.moved.add(op.offset, op.offset + op.done)
+                self.turned.notify_all()
+
+    def succeeded(self) -> None:
+        """An operation was completed: the time begins anew, unless it was over before."""
+        with self.lock:
+            now = self.touched = time.monotonic()
+            if not self.canceled and now < self.expires:
+                self.expires = now + self.spec.timeout
+
+    def check(self) -> None:
+        """For a stream that moves: Stopped when it may not go on."""
+        if self.canceled or time.monotonic() >= self.expires:
+            raise Stopped(self.spec.name)
+
+    def wrote(self, begin: int, end: int) -> None:
+        with self.lock:
+            self.written.add(begin, end)
+
+    def writing(self, begin: int, end: int) -> None:
+        """What is being written is not durable any more, and no flush that has begun makes it so."""
+        with self.lock:
+            for known in (self.durable, self.written, *self.flushes):
+                known.discard(begin, end)
+
+    @contextlib.contextmanager
+    def flushing(self) -> Iterator[None]:
+        """Around a flush: what was written before it began is durable when it succeeds."""
+        with self.lock:
+            before = self.written.copy()
+            self.flushes.append(before)
+        try:
+            yield
+            with self.lock:
+                self.durable.update(before)
+        finally:
+            with self.lock:
+                self.flushes = [one for one in self.flushes if one is not before]
+
+    def transferred(self) -> int | None:
+        """Bytes that have moved, each counted once; None where both directions are allowed."""
+        if len(self.spec.ops) != 1:
+            return None
+        with self.lock:
+            moved = self.moved.copy()
+            for op in self.running:
+                moved.add(op.offset, op.offset + op.done)
+        return len(moved)
+
+    @property
+    def state(self) -> str:
+        if self.canceled:
+            return "canceled"
+        if time.monotonic() >= self.expires:
+            return "expired"
+        return "active" if self.running else "idle"
+
+    def idle_time(self) -> int:
+        with self.lock:
+            return 0 if self.running else int(time.monotonic() - self.touched)
+
+    def cancel(self, wait: float) -> bool:
+        """No more, now. Whether all that ran has ended, within `wait` s."""
+        limit = time.monotonic() + wait
+        with self.turned:
+            self.canceled = True
+            self.turned.notify_all()
+            running, idle = set(self.running.values()), self.holders - set(self.running.values())
+        for holder in running:
+            holder.stop()
+        for holder in idle:
+            holder.let_go()
+        with self.turned:
+            while self.running and (left := limit - time.monotonic()) > 0:
+                self.turned.wait(left)
+            done = not self.running
+        if done:
+            self._close_shared()
+        return done
+
+    def _close_shared(self) -> None:
+        with self.lock:
+            shared, self.shared = list(self.shared.values()), {}
+        for one in shared:
+            with contextlib.suppress(OSError):
+                one.close()
+
+    def left(self, holder: Holder) -> None:
+        with self.lock:
+            self.holders.discard(holder)
+
+
+class Tickets:
+    """`told` hears of each grant, extension and revocation (the audit). Bounded by `most`."""
+
+    def __init__(self, *, most: int, lane: Callable[[int], Lane], told: Callable[[str, Ticket], None]) -> None:
+        self._most = most
+        self._lane = lane
+        self._told = told
+        self._tickets: dict[str, Ticket] = {}
+        self._lock = threading.Lock()
+
+    def get(self, ticket_id: str) -> Ticket | None:
+        return self._tickets.get(ticket_id)
+
+    def use(self, ticket_id: str, op: str | None) -> Ticket:
+        """The ticket, if `op` is allowed by it; HttpError 403."""
+        ticket = self._tickets.get(ticket_id)
+        if ticket is None:
+            raise not_allowed("No such ticket")
+        ticket.refuse(op)
+        return ticket
+
+    def all(self) -> list[Ticket]:
+        with self._lock:
+            return list(self._tickets.values())
+
+    def add(self, spec: Spec, wait: float) -> Ticket:
+        """A ticket of the same id is revoked first: HttpError 409 if what it runs does not end within `wait` s."""
+        ticket = Ticket(spec, self._lane(spec.rate), time.monotonic() + spec.timeout)
+        while True:
+            with self._lock:
+                old = self._tickets.get(spec.uuid)
+                if old is None:
+                    if len(self._tickets) >= self._most:
+                        message = f"There are {self._most} tickets already (data.tickets)"
+                        raise HttpError(429, message, remedy="delete those that are not needed")
+                    self._tickets[spec.uuid] = ticket
+                    break
+            self._revoke(old, wait)
+        self._told("granted", ticket)
+        return ticket
+
+    def extend(self, ticket_id: str, timeout: int) -> None:
+        ticket = self._tickets.get(ticket_id)
+        if ticket is None:
+            raise HttpError(404, "No such ticket")
+        with ticket.lock:
+            ticket.expires = time.monotonic() + timeout
+        self._told("extended", ticket)
+
+    def remove(self, ticket_id: str, wait: float) -> None:
+        """Idempotent. HttpError 409 when what it runs does not end within `wait` s: it stays, and says no."""
+        ticket = self._tickets.get(ticket_id)
+        if ticket is not None:
+            self._revoke(ticket, wait)
+
+    def clear(self, wait: float) -> None:
+        """All of them, together within `wait` s."""
+        limit = time.monotonic() + wait
+        stuck: HttpError | None = None
+        for ticket in self.all():
+            with ticket.lock:
+                ticket.canceled = True
+        for ticket in self.all():
+            try:
+                self._revoke(ticket, max(0.0, limit - time.monotonic()))
+            except HttpError as error:
+                stuck = error
+        if stuck is not None:
+            raise stuck
+
+    def _revoke(self, ticket: Ticket, wait: float) -> None:
+        if not ticket.cancel(wait):
+            message = f"Timeout cancelling transfer {ticket.spec.name}"
+            raise HttpError(409, message, code="timeout", remedy="ask again: its operations are being ended")
+        with self._lock:
+            if self._tickets.get(ticket.spec.uuid) is ticket:
+                del self._tickets[ticket.spec.uuid]
+        if not ticket.gone:
+            ticket.gone = True
+            self._told("revoked", ticket)
+
+    def stop_expired(self) -> int:
+        """End what tickets run whose time is over; how many there were. They stay: their time can be extended."""
+        now, ended = time.monotonic(), 0
+        for ticket in self.all():
+            with ticket.lock:
+                holders = set(ticket.running.values()) if now >= ticket.expires else set()
+            for holder in holders:
+                holder.stop()
+            ended += bool(holders)
+        return ended
+
+
+def described(ticket: Ticket) -> dict[str, Any]:
+    """As GET /tickets/{id} answers."""
+    spec = ticket.spec
+    with ticket.lock:
+        active, connections = bool(ticket.running), len(ticket.holders)
+    found: dict[str, Any] = {
+        "active": active,
+        "canceled": ticket.canceled,
+        "connections": connections,
+        "expires": int(ticket.expires),
+        "idle_time": ticket.idle_time(),
+        "inactivity_timeout": spec.inactivity_timeout,
+        "ops": list(spec.ops),
+        "size": spec.size,
+        "sparse": spec.sparse,
+        "dirty": spec.dirty,
+        "timeout": spec.timeout,
+        "url": spec.url,
+        "uuid": spec.uuid,
+        "transfer_id": spec.transfer_id,
+        "expires_in": max(0, int(ticket.expires - time.monotonic())),
+    }
+    if spec.filename is not None:
+        found["filename"] = spec.filename
+    if (transferred := ticket.transferred()) is not None:
+        found["transferred"] = transferred
+    return found

@@ -88,6 +88,8 @@ class RangeSet:
 
     def discard(self, begin: int, end: int) -> None:
         """Without these bytes from now on."""
+        if begin >= end:
+            return
         kept = [
             piece for b, e in self.pairs() for piece in ((b, min(e, begin)), (max(b, end), e)) if piece[0] < piece[1]
         ]

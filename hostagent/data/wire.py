@@ -24,6 +24,7 @@ from hostagent.data.transport import RECEIVE, Transport
 LINE_MOST = 4096
 """Bytes of a request line; more is 414, as in the dialect."""
 HEADERS_MOST = 16 * 1024
+"""Bytes of all headers; more is 431."""
 DRAIN_MOST = 64 * 1024
 """Bytes of a body that nobody wants that are read away to keep the connection."""
 _FIELDS_MOST = 20
@@ -143,6 +144,8 @@ class Wire:
             self._deadline = None
         if not isinstance(event, h11.Request):
             raise PeerGone("the request ends early")
+        if sum(len(name) + len(value) for name, value in event.headers) > HEADERS_MOST:
+            raise HttpError(431, "The request's headers are too long", close=True)  # and yet came in one piece
         return self._understood(event, parser)
 
     def event(self, parser: h11.Connection) -> h11.Event | type[h11.PAUSED]:

@@ -1,0 +1,228 @@
+"""Tickets in force: who may go on, what a revocation ends, and what is durable."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from hostagent.data.errors import HttpError
+from hostagent.data.streams import Stopped
+from hostagent.data.throttle import Lane, Rate
+from hostagent.data.ticket import Spec
+from hostagent.data.tickets import Operation, Ticket, Tickets, described
+
+SPEC = Spec("id", 1000, ("read", "write"), 300, "mem:", 60, transfer_id="T")
+
+
+class FakeHolder:
+    """A connection; `deaf` does not end when it is told to."""
+
+    def __init__(self, *, deaf: bool = False) -> None:
+        self.stopped = threading.Event()
+        self.freed = threading.Event()
+        self.deaf = deaf
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def let_go(self) -> None:
+        self.freed.set()
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def tickets(told: list[str]) -> Tickets:
+    lane = Rate(0)
+    return Tickets(most=3, lane=lambda own: Lane(Rate(own), lane), told=lambda what, _: told.append(what))
+
+
+def runs(ticket: Ticket, holder: FakeHolder, kind: str = "read", most: int = 8) -> Iterator[threading.Thread]:
+    """A stream that goes on until it is stopped, unless it is deaf."""
+    began = threading.Event()
+
+    def work() -> None:
+        with ticket.operation(Operation(kind, 0, 100), holder, most=most, wait=5):
+            began.set()
+            (threading.Event() if holder.deaf else holder.stopped).wait(5)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert began.wait(5)
+    yield thread
+
+
+def test_a_ticket_is_used_for_what_it_allows(tickets: Tickets) -> None:
+    tickets.add(replace(SPEC, ops=("read",)), 1)
+    assert tickets.use("id", "read").spec.size == 1000
+    for ticket_id, op in (("id", "write"), ("other", "read")):
+        with pytest.raises(HttpError) as refused:
+            tickets.use(ticket_id, op)
+        assert refused.value.status == 403
+        assert refused.value.close
+    tickets.add(replace(SPEC, uuid="none", ops=()), 1)
+    with pytest.raises(HttpError, match="forbids read"):
+        tickets.use("none", "read")
+
+
+def test_a_removed_ticket_ends_what_runs_and_frees_what_waits(tickets: Tickets, told: list[str]) -> None:
+    ticket = tickets.add(SPEC, 1)
+    busy, idle = FakeHolder(), FakeHolder()
+    ticket.holders.add(idle)
+    [thread] = runs(ticket, busy)
+    began = time.monotonic()
+    tickets.remove("id", 2)
+    assert time.monotonic() - began < 2
+    assert busy.stopped.is_set()
+    assert idle.freed.is_set()
+    thread.join(5)
+    assert tickets.get("id") is None
+    with pytest.raises(Stopped):
+        ticket.check()
+    tickets.remove("id", 2)  # once more is nothing
+    assert told == ["granted", "revoked"]
+
+
+def test_one_that_does_not_end_is_a_conflict_and_the_ticket_says_no(tickets: Tickets) -> None:
+    ticket = tickets.add(SPEC, 1)
+    [_] = runs(ticket, FakeHolder(deaf=True))
+    with pytest.raises(HttpError, match="Timeout cancelling transfer T") as refused:
+        tickets.remove("id", 0.05)
+    assert refused.value.status == 409
+    assert described(ticket)["canceled"]
+    assert described(ticket)["active"]
+    with pytest.raises(HttpError, match="was canceled"):
+        tickets.use("id", "read")
+
+
+def test_a_new_ticket_of_the_same_id_ends_what_the_old_one_runs(tickets: Tickets, told: list[str]) -> None:
+    old = tickets.add(SPEC, 1)
+    holder = FakeHolder()
+    [thread] = runs(old, holder)
+    new = tickets.add(replace(SPEC, size=5), 2)
+    thread.join(5)
+    assert holder.stopped.is_set()
+    assert tickets.get("id") is new
+    assert new.etag != old.etag
+    assert told == ["granted", "revoked", "granted"]
+
+
+def test_clearing_ends_everything_together(tickets: Tickets) -> None:
+    holders = [FakeHolder() for _ in range(3)]
+    threads = []
+    for number, holder in enumerate(holders):
+        threads += runs(tickets.add(replace(SPEC, uuid=f"t{number}"), 1), holder)
+    tickets.clear(2)
+    for thread in threads:
+        thread.join(5)
+    assert all(holder.stopped.is_set() for holder in holders)
+    assert tickets.all() == []
+
+
+def test_time_that_is_over_ends_what_runs_and_can_be_given_again(tickets: Tickets) -> None:
+    ticket = tickets.add(replace(SPEC, timeout=0), 1)
+    with pytest.raises(HttpError, match="Transfer=T expired"):
+        tickets.use("id", "read")
+    tickets.extend("id", 300)
+    holder = FakeHolder()
+    [thread] = runs(tickets.use("id", "read"), holder)
+    tickets.extend("id", 0)
+    with pytest.raises(Stopped):
+        ticket.check()
+    assert tickets.stop_expired() == 1
+    thread.join(5)
+    assert holder.stopped.is_set()
+    tickets.extend("id", 300)
+    tickets.use("id", "read")
+    assert tickets.stop_expired() == 0
+
+
+def test_each_success_begins_the_time_anew_but_not_one_that_is_over(tickets: Tickets) -> None:
+    ticket = tickets.add(SPEC, 1)
+    ticket.expires = before = time.monotonic() + 1
+    ticket.succeeded()
+    assert ticket.expires > before + 100
+    ticket.expires = over = time.monotonic() - 1
+    ticket.succeeded()
+    assert ticket.expires == over
+
+
+def test_more_than_the_house_holds_are_refused(tickets: Tickets) -> None:
+    for number in range(3):
+        tickets.add(replace(SPEC, uuid=f"t{number}"), 1)
+    with pytest.raises(HttpError) as refused:
+        tickets.add(replace(SPEC, uuid="one more"), 1)
+    assert refused.value.status == 429
+    tickets.add(replace(SPEC, uuid="t0"), 1)  # in place of one that is there
+
+
+def test_no_more_than_may_write_at_a_time_and_a_further_one_has_its_turn(tickets: Tickets) -> None:
+    ticket = tickets.add(SPEC, 1)
+    first = FakeHolder()
+    [thread] = runs(ticket, first, "write", most=1)
+    with pytest.raises(HttpError) as refused, ticket.operation(Operation("write"), FakeHolder(), most=1, wait=0.05):
+        pass
+    assert refused.value.status == 503
+    with ticket.operation(Operation("read"), FakeHolder(), most=1, wait=0):
+        pass  # readers are counted apart
+    first.stopped.set()
+    with ticket.operation(Operation("write"), FakeHolder(), most=1, wait=5):
+        thread.join(5)
+
+
+def test_bytes_that_moved_are_counted_once(tickets: Tickets) -> None:
+    ticket = tickets.add(replace(SPEC, ops=("read",)), 1)
+    for offset, done in ((0, 10), (5, 10), (100, 1)):
+        with ticket.operation(Operation("read", offset, done), FakeHolder(), most=8, wait=0) as op:
+            op.done = done
+    with ticket.operation(Operation("read", 200, 50), FakeHolder(), most=8, wait=0) as op:
+        op.done = 7
+        assert described(ticket)["transferred"] == 15 + 1 + 7
+    assert "transferred" not in described(Ticket(SPEC, ticket.lane, 0))
+
+
+class TestDurable:
+    @pytest.fixture
+    def ticket(self, tickets: Tickets) -> Ticket:
+        return tickets.add(SPEC, 1)
+
+    def write(self, ticket: Ticket, begin: int, end: int) -> None:
+        ticket.writing(begin, end)
+        ticket.wrote(begin, end)
+
+    def test_what_was_written_is_durable_after_a_flush(self, ticket: Ticket) -> None:
+        self.write(ticket, 0, 10)
+        assert ticket.durable.pairs() == []
+        with ticket.flushing():
+            pass
+        assert ticket.durable.pairs() == [(0, 10)]
+
+    def test_a_flush_that_failed_makes_nothing_durable(self, ticket: Ticket) -> None:
+        self.write(ticket, 0, 10)
+        with pytest.raises(OSError, match="gone"), ticket.flushing():
+            raise OSError("gone")
+        assert ticket.durable.pairs() == []
+
+    def test_what_is_written_while_a_flush_runs_is_not_durable_by_it(self, ticket: Ticket) -> None:
+        self.write(ticket, 0, 10)
+        with ticket.flushing():
+            self.write(ticket, 4, 6)  # anew, and complete before the flush has ended
+            self.write(ticket, 20, 30)
+        assert ticket.durable.pairs() == [(0, 4), (6, 10)]
+        with ticket.flushing():
+            pass
+        assert ticket.durable.pairs() == [(0, 10), (20, 30)]
+
+    def test_what_is_being_written_anew_is_durable_no_more(self, ticket: Ticket) -> None:
+        self.write(ticket, 0, 10)
+        with ticket.flushing():
+            pass
+        ticket.writing(2, 3)
+        assert ticket.durable.pairs() == [(0, 2), (3, 10)]

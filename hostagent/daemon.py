@@ -13,6 +13,8 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -45,9 +47,10 @@ from hostagent.api.service import AgentService
 from hostagent.api.status import HostFacts
 from hostagent.api.trouble import Trouble, trouble_of
 from hostagent.config import Config
-from hostagent.config_text import plain
+from hostagent.config_text import plain, show
+from hostagent.data import listeners
 from hostagent.drain import Drain
-from hostagent.drivers import qsd_process
+from hostagent.drivers import process, qsd_process
 from hostagent.gauges import Gauges
 from hostagent.guests.committing import GuestCommit
 from hostagent.guests.copying import GuestCopy
@@ -95,6 +98,8 @@ from hostagent.nbd.watch import Watch
 from hostagent.records import ExportRecord
 from hostagent.retention import Retention, keep_house
 from hostagent.store import Store
+from hostagent.transfers import child
+from hostagent.transfers.control import Control
 from jobs.engine import Engine
 from jobs.model import FileId, Job, Operation, State
 from jobs.outcome import job_event
@@ -196,6 +201,7 @@ class Agent:
         self._watch = Watch(self._chains, interval=config.images.watch_interval, tell=self._drifted)
         self._engine = self._make_engine()
         self._drain = Drain(self._store, self._engine, self._clock, self._later)
+        self._data = self._make_data() if config.data.start else None
         self._service: AgentService
         self._server: Server
         self._gauges = Gauges(
@@ -435,6 +441,34 @@ class Agent:
             changed=self._job_changed,
         )
 
+    def _make_data(self) -> child.Child:
+        """The data daemon, which has none of our rights: what it may not open we hand over."""
+        config, data = self._config, self._config.data
+        user = host.data_user(config, self._group)
+        control = Control(
+            data.control_socket,
+            data.control_socket.with_name(listeners.HANDOVER),
+            timeout=data.header_timeout,
+            revoke=data.revoke_timeout,
+        )
+        command = [sys.executable, "-m", "hostagent.cli.main", "data", "--config", str(self._runtime_dir / "data.toml")]
+        files = data.max_connections * 3 + 1000
+
+        def launch(command: list[str], fds: list[int]) -> subprocess.Popen[bytes]:
+            return process.launch(command, user=user, pass_fds=fds, log_path=None, open_files=files)
+
+        return child.Child(
+            control,
+            child.Settings(command, ready=config.qsd.start_timeout, look=5 * config.qsd.probe_interval),
+            listen=lambda: listeners.listen(config),
+            launch=launch,
+            tell=self._data_changed,
+        )
+
+    def _data_changed(self, answers: bool, why: str | None) -> None:
+        kind = HostEventKind.CONNECTED if answers else HostEventKind.DISCONNECTED
+        self._later(self._store.record([HostEvent(kind, "data-daemon", why)]))
+
     # Life
 
     async def start(self) -> None:
@@ -473,6 +507,9 @@ class Agent:
             asyncio.create_task(self._lookout.run(), name="lookout"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
         ]
+        if self._data is not None:
+            (self._runtime_dir / "data.toml").write_text(show(self._config))
+            self._background.append(asyncio.create_task(self._data.run(), name="data"))
         where = self._config.api.socket
         log.info(
             "agent ready",
@@ -498,6 +535,8 @@ class Agent:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        if self._data is not None:
+            await self._data.stop()
         await self._engine.stop()
         await self._live.stop()
         await self._bitmaps.close(self._config.agent.stop_timeout)
@@ -535,6 +574,7 @@ class Agent:
             watch=self._watch,
             live=self._live,
             holding=self._holding,
+            data=self._data.facts if self._data is not None else None,
         )
         names = {item.name for item in fields(HttpSettings)} - {"host", "stop_timeout"}
         settings = HttpSettings(

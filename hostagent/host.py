@@ -13,6 +13,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from hostagent.access import owner
@@ -46,6 +47,24 @@ def storage_user(config: Config) -> User:
             remedy="run the agent as root, or leave the setting empty to work as yourself",
         )
     return user
+
+
+def data_user(config: Config, group: int | None) -> User:
+    """Who the data daemon runs as: nobody that owns an image, in the group that may use NBD sockets."""
+    if os.geteuid() != 0:
+        return User.current()
+    name = config.data.user or "nobody"
+    try:
+        user = User.named(name)
+    except KeyError:
+        raise AgentError(
+            "invalid",
+            f"there is no user {name!r} on this host",
+            field="data.user",
+            value=name,
+            remedy="make it, or leave the setting empty",
+        ) from None
+    return replace(user, groups=() if group is None else (group,))
 
 
 def unknown_owner(text: str) -> Label | None:

@@ -75,8 +75,8 @@ class AgentProcess:
         self.socket = self.runtime / "hostagent.sock"
         self.log = folder / "agent.log"
         self.user = ensure_user()
-        # Not the host's libvirt: its guests are none of a test's business.
-        self.settings = {"LOGS_FORMAT": "json", "LIBVIRT_URI": "", **(settings or {})}
+        # Not the host's libvirt: its guests are none of a test's business. No data daemon where nothing is moved.
+        self.settings = {"LOGS_FORMAT": "json", "LIBVIRT_URI": "", "DATA_START": "false", **(settings or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> AgentProcess:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from events.model import Record
@@ -56,6 +56,7 @@ class AgentService:
         watch: Watch,
         live: Live,
         holding: Holding,
+        data: Callable[[], Json] | None = None,
     ) -> None:
         self._engine = engine
         self._exports = exports
@@ -79,6 +80,7 @@ class AgentService:
             watch=watch,
             live=live,
             holding=holding,
+            data=data,
             troubles=self.troubles,
         )
 

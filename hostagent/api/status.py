@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Reversible
+from collections.abc import Callable, Mapping, Reversible
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -45,7 +45,7 @@ class HostFacts:
 
 
 class Status:
-    """`troubles` are the last errors, the oldest first."""
+    """`troubles` are the last errors, the oldest first; `data` tells of the data daemon, None where there is none."""
 
     def __init__(
         self,
@@ -60,6 +60,7 @@ class Status:
         watch: Watch,
         live: Live,
         holding: Holding,
+        data: Callable[[], Json] | None,
         troubles: Reversible[Trouble],
     ) -> None:
         self._facts = facts
@@ -72,6 +73,7 @@ class Status:
         self._watch = watch
         self._live = live
         self._holding = holding
+        self._data = data
         self._troubles = troubles
 
     async def host(self) -> Json:
@@ -116,6 +118,7 @@ class Status:
             },
             "jobs": await self._store.counts(),
             "exports": exports,
+            "data_daemon": self._data() if self._data else None,
             "drain": {"draining": self._drain.on, "since": views.time(self._drain.record.since)},
             "settings": dict(self._facts.settings),
         }

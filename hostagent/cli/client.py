@@ -19,7 +19,7 @@ from urllib.parse import quote, urlencode
 from hostagent.errors import CODES, EXIT_ERROR
 
 if TYPE_CHECKING:
-    from hostagent.cli.unix_http import HTTPResponse
+    from hostagent.unix_http import HTTPResponse
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -113,7 +113,7 @@ class Client:
 
     def events(self, query: Mapping[str, Any], *, silence: float = STREAM_SILENCE) -> Iterator[StreamEvent]:
         """The event stream until it ends. Raises TimeoutError after `silence` seconds without a byte."""
-        from hostagent.cli.unix_http import UnixConnection
+        from hostagent.unix_http import UnixConnection
 
         connection = UnixConnection(self.socket, timeout=ANSWER_TIMEOUT)
         with _as_unreachable(self.socket, but=TimeoutError):
@@ -142,7 +142,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         timeout: float = ANSWER_TIMEOUT,
     ) -> Reply:
-        from hostagent.cli.unix_http import UnixConnection
+        from hostagent.unix_http import UnixConnection
 
         sent = {"Accept": "application/json", "Connection": "close", **(headers or {})}
         payload = None if body is None else json.dumps(body).encode()
@@ -210,7 +210,7 @@ def _address(path: str, query: Mapping[str, Any]) -> str:
 @contextmanager
 def _as_unreachable(path: Path, *, but: type[OSError] | None = None, sent: bool = False) -> Iterator[None]:
     """Turn what the socket says into a CliError. `but` is an exception that the caller knows what to do with."""
-    from hostagent.cli.unix_http import HTTPException
+    from hostagent.unix_http import HTTPException
 
     try:
         yield

@@ -65,6 +65,7 @@ def _print_head(terminal: Terminal, host: Json) -> None:
             ("hypervisor", f"user {user.get('name', '?')}, {access}"),
             ("qemu", f"{host.get('qemu') or 'unknown'}, {counted(len(daemons), 'storage daemon')}"),
             ("libvirt", _libvirt(host.get("libvirt") or {})),
+            ("data", _data(host.get("data_daemon"))),
         ]
     )
 
@@ -73,6 +74,12 @@ def _libvirt(state: Json) -> str:
     if not state.get("connected"):
         return f"not connected: {state.get('reason') or 'live disks are not looked after'}"
     return str(state.get("version") or "connected")
+
+
+def _data(state: Json | None) -> str:
+    if not state:
+        return "no data daemon of this agent's (data.start)"
+    return f"data daemon, pid {state.get('pid')}" if state.get("running") else f"no data daemon: {state.get('error')}"
 
 
 def _print_alarms(terminal: Terminal, host: Json, exports: list[Json]) -> None:

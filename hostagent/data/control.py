@@ -6,8 +6,10 @@ that clients reach.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+from hostagent import __version__
 from hostagent.data import answers, ticket
 from hostagent.data.answers import Answer
 from hostagent.data.connection import Connection
@@ -48,7 +50,8 @@ class Control:
             body = self._metrics.text()
             return connection.reply(request, Answer(200, body, (("content-type", CONTENT_TYPE),)))
         if request.method == "GET" and request.path == "/healthz":
-            return connection.reply(request, answers.of_json({"status": "ok"}))
+            found = {"status": "ok", "version": __version__, "pid": os.getpid(), "tickets": len(self._tickets.all())}
+            return connection.reply(request, answers.of_json(found))
         raise HttpError(404, "No handler for this path")
 
     def _show(self, request: Request, ticket_id: str) -> Answer:

@@ -22,7 +22,6 @@ from hostagent.data.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 512
 _ACCEPT_REST = 0.1  # seconds, when the process has no descriptor left for one more
 
 

@@ -68,14 +68,16 @@ def command_line(pid: int) -> list[str]:
 
 
 def launch(
-    argv: Sequence[str], *, user: User, pass_fds: Sequence[int], log_path: Path, open_files: int
+    argv: Sequence[str], *, user: User, pass_fds: Sequence[int], log_path: Path | None, open_files: int
 ) -> subprocess.Popen[bytes]:
     """Start a child in its own session, so that neither our end nor our terminal's ends it. Blocks for milliseconds.
+    What it says is appended to `log_path`; without one it goes where our own log does.
 
     setpriv(1) changes the user, not Popen: with `user=` Python must fork, which stops the whole agent while the kernel
     copies its page tables (8 ms seen); without, it takes vfork.
     """
-    with log_path.open("ab") as output:
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log_path.open("ab")) if log_path is not None else None
         child = subprocess.Popen(
             [*_become(user), *argv],
             stdin=subprocess.DEVNULL,

@@ -309,7 +309,7 @@ def test_a_user_who_may_not_use_the_socket_gets_exit_7(agent: AgentProcess) -> N
     command = [sys.executable, "-c", code, "status", "--socket", str(agent.socket)]
     # the tree and the interpreter may lie where that user cannot go: they are loaded before the user is changed
     drop = f"import os; os.setgroups([]); os.setgid(65534); os.setuid(65534); {code}"
-    loaded = f"import hostagent.cli.main, hostagent.cli.status, hostagent.cli.unix_http, http.client; {drop}"
+    loaded = f"import hostagent.cli.main, hostagent.cli.status, hostagent.unix_http, http.client; {drop}"
     command[2] = loaded
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parents[2])
     assert done.returncode == DENIED, done.stderr

@@ -21,7 +21,7 @@ LEAVES = {
     f"hostagent.{name}"
     for name in (
         *("config", "config_data", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify", "nbdclient"),
-        *("locks", "schema", "selection", "turns"),
+        *("locks", "schema", "selection", "turns", "unix_http"),
     )
 }
 SIBLINGS = ("store", "images", "drivers", "nbd", "guests", "access", "transfers")

@@ -1,0 +1,140 @@
+"""The data daemon's sockets: bound by itself, or by whoever started it (systemd, or the agent for its child)."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from hostagent.config import UNSET, Config
+from hostagent.config_data import Data
+from hostagent.errors import AgentError
+
+BACKLOG = 512
+HANDOVER = "data-handover.sock"
+_FIRST_INHERITED = 3  # sd_listen_fds(3)
+
+
+def inherited(given: Mapping[str, int]) -> dict[str, socket.socket]:
+    """The listeners that whoever started this process bound, by name: the agent (`given`), or systemd
+    (sd_listen_fds(3)). So they can be where this process may make no file, and stay open over a restart."""
+    if given:
+        return {name: _taken(fd) for name, fd in given.items()}
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
+        return {}
+    number = int(os.environ.pop("LISTEN_FDS", "0"))
+    fds = range(_FIRST_INHERITED, _FIRST_INHERITED + number)
+    return {name: _taken(fd) for fd, name in zip(fds, names, strict=False)}
+
+
+def _taken(fd: int) -> socket.socket:
+    try:
+        os.set_inheritable(fd, False)
+        found = socket.socket(fileno=fd)
+    except OSError as error:
+        message = f"descriptor {fd} is no socket: {error.strerror}"
+        raise AgentError(
+            "invalid", message, field="--inherit", value=fd, remedy="leave it to who started this"
+        ) from error
+    found.setblocking(True)
+    return found
+
+
+def listen(config: Config) -> dict[str, socket.socket]:
+    """The listeners that the settings ask for, by name. The agent binds them with this, too, for its child."""
+    settings = config.data
+    found = {}
+    try:
+        if settings.port >= 0:
+            found["remote"] = tcp(_address(settings), settings.port)
+        if settings.local_socket != UNSET:
+            found["local"] = unix(settings.local_socket, 0o666)
+        group = config.api.socket_group if os.geteuid() == 0 else ""
+        found["control"] = unix(settings.control_socket, 0o660, group)
+        if settings.control_port >= 0:
+            found["control-tcp"] = tcp("127.0.0.1", settings.control_port)
+        handover = settings.control_socket.with_name(HANDOVER)
+        found["handover"] = unix(handover, 0o600, kind=socket.SOCK_SEQPACKET)
+    except AgentError:
+        for listener in found.values():
+            listener.close()
+        raise
+    return found
+
+
+def tcp(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind((address, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        message = f"cannot listen on {address} port {port}: {error.strerror}"
+        raise AgentError("unavailable", message, field="data.port", value=port, remedy="see `ss -tlnp`") from error
+    return listener
+
+
+def unix(path: Path, mode: int, group: str = "", *, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """A socket at `path`, in place of one that nobody listens on any more."""
+    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if path.is_socket():
+            _refuse_served(path, kind)
+            path.unlink()
+        old = os.umask(0o777 & ~mode)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(old)
+        path.chmod(mode)
+        if group:
+            with contextlib.suppress(KeyError):
+                os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        message = f"cannot listen on {str(path)!r}: {error.strerror}"
+        raise AgentError("unavailable", message, value=str(path), remedy="see data.*_socket") from error
+    return listener
+
+
+def _refuse_served(path: Path, kind: int) -> None:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return
+    remedy = "is another data daemon running? set data.*_socket or agent.runtime_dir"
+    raise AgentError("conflict", f"somebody listens on {str(path)!r} already", value=str(path), remedy=remedy)
+
+
+def _address(settings: Data) -> str:
+    """What leaves this host goes by TLS only."""
+    address = settings.listen or ("::" if settings.cert != UNSET else "127.0.0.1")
+    try:
+        known = ipaddress.ip_address(address)
+    except ValueError as error:
+        raise AgentError(
+            "invalid",
+            f"data.listen is no IP address: {address!r}",
+            field="data.listen",
+            value=address,
+            remedy="write one",
+        ) from error
+    if settings.cert == UNSET and not known.is_loopback:
+        remedy = "set data.cert and data.key, or listen on 127.0.0.1"
+        raise AgentError(
+            "invalid", f"{address} leaves this host, and there is no certificate", field="data.cert", remedy=remedy
+        )
+    return address

@@ -1,0 +1,171 @@
+"""The data daemon as the agent's child: started, watched, started again, and left alone where it works.
+
+It outlives the agent, as storage daemons do: who downloads notices nothing of the agent's restart. The next agent finds
+it by its control socket, and goes on with it. One that ended is started again, ever more slowly; with it end its
+tickets, which is what its clients and whoever gave these are told by it.
+
+The agent binds its sockets: they lie where the daemon's user may make no file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hostagent.errors import AgentError
+from hostagent.transfers.control import Control
+
+log = logging.getLogger(__name__)
+
+Launch = Callable[[list[str], list[int]], subprocess.Popen[bytes]]
+"""Starts a command as the daemon's user; these descriptors keep their numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`command` is the daemon's; `ready` seconds until it must answer, `look` between two looks at it, `retry` and
+    `retry_max` before it is started again."""
+
+    command: list[str]
+    ready: float
+    look: float
+    retry: float = 1.0
+    retry_max: float = 60.0
+
+
+class Child:
+    """`listen` makes its sockets, by name. `tell` hears when its state changes."""
+
+    def __init__(
+        self,
+        control: Control,
+        settings: Settings,
+        *,
+        listen: Callable[[], dict[str, socket.socket]],
+        launch: Launch,
+        tell: Callable[[bool, str | None], None],
+    ) -> None:
+        self.control = control
+        self._settings = settings
+        self._listen = listen
+        self._launch = launch
+        self._tell = tell
+        self._process: subprocess.Popen[bytes] | None = None
+        self.pid: int | None = None
+        self.error: str | None = "it is being started"
+
+    async def run(self) -> None:
+        """Until it is cancelled: that leaves the daemon as it is (see `stop`)."""
+        retry = self._settings.retry
+        while True:
+            if await self._answers():
+                retry = self._settings.retry
+                await self._until_it_ends()
+                continue
+            try:
+                await self._start()
+            except (AgentError, OSError) as error:
+                self._failed(str(error))
+                await asyncio.sleep(retry)
+                retry = min(retry * 2, self._settings.retry_max)
+
+    async def stop(self) -> None:
+        """End it, unless somebody has a ticket: then it goes on, and the next agent finds it."""
+        try:
+            found = await asyncio.to_thread(self.control.health)
+        except AgentError:
+            return
+        if found.get("tickets") == 0 and isinstance(pid := found.get("pid"), int) and pid == self.pid:
+            await asyncio.to_thread(self._end, pid)
+
+    def _end(self, pid: int) -> None:
+        try:
+            handle = os.pidfd_open(pid)
+        except OSError:
+            return
+        try:
+            signal.pidfd_send_signal(handle, signal.SIGTERM)
+        except OSError:
+            pass
+        finally:
+            os.close(handle)
+        if self._process is not None and self._process.pid == pid:
+            try:
+                self._process.wait(self._settings.ready)
+            except subprocess.TimeoutExpired:
+                log.warning("the data daemon takes its time to end", extra={"fields": {"pid": pid}})
+
+    async def _answers(self) -> bool:
+        try:
+            found = await asyncio.to_thread(self.control.health)
+        except AgentError:
+            return False
+        self.pid = found.get("pid")
+        if self.error is not None:
+            self.error = None
+            self._tell(True, None)
+            log.info("data daemon answers", extra={"fields": {"pid": self.pid}})
+        return True
+
+    async def _until_it_ends(self) -> None:
+        """Or does not answer any more."""
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        handle = -1
+        try:
+            if self.pid is not None:
+                handle = os.pidfd_open(self.pid)
+                loop.add_reader(handle, ended.set)
+            while not ended.is_set():
+                try:
+                    await asyncio.wait_for(ended.wait(), self._settings.look)
+                except TimeoutError:
+                    if not await self._answers():
+                        break
+        except OSError:
+            pass  # it ended in this moment
+        finally:
+            if handle >= 0:
+                loop.remove_reader(handle)
+                os.close(handle)
+        if self._process is not None:
+            self._process.poll()
+
+    async def _start(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            raise AgentError("unresponsive", f"the data daemon (pid {self.pid}) runs, and does not answer")
+        listeners = await asyncio.to_thread(self._listen)
+        try:
+            inherit = [f"--inherit={name}={one.fileno()}" for name, one in listeners.items()]
+            fds = [one.fileno() for one in listeners.values()]
+            command = [*self._settings.command, *inherit]
+            self._process = await asyncio.to_thread(self._launch, command, fds)
+        finally:
+            for listener in listeners.values():
+                listener.close()
+        self.pid = self._process.pid
+        deadline = asyncio.get_running_loop().time() + self._settings.ready
+        while not await self._answers():
+            if self._process.poll() is not None:
+                raise AgentError("unavailable", "it ended at once; the log says why")
+            if asyncio.get_running_loop().time() > deadline:
+                raise AgentError("unresponsive", "it does not answer; see the log")
+            await asyncio.sleep(0.05)
+
+    def _failed(self, why: str) -> None:
+        changed = self.error != why
+        self.error = why
+        if changed:
+            self._tell(False, why)
+            log.warning("no data daemon", extra={"fields": {"error": why}})
+
+    def facts(self) -> dict[str, Any]:
+        """For `status`."""
+        return {"running": self.error is None, "pid": self.pid, "error": self.error}

@@ -1,0 +1,136 @@
+"""The data daemon as the agent's child: it outlives the agent, and is started again when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostagent.errors import AgentError
+from hostagent.transfers.control import Control
+from hostagent.unix_http import UnixConnection
+from tests.harness import AgentProcess
+
+pytestmark = pytest.mark.qemu
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[AgentProcess]:
+    with AgentProcess(tmp_path, {"DATA_START": "true", "DATA_PORT": "0", "QSD_PROBE_INTERVAL": "0.1"}) as started:
+        pids: set[int] = set()
+        try:
+            yield started
+        finally:
+            with contextlib.suppress(AgentError):
+                pids.add(control(started).health()["pid"])
+            started.close()
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def control(agent: AgentProcess) -> Control:
+    folder = agent.runtime
+    return Control(folder / "data-control.sock", folder / "data-handover.sock", timeout=5, revoke=5)
+
+
+def until(found: Callable[[], Any]) -> Any:
+    end = time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(AgentError):
+            if value := found():
+                return value
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.05)
+
+
+def pid_of(agent: AgentProcess) -> int:
+    return int(until(lambda: control(agent).health()["pid"]))
+
+
+def data(agent: AgentProcess, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    connection = UnixConnection(agent.runtime / "data.sock", timeout=20)
+    try:
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def ticket(url: str, size: int, *ops: str) -> dict[str, Any]:
+    return {"uuid": str(uuid.uuid4()), "size": size, "ops": list(ops), "timeout": 300, "url": url}
+
+
+def test_it_runs_as_nobody_and_the_agent_says_so(agent: AgentProcess) -> None:
+    pid = pid_of(agent)
+    until(lambda: agent.get("/v1/host")["data_daemon"]["running"])
+    assert agent.get("/v1/host")["data_daemon"] == {"running": True, "pid": pid, "error": None}
+    status = Path(f"/proc/{pid}/status").read_text()
+    if os.geteuid() == 0:
+        assert "Uid:\t0" not in status
+        assert "CapEff:\t0000000000000000" in status
+
+
+def test_it_outlives_the_agent_with_its_tickets_and_is_found_again(agent: AgentProcess) -> None:
+    pid = pid_of(agent)
+    one = ticket("nbd:unix:/nowhere", 4096, "read")
+    control(agent).add(one)
+    agent.kill()
+    agent.start()
+    assert until(lambda: agent.get("/v1/host")["data_daemon"]["running"])
+    assert pid_of(agent) == pid
+    agent.stop()
+    assert control(agent).show(one["uuid"])["size"] == 4096, "somebody has a ticket"
+    agent.start()
+    assert pid_of(agent) == pid
+    control(agent).remove(one["uuid"])
+    agent.stop()
+    assert until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text())
+
+
+def test_one_that_was_killed_is_started_again(agent: AgentProcess) -> None:
+    pid = pid_of(agent)
+    os.kill(pid, signal.SIGKILL)
+    again = until(lambda: (found := control(agent).health()["pid"]) != pid and found)
+    assert until(lambda: agent.get("/v1/host")["data_daemon"]["pid"] == again)
+
+
+def test_an_image_that_it_may_not_open_is_handed_over(agent: AgentProcess, tmp_path: Path) -> None:
+    pid_of(agent)
+    content = os.urandom(1 << 20)
+    image = tmp_path / "image.raw"
+    image.write_bytes(content)
+    image.chmod(0o600)
+    name = str(uuid.uuid4())
+    with image.open("rb") as file:
+        control(agent).hand_over(name, [file.fileno()])
+    one = ticket(f"fd:{name}", len(content), "read")
+    control(agent).add(one)
+    assert data(agent, "GET", f"/images/{one['uuid']}") == (200, content)
+    control(agent).hand_over(name, [])
+    other = ticket(f"fd:{name}", len(content), "read")
+    control(agent).add(other)
+    assert data(agent, "GET", f"/images/{other['uuid']}")[0] == 404
+
+
+def test_what_is_no_handover_is_refused_and_the_next_one_is_taken(agent: AgentProcess, tmp_path: Path) -> None:
+    pid_of(agent)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock, (tmp_path / "f").open("w+b") as file:
+        sock.settimeout(10)
+        sock.connect(str(agent.runtime / "data-handover.sock"))
+        for message in (b"nonsense", b"[]", b'{"name": 5, "files": 1}', b'{"name": "x", "files": 2}'):
+            socket.send_fds(sock, [message], [file.fileno()])
+            assert b"error" in sock.recv(1000)
+        socket.send_fds(sock, [b'{"name": "x", "files": 1}'], [file.fileno()])
+        assert sock.recv(1000) == b'{"ok": true}'

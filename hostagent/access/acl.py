@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from hostagent.inodes import file_system_type, is_shared
 from jobs.errors import JobError
 
 XATTR = "system.posix_acl_access"
@@ -35,11 +36,6 @@ VERSION = 2
 UNDEFINED_ID = 0xFFFFFFFF
 USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 READ, WRITE = 4, 2
-
-# Where another host may use the file too, with its own idea of users: what is changed here can stop a guest there.
-SHARED_FILE_SYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "9p", "virtiofs", "gpfs", "ocfs2", "gfs2", "unknown"}
-)
 
 Need = Literal["r", "rw"]
 NEEDS: dict[Need, int] = {"r": READ, "rw": READ | WRITE}
@@ -339,17 +335,10 @@ def supports_acl(fd: int) -> bool:
 
 
 def file_system(fd: int) -> FileSystem:
-    """The type as in /proc/mounts; `unknown`, which counts as shared, when the mount is not ours to see.
-
-    By mount id and not by device number, which a btrfs subvolume does not share with its mount.
-    """
+    """The type as in /proc/mounts; `unknown`, which counts as shared, when the mount is not ours to see."""
     with _explained(fd):
-        with open(f"/proc/self/fdinfo/{fd}") as lines:
-            mount = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), "")
-        with open("/proc/self/mountinfo", errors="surrogateescape") as lines:
-            fields = next((line.split() for line in lines if line.split(" ", 1)[0] == mount), None)
-    kind = "unknown" if fields is None else fields[fields.index("-") + 1]
-    return FileSystem(kind, kind in SHARED_FILE_SYSTEMS or kind.startswith("fuse"))
+        kind = file_system_type(fd)
+    return FileSystem(kind, is_shared(kind))
 
 
 def user_name(uid: int) -> str:

@@ -1,8 +1,7 @@
 """Leases on image files that other agents respect, and QEMU too.
 
-QEMU marks what it does with an image by open file description (OFD) locks on single bytes: a read lock on 100+n says
-"I use permission n", one on 200+n "I do not share permission n", and it tests the opposite byte before it goes on. A
-lease speaks that language, and adds byte 150, which QEMU does not use, for agents among themselves:
+QEMU marks what it does with an image by locks on single bytes (hostagent.qemu_locks). A lease speaks that language, and
+adds byte 150, which QEMU does not use, for agents among themselves:
 
 * shared, for a file that is read and must not change: we use CONSISTENT_READ, share neither WRITE nor RESIZE. While it
   stands `qemu-io write` and `qemu-img commit` into the file fail, and readers and streams from it do not;
@@ -26,24 +25,16 @@ import errno
 import fcntl
 import os
 import stat
-import struct
 import threading
 from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 
+from hostagent import qemu_locks
 from hostagent.access import holders, stacking
+from hostagent.qemu_locks import AGENT_BYTE, PART_WRITTEN, READERS, READING, WRITERS
 from jobs.errors import JobError
 from jobs.model import FileId
-
-USES, UNSHARED = 100, 200
-CONSISTENT_READ, WRITE, RESIZE = 0, 1, 3
-AGENT_BYTE = 150
-PART_WRITTEN = 151
-READING = (USES + CONSISTENT_READ, UNSHARED + WRITE, UNSHARED + RESIZE)
-WRITERS = (USES + WRITE, USES + RESIZE, UNSHARED + CONSISTENT_READ)
-READERS = (UNSHARED + WRITE, UNSHARED + RESIZE)
-FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid; native alignment, 64 bits
 
 
 class LeaseMode(StrEnum):
@@ -277,10 +268,8 @@ def _lock(fd: int, path: str, kind: int, bytes_: tuple[int, ...]) -> None:
     """Set or clear our lock on each byte, without waiting. What was set before a refusal goes with the descriptor."""
     for byte in bytes_:
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+            taken = qemu_locks.take(fd, kind, byte)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise _busy(fd, path, byte, ()) from None
             raise JobError(
                 "unavailable",
                 f"cannot lock {path}: {error.strerror}",
@@ -288,13 +277,14 @@ def _lock(fd: int, path: str, kind: int, bytes_: tuple[int, ...]) -> None:
                 field="path",
                 value=path,
             ) from error
+        if not taken:
+            raise _busy(fd, path, byte, ())
 
 
 def _refuse_others(fd: int, path: str, bytes_: tuple[int, ...], ours: Collection[int]) -> None:
     for byte in bytes_:
-        test = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-        kind = FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, test))[0]
-        if kind != fcntl.F_UNLCK and not (ours and _only(ours, fd, byte)):
+        taken = qemu_locks.first_taken(fd, (byte,)) is not None
+        if taken and not (ours and _only(ours, fd, byte)):
             raise _busy(fd, path, byte, ours)
 
 

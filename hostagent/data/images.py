@@ -217,7 +217,7 @@ class Images:
         ticket = self._tickets.use(ticket_id, "write")
         _refuse_other(request, ticket)
         with self._writable(ticket, connection) as backend:
-            size = _size(ticket, backend)
+            size = _capacity(ticket, backend)
             length = said if request.length is None else request.length
             if offset > size or (length is not None and length > size - offset):
                 message = f"Requested {length} bytes at {offset}, and the image has {size}"
@@ -275,7 +275,7 @@ class Images:
         ticket = self._tickets.use(ticket_id, "write")
         _refuse_other(request, ticket)
         with self._writable(ticket, connection) as backend:
-            size = _size(ticket, backend)
+            size = _capacity(ticket, backend)
             if offset > size or length > size - offset:
                 message = f"Requested range out of allowed range: {length} bytes at {offset}, size {size}"
                 raise HttpError(416, message, headers=(("content-range", f"bytes */{size}"),))
@@ -350,6 +350,10 @@ def _split(path: str) -> tuple[bool, str | None, str]:
 
 def _size(ticket: Ticket, backend: ImageBackend) -> int:
     return min(ticket.spec.size, backend.size())
+
+
+def _capacity(ticket: Ticket, backend: ImageBackend) -> int:
+    return min(ticket.spec.size, backend.capacity())
 
 
 def _closes(request: Request) -> bool:

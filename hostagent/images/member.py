@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostagent.images.header import is_plain, shown
+from hostagent.inodes import DEVICES, GRASP, device_link, device_node, has_no_storage, kind_name
 from jobs.errors import JobError
 from jobs.model import Layer
 
-DEVICES = "/dev"
-_GRASP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -60,24 +59,13 @@ def open_member(wanted: Wanted, limits: ChainLimits) -> tuple[int, str]:
         folder, name = os.path.split(wanted.path)
         _refuse_place(Path(os.path.realpath(folder), name), wanted, limits)
     with _os_errors(wanted):
-        link = _device_link(wanted.path)
-        handle = os.open(os.path.realpath(link) if link else wanted.path, _GRASP)
+        link = device_link(wanted.path)
+        handle = os.open(os.path.realpath(link) if link else wanted.path, GRASP)
         try:
             path = _judge(handle, wanted, limits, link)
             return os.open(f"/proc/self/fd/{handle}", _READ), path
         finally:
             os.close(handle)
-
-
-def _device_link(path: str) -> Path | None:
-    """The path, its folders resolved, when it is a link to a device, in a folder below /dev that is root's alone."""
-    folder, name = os.path.split(path)
-    link = Path(os.path.realpath(folder), name)
-    if not link.is_relative_to(DEVICES) or not link.is_symlink():
-        return None
-    owner = link.parent.stat()
-    ours = owner.st_uid == 0 and not owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return link if ours and link.is_block_device() else None
 
 
 def _judge(handle: int, wanted: Wanted, limits: ChainLimits, link: Path | None) -> str:
@@ -122,7 +110,7 @@ def _in_pool(path: Path, limits: ChainLimits) -> bool:
 def _refuse_kind(handle: int, found: os.stat_result, path: str) -> None:
     mode = found.st_mode
     if stat.S_ISREG(mode):
-        if not found.st_blocks and _has_no_storage(handle):
+        if not found.st_blocks and has_no_storage(handle):
             remedy = "name an image that lies on storage"
             message = f"{path} is a view of the kernel or a device, not a stored file"
             raise JobError("image_invalid", message, remedy=remedy, value=path)
@@ -137,34 +125,8 @@ def _refuse_kind(handle: int, found: os.stat_result, path: str) -> None:
             message = f"{path} is not the node by which the kernel knows the device"
             raise JobError("image_invalid", message, remedy=f"name {node or f'its node in {DEVICES}'}", value=path)
         return
-    kind = next((name for test, name in _KINDS if test(mode)), "a special file")
     remedy = "name an image that is a regular file"
-    raise JobError("image_invalid", f"{path} is {kind}, not an image", remedy=remedy, value=path)
-
-
-def _has_no_storage(handle: int) -> bool:
-    """Whether the file system is one like /proc and /sys, which have neither blocks nor inodes to give. Reading their
-    files may fail, wait, or have effects."""
-    system = os.fstatvfs(handle)
-    return not system.f_blocks and not system.f_files
-
-
-def device_node(device: int) -> str | None:
-    """The kernel's own node of a block device; None when sysfs does not say."""
-    try:
-        lines = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/uevent").read_text().splitlines()
-    except OSError:
-        return None
-    name = next((line.removeprefix("DEVNAME=") for line in lines if line.startswith("DEVNAME=")), None)
-    return f"{DEVICES}/{name}" if name else None
-
-
-_KINDS = (
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a character device"),
-)
+    raise JobError("image_invalid", f"{path} is {kind_name(mode)}, not an image", remedy=remedy, value=path)
 
 
 def changed(path: str, what: str) -> JobError:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hostagent.access import leases
+from hostagent import qemu_locks
 from hostagent.access.leases import Lease, LeaseMode
 from jobs.errors import JobError
 
@@ -349,6 +349,6 @@ def test_a_storage_daemon_streams_from_a_leased_base(
 
 def test_the_bytes_are_those_of_qemu() -> None:
     """block/file-posix.c: RAW_LOCK_PERM_BASE 100, RAW_LOCK_SHARED_BASE 200; BLK_PERM_ bits 0, 1 and 3."""
-    assert leases.READING == (100, 201, 203)
-    assert leases.WRITERS == (101, 103, 200)
-    assert leases.FLOCK.size == 32
+    assert qemu_locks.READING == (100, 201, 203)
+    assert qemu_locks.WRITERS == (101, 103, 200)
+    assert qemu_locks.FLOCK.size == 32

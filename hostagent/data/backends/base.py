@@ -138,6 +138,10 @@ class ImageBackend(ABC):
 
     # What the daemon adds, in terms of the above
 
+    def capacity(self) -> int:
+        """Bytes that it may be written to have: more than `size` for a file that may grow."""
+        return self.size()
+
     @property
     def block_size(self) -> int:
         """Bytes; reads and writes that are no multiples of it may be slow."""
@@ -162,7 +166,7 @@ class ImageBackend(ABC):
         """`length` bytes of the source, or all of it, at `offset`; the bytes written. Not flushed.
 
         AgentError `range` when a source of unknown length has more than the image."""
-        end = self.size()
+        end = self.capacity()
         buffer, written = bytearray(PIECE), 0
         while length is None or written < length:
             wanted = PIECE if length is None else min(PIECE, length - written)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hostagent.access import holders
-from hostagent.access.leases import FLOCK
+from hostagent.qemu_locks import FLOCK
 from jobs.model import FileId
 
 Holding = Callable[..., subprocess.Popen[str]]

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from hostagent.data.errors import HttpError
 from hostagent.data.wire import Request, chunks, head
+from hostagent.errors import CODES
 
 Headers = Sequence[tuple[str, str]]
 
@@ -43,9 +44,10 @@ def of_error(error: HttpError, request: Request | None, extra: Headers = ()) -> 
     headers = [*error.headers, *extra]
     if request is not None and "application/problem+json" in request.headers.get("accept", ""):
         found: dict[str, Any] = {
-            "type": f"urn:hostagent:error:{error.code}",
-            "title": error.message.split("\n", 1)[0],
+            "type": f"urn:hostagent:problem:{error.code}",
+            "title": CODES.get(error.code, CODES["internal"]).title,
             "status": error.status,
+            "detail": error.message,
             "code": error.code,
         }
         if error.remedy:
@@ -91,6 +93,7 @@ def disposition(filename: str | None) -> str:
     """Content-Disposition (RFC 6266): a plain name for old clients, and the true one encoded (RFC 8187)."""
     if filename is None:
         return "attachment"
+    filename = "".join(c if c.isprintable() else "_" for c in filename)
     plain = "".join(c if c.isascii() and c.isprintable() and c not in '"\\%/' else "_" for c in filename)
     if plain == filename:
         return f'attachment; filename="{plain}"'

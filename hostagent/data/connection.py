@@ -182,12 +182,14 @@ class Connection:
             backend.fence()
 
     def let_go(self) -> None:
-        if self._using.acquire(blocking=False):
-            try:
-                if self._ticket is not None and self._ticket.canceled:
-                    self._give_back()
-            finally:
-                self._using.release()
+        if not self._using.acquire(blocking=False):
+            self.stop()  # in use before or after its operation, such as to connect to a server that does not answer
+            return
+        try:
+            if self._ticket is not None and self._ticket.canceled:
+                self._give_back()
+        finally:
+            self._using.release()
 
     def _give_back(self) -> None:
         backend, ticket = self._backend, self._ticket

@@ -7,6 +7,7 @@ that clients reach.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hostagent import __version__
@@ -17,6 +18,7 @@ from hostagent.data.errors import HttpError
 from hostagent.data.metrics import CONTENT_TYPE, Metrics
 from hostagent.data.tickets import Tickets, described
 from hostagent.data.wire import Request
+from hostagent.errors import AgentError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,13 @@ class ControlBounds:
 
 
 class Control:
-    def __init__(self, tickets: Tickets, metrics: Metrics, bounds: ControlBounds) -> None:
+    """`usable` raises AgentError (invalid, denied) for a ticket whose image no backend serves."""
+
+    def __init__(
+        self, tickets: Tickets, metrics: Metrics, bounds: ControlBounds, usable: Callable[[ticket.Spec], None]
+    ) -> None:
         self._tickets = tickets
+        self._usable = usable
         self._metrics = metrics
         self._bounds = bounds
 
@@ -73,6 +80,13 @@ class Control:
         if not ticket_id:
             raise HttpError(400, "Ticket id is required")
         spec = ticket.parse(body, ticket_id, self._bounds.inactivity_timeout)
+        try:
+            self._usable(spec)
+        except AgentError as error:
+            if error.code == "invalid":
+                raise ticket.invalid("url", spec.url, error.message) from error
+            if error.code == "denied":
+                raise
         self._tickets.add(spec, self._bounds.revoke_timeout)
         return Answer(200)
 

@@ -14,6 +14,8 @@ from hostagent import sdnotify
 from hostagent.config import UNSET, Config
 from hostagent.config_data import Data
 from hostagent.data.audit import Audit
+from hostagent.data.backends.file import files, handed_over
+from hostagent.data.backends.holds import Holds
 from hostagent.data.backends.registry import Registry
 from hostagent.data.connection import Handler, Patience
 from hostagent.data.control import Control, ControlBounds
@@ -61,6 +63,7 @@ class Daemon:
             self.tickets,
             self.metrics,
             ControlBounds(settings.revoke_timeout, settings.ticket_size, settings.inactivity_timeout),
+            images.usable,
         )
         theirs = inherited(given)
         listeners = theirs or listen(config)
@@ -128,7 +131,9 @@ def run(config: Config, given: Mapping[str, int]) -> int:
 
 def registry(settings: Data, descriptors: Descriptors, metrics: Metrics) -> Registry:
     """The backends of this daemon, by their schemes."""
-    found = Registry()
+    found, holds = Registry(), Holds()
+    found.register("file", files(settings.allow_paths, holds))
+    found.register("fd", handed_over(descriptors.claim, holds))
     return found
 
 

@@ -22,7 +22,7 @@ from hostagent.data.errors import HttpError, not_allowed
 from hostagent.data.metered import Download, Stream, Upload
 from hostagent.data.metrics import Metrics
 from hostagent.data.ranges import parse_content_range, parse_range
-from hostagent.data.ticket import read_object
+from hostagent.data.ticket import Spec, read_object
 from hostagent.data.tickets import Operation, Ticket, Tickets
 from hostagent.data.wire import Request, head
 
@@ -103,7 +103,7 @@ class Images:
         with self._opened(ticket, connection) as backend:
             writable = ticket.spec.writable and not backend.get_capabilities()["read_only"]
             found["features"] = ["checksum", "extents", *(["flush", "zero"] if writable else [])]
-            found |= {"max_readers": backend.max_readers, "max_writers": backend.max_writers if writable else 0}
+            found |= {"max_readers": backend.max_readers, "max_writers": backend.max_writers}
             found |= {"size": _size(ticket, backend), "block_size": backend.block_size, "generation": ticket.etag}
         ticket.succeeded()
         return self._allowed(request, connection, "OPTIONS,GET,PUT,PATCH" if writable else "OPTIONS,GET", found)
@@ -296,18 +296,12 @@ class Images:
 
     # The image behind a ticket
 
+    def usable(self, spec: Spec) -> None:
+        """AgentError where there is no backend for it; nothing is opened."""
+        self._registry.open(_opening(spec, {})).close()
+
     def _open(self, ticket: Ticket) -> ImageBackend:
-        spec = ticket.spec
-        opening = Opening(
-            spec.url,
-            spec.size,
-            writable=spec.writable,
-            sparse=spec.sparse,
-            dirty=spec.dirty,
-            image=spec.image,
-            shared=ticket.shared,
-        )
-        return self._registry.open(opening)
+        return self._registry.open(_opening(ticket.spec, ticket.shared))
 
     def _opened(self, ticket: Ticket, connection: Connection) -> Any:
         return connection.backend(ticket, lambda: self._open(ticket))
@@ -336,6 +330,18 @@ class _Writable:
 
 
 _ANY = 1 << 30
+
+
+def _opening(spec: Spec, shared: dict[str, Any]) -> Opening:
+    return Opening(
+        spec.url,
+        spec.size,
+        writable=spec.writable,
+        sparse=spec.sparse,
+        dirty=spec.dirty,
+        image=spec.image,
+        shared=shared,
+    )
 
 
 def _split(path: str) -> tuple[bool, str | None, str]:
@@ -389,7 +395,7 @@ def _number(request: Request, name: str) -> int | None:
     value = request.query.get(name)
     if value is None:
         return None
-    if not (value.isascii() and value.isdigit() and len(value) <= 19):
+    if not (value.isascii() and value.isdigit() and len(value) <= 40):
         raise HttpError(400, f"Invalid value {value[:100]!r} for {name!r}, expecting a number of bytes")
     return int(value)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from hostagent.data.errors import HttpError
 
-_BYTES = re.compile(r"bytes=(\d{0,19})-(\d{0,19})", re.ASCII)
-_CONTENT = re.compile(r"bytes (?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19}|\*)", re.ASCII)
+_BYTES = re.compile(r"bytes=(\d{0,40})-(\d{0,40})", re.ASCII)
+_CONTENT = re.compile(r"bytes (\d{1,40})-(\d{1,40}|\*)/(\d{1,40}|\*)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,15 @@ def parse_range(value: str) -> Asked:
 
 
 def parse_content_range(value: str) -> tuple[int, int | None]:
-    """The first byte of a Content-Range, and the length that it says, if it does."""
+    """The first byte of a Content-Range, and the length that it says, if it does: clients of the dialect may not yet
+    know where they end, and write `bytes 4096-*/*`."""
     match = _CONTENT.fullmatch(value.strip())
-    if match is None or match[1] is None:
+    if match is None:
         raise HttpError(400, f"Invalid Content-Range {value[:100]!r}")
-    first, last = int(match[1]), int(match[2])
+    first = int(match[1])
+    if match[2] == "*":
+        return first, None
+    last = int(match[2])
     if first > last or (match[3] != "*" and last >= int(match[3])):
         raise HttpError(400, f"Invalid Content-Range {value[:100]!r}")
     return first, last - first + 1
@@ -88,12 +92,13 @@ class RangeSet:
 
     def discard(self, begin: int, end: int) -> None:
         """Without these bytes from now on."""
-        if begin >= end:
+        first = bisect.bisect_right(self._ends, begin)
+        last = bisect.bisect_left(self._begins, end)
+        if begin >= end or first >= last:
             return
-        kept = [
-            piece for b, e in self.pairs() for piece in ((b, min(e, begin)), (max(b, end), e)) if piece[0] < piece[1]
-        ]
-        self._begins, self._ends = [b for b, _ in kept], [e for _, e in kept]
+        kept = [(b, e) for b, e in ((self._begins[first], begin), (end, self._ends[last - 1])) if b < e]
+        self._begins[first:last] = [b for b, _ in kept]
+        self._ends[first:last] = [e for _, e in kept]
 
     def pairs(self) -> list[tuple[int, int]]:
         """From the first byte to that after the last, in order."""

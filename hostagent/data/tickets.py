@@ -30,7 +30,7 @@ class Holder(Protocol):
         """End what runs, at once, from another thread: the socket and the backend. Idempotent."""
 
     def let_go(self) -> None:
-        """Give back the backend, where nothing runs; else `stop` has been called and does it."""
+        """Give back the backend, if it is not in use; else as `stop`."""
 
 
 @dataclass(eq=False, slots=True)

@@ -1,8 +1,7 @@
-"""Ranges of bytes: those that requests name (RFC 9110, section 14), and sets of them."""
+"""Ranges of bytes that requests name (RFC 9110, section 14)."""
 
 from __future__ import annotations
 
-import bisect
 import re
 from dataclasses import dataclass
 
@@ -63,55 +62,3 @@ def parse_content_range(value: str) -> tuple[int, int | None]:
 
 def unsatisfiable(size: int, message: str) -> HttpError:
     return HttpError(416, message, headers=(("content-range", f"bytes */{size}"),))
-
-
-class RangeSet:
-    """A union of ranges, kept in order and apart; of more than `most` the shortest are forgotten, so it may be too
-    little, and never too much."""
-
-    def __init__(self, most: int = 65536) -> None:
-        self._most = most
-        self._begins: list[int] = []
-        self._ends: list[int] = []
-
-    def add(self, begin: int, end: int) -> None:
-        if begin >= end:
-            return
-        first = bisect.bisect_left(self._ends, begin)
-        last = bisect.bisect_right(self._begins, end)
-        if first < last:
-            begin, end = min(begin, self._begins[first]), max(end, self._ends[last - 1])
-        self._begins[first:last], self._ends[first:last] = [begin], [end]
-        if len(self._begins) > self._most:
-            shortest = min(range(len(self._begins)), key=lambda i: self._ends[i] - self._begins[i])
-            del self._begins[shortest], self._ends[shortest]
-
-    def update(self, other: RangeSet) -> None:
-        for begin, end in other.pairs():
-            self.add(begin, end)
-
-    def discard(self, begin: int, end: int) -> None:
-        """Without these bytes from now on."""
-        first = bisect.bisect_right(self._ends, begin)
-        last = bisect.bisect_left(self._begins, end)
-        if begin >= end or first >= last:
-            return
-        kept = [(b, e) for b, e in ((self._begins[first], begin), (end, self._ends[last - 1])) if b < e]
-        self._begins[first:last] = [b for b, _ in kept]
-        self._ends[first:last] = [e for _, e in kept]
-
-    def pairs(self) -> list[tuple[int, int]]:
-        """From the first byte to that after the last, in order."""
-        return list(zip(self._begins, self._ends, strict=True))
-
-    def copy(self) -> RangeSet:
-        other = RangeSet(self._most)
-        other._begins, other._ends = list(self._begins), list(self._ends)
-        return other
-
-    def clear(self) -> None:
-        self._begins, self._ends = [], []
-
-    def __len__(self) -> int:
-        """Bytes in all."""
-        return sum(self._ends) - sum(self._begins)

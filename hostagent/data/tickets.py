@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hostagent.data.errors import HttpError, not_allowed
-from hostagent.data.ranges import RangeSet
 from hostagent.data.streams import Stopped
 from hostagent.data.throttle import Lane
 from hostagent.data.ticket import Spec
+from hostagent.rangeset import RangeSet
 
 
 class Holder(Protocol):

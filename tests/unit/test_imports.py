@@ -22,7 +22,7 @@ LEAVES = {
     for name in (
         *("config", "config_data", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify", "nbdclient"),
         *("locks", "schema", "selection", "turns", "unix_http"),
-        *("inodes", "qcow2", "qemu_locks"),
+        *("blocks", "inodes", "qcow2", "qemu_locks", "rangeset"),
     )
 }
 SIBLINGS = ("store", "images", "drivers", "nbd", "guests", "access", "transfers")

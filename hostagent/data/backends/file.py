@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
-from hostagent.data.backends import blocks, whole
+from hostagent import blocks
+from hostagent.data.backends import whole
 from hostagent.data.backends.base import BackendSession, Extent, ImageBackend, beyond
 from hostagent.data.backends.faults import fault
 from hostagent.data.backends.holds import Held, Holds
@@ -205,7 +206,7 @@ class FileBackend(ImageBackend):
             try:
                 for one in blocks.data_and_holes(held.fd, start, length):
                     self.check()
-                    yield one
+                    yield Extent(one.start, one.length, one.zero)
             except OSError as error:
                 raise fault(error, held.name, "read") from error
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hostagent import qemu_locks
-from hostagent.data.backends.blocks import alignment
+from hostagent.blocks import alignment
 from hostagent.data.backends.faults import fault
 from hostagent.errors import AgentError
 from hostagent.qemu_locks import AGENT_BYTE, PART_WRITTEN, READERS, READING, WRITERS

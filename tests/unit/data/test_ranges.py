@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostagent.data.errors import HttpError
-from hostagent.data.ranges import RangeSet, parse_content_range, parse_range
+from hostagent.data.ranges import parse_content_range, parse_range
+from hostagent.rangeset import RangeSet
 
 SIZE = 1000
 
@@ -89,6 +90,8 @@ def test_a_set_of_ranges_is_a_set_of_bytes(steps: list[tuple[bool, int, int]]) -
             model -= set(range(begin, end))
         pairs = ranges.pairs()
         assert {byte for b, e in pairs for byte in range(b, e)} == model
+        missing = list(ranges.missing(begin, end))
+        assert [byte for b, e in missing for byte in range(b, e)] == [b for b in range(begin, end) if b not in model]
         assert len(ranges) == len(model)
         assert all(b < e for b, e in pairs)
         assert all(first[1] < second[0] for first, second in itertools.pairwise(pairs)), "apart, in order"

@@ -11,8 +11,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-
-from hostagent.data.backends.base import Extent
+from typing import NamedTuple
 
 PAGE = 4096
 """What is written directly is aligned to this: no page is then written both directly and through the page cache."""
@@ -25,6 +24,14 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errn
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class Run(NamedTuple):
+    """`zero`: not stored, and read as zeros."""
+
+    start: int
+    length: int
+    zero: bool
 
 
 class Mode(IntEnum):
@@ -49,21 +56,19 @@ def alignment(fd: int) -> int:
     return max(PAGE, int(struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0]))
 
 
-def data_and_holes(fd: int, start: int, length: int) -> Iterator[Extent]:
-    """The extents of a regular file, one at a time, for which the kernel is asked then. Of a device nobody knows.
-
-    What is not stored reads as zeros and is no `hole`: a raw image is one layer, which has all of it."""
+def data_and_holes(fd: int, start: int, length: int) -> Iterator[Run]:
+    """Of a regular file, one run at a time, for which the kernel is asked then. A device has data throughout."""
     position, end = start, start + length
     while position < end:
         data = _seek(fd, position, os.SEEK_DATA)
         if data is None or data >= end:
-            yield Extent(position, end - position, True)
+            yield Run(position, end - position, True)
             return
         if data > position:
-            yield Extent(position, data - position, True)
+            yield Run(position, data - position, True)
         hole = _seek(fd, data, os.SEEK_HOLE)
         position = end if hole is None else min(hole, end)
-        yield Extent(data, position - data, False)
+        yield Run(data, position - data, False)
 
 
 def _seek(fd: int, offset: int, what: int) -> int | None:

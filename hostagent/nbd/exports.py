@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from events.model import Event, ExportEvent, ExportEventKind
-from hostagent import nbdclient
+from hostagent import nbdclient, nbdconnection
 from hostagent.drivers.qmp import Refused
 from hostagent.errors import AgentError
 from hostagent.locks import Locks
@@ -118,7 +118,7 @@ class Exports:
 
     async def start(self, spec: ExportSpec, export_id: str | None, *, anywhere: bool) -> tuple[ExportRecord, bool]:
         """A running export; or the one that the same id and request made before, and False."""
-        if not nbdclient.available():
+        if not nbdconnection.available():
             raise JobError("unavailable", "the libnbd binding is not installed", remedy="apt install python3-libnbd")
         export_id = export_id or str(uuid.uuid4())
         async with self._requests.alone(export_id):

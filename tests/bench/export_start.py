@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from hostagent import nbdclient
+from hostagent import nbdclient, nbdconnection
 from tests.bench import bare
 from tests.bench.figure import Figure, Result, median
 from tests.bench.stage import Stage, alternate
@@ -23,7 +23,7 @@ NBD_TIMEOUT = 10.0
 
 
 def measure(stage: Stage) -> Figure:
-    why = "" if nbdclient.available() else "needs libnbd's Python binding (python3-libnbd)"
+    why = "" if nbdconnection.available() else "needs libnbd's Python binding (python3-libnbd)"
     ours: list[float] = []
     bares: list[float] = []
     runs = 0 if why else stage.count(RUNS)

@@ -1,0 +1,224 @@
+"""An NBD export's bytes and extents in bulk: several requests in flight, each with a buffer of its own.
+
+Measured against a storage daemon with a qcow2 image: 1 MiB × 4 is the best of 512 KiB to 2 MiB and 2 to 4, for reads as
+for writes (tests/bench); from 2 MiB on QEMU's and our caches lose. Answers come in any order, bytes go out in theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+from hostagent.errors import AgentError
+from hostagent.nbdconnection import ALLOCATION, DEPTH, STATUS_SPAN, Connection, nbd
+from hostagent.nbddial import Fence, Fenced, Server, Waits
+
+PIECE = 1 << 20
+IN_FLIGHT = 4
+ZERO_STEP = 128 << 20
+"""Bytes of one write-zeroes request: short enough that a storage that really writes them can still be stopped."""
+
+UNTOLD = (0, 1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the handshake says of an export. `minimum`: bytes of the server's own blocks; `bitmap`: the context of its
+    dirty bitmap, if it has exactly one."""
+
+    size: int
+    read_only: bool
+    multi_conn: bool
+    can_flush: bool
+    can_zero: bool
+    minimum: int
+    bitmap: str | None
+
+
+class _Slot:
+    """A buffer that is used again and again, on whole pages."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(mmap.mmap(-1, PIECE))
+        self._whole = nbd.Buffer.from_buffer(self.view)
+
+    def buffer(self, length: int) -> Any:
+        return self._whole if length == PIECE else nbd.Buffer.from_buffer(self.view[:length])
+
+
+class Stream:
+    """One connection to an export. It is `broken` after an error that leaves it of no use, and then wants a new one."""
+
+    def __init__(self, server: Server, waits: Waits, fence: Fence, bitmap: str | None = None) -> None:
+        """`bitmap` is the context of the dirty bitmap that `status` tells of; without it, the only one there is."""
+        self._server = server
+        self._connection = Connection(server, waits, fence)
+        self._slots: list[_Slot] = []
+        self._flying: deque[tuple[int, _Slot, int]] = deque()
+        self.broken = False
+        try:
+            bitmaps = self._connection.bitmaps()
+            only = bitmaps[0] if len(bitmaps) == 1 else None
+            chosen = bitmap or only
+            self._connection.handle.set_pread_initialize(False)
+            self._asked = (ALLOCATION, DEPTH, chosen or "")
+            self._connection.go(self._asked if chosen else self._asked[:2])
+            self.facts = _facts(self._connection.handle, only)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """What `status` tells of, in its order."""
+        return self._connection.contexts
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.broken = True
+        self._connection.close()
+
+    # Bytes
+
+    def read(self, offset: int, length: int, deliver: Callable[[memoryview], object]) -> None:
+        """Give `length` bytes to `deliver`, in order, in pieces that are its own until it returns."""
+        end = offset + length
+        try:
+            while offset < end or self._flying:
+                while offset < end and len(self._flying) < IN_FLIGHT:
+                    number = min(PIECE, end - offset)
+                    slot = self._slot()
+                    self._fly(self._connection.pread(slot.buffer(number), offset), slot, number)
+                    offset += number
+                slot, number = self._land()
+                deliver(slot.view[:number])
+                self._slots.append(slot)
+        except BaseException:
+            # What is still to come would have to be read: a new connection is cheaper.
+            self.close()
+            raise
+
+    def write(self, fill: Callable[[memoryview], int], offset: int, length: int | None) -> int:
+        """Write what `fill` puts into buffers, `length` bytes or until it puts none; the bytes written.
+
+        Nothing is in flight when this returns or raises, unless the stream is `broken`."""
+        written = 0
+        try:
+            while length is None or written < length:
+                slot = self._slot()
+                number = fill(slot.view if length is None else slot.view[: length - written])
+                if number == 0:
+                    self._slots.append(slot)
+                    break
+                self._room(offset + written + number)
+                self._fly(self._connection.pwrite(slot.buffer(number), offset + written), slot, number)
+                written += number
+                self._connection.serve(0)  # while the next piece comes, this one goes
+            while self._flying:
+                self._slots.append(self._land()[0])
+        except BaseException:
+            self._settle()
+            raise
+        return written
+
+    def zero(self, offset: int, length: int, *, sparse: bool) -> None:
+        """Make these bytes zeros; `sparse`: their space may be freed."""
+        end = offset + length
+        while offset < end:
+            step = min(ZERO_STEP, end - offset)
+            with self._alive():
+                self._connection.wait(self._connection.zero(step, offset, no_hole=not sparse))
+            offset += step
+
+    def flush(self) -> None:
+        """What was written is on stable storage when this returns."""
+        with self._alive():
+            self._connection.flush()
+
+    def status(self, start: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+        """(length, flags of base:allocation, depth, flags of the bitmap), of exactly these bytes. One answer at a time
+        is in memory. What the export does not tell of is data, in the top layer, and clean."""
+        if not self.contexts:
+            yield length, *UNTOLD
+            return
+        end, picked = start + length, self._picked()
+        while start < end:
+            with self._alive():
+                answer = self._connection.status(start, min(end - start, STATUS_SPAN))
+            for one in answer:
+                size, state, depth, dirty = picked(one + UNTOLD)
+                size = min(size, end - start)
+                if size:
+                    yield size, state, depth, dirty
+                start += size
+
+    # Parts
+
+    def _picked(self) -> Callable[[tuple[int, ...]], tuple[int, int, int, int]]:
+        """Makes an answer with UNTOLD behind it complete, whichever contexts it tells of."""
+        contexts = self.contexts
+        places = [
+            1 + contexts.index(context) if context in contexts else 1 + len(contexts) + place
+            for place, context in enumerate(self._asked)
+        ]
+        return itemgetter(0, *places)
+
+    def _slot(self) -> _Slot:
+        if self._slots:
+            return self._slots.pop()
+        if len(self._flying) < IN_FLIGHT:
+            return _Slot()
+        return self._land()[0]
+
+    def _fly(self, cookie: int, slot: _Slot, number: int) -> None:
+        self._flying.append((cookie, slot, number))
+
+    def _land(self) -> tuple[_Slot, int]:
+        """The oldest request's buffer, once it is answered."""
+        cookie, slot, number = self._flying.popleft()
+        with self._alive():
+            self._connection.wait(cookie)
+        return slot, number
+
+    def _settle(self) -> None:
+        """After a failure: wait for what is still in flight, so that nothing is written later on."""
+        while self._flying and not self.broken:
+            with contextlib.suppress(AgentError, Fenced):  # the first failure is told
+                self._slots.append(self._land()[0])
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        """A request that failed leaves the connection as it was; one of which nobody knows what became does not."""
+        if self.broken:
+            raise AgentError("unavailable", f"{self._server} was closed", remedy="its storage daemon may have ended")
+        try:
+            yield
+        except AgentError as error:
+            if error.code in ("unavailable", "timeout"):
+                self.close()
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def _room(self, end: int) -> None:
+        if end > self.facts.size:
+            raise AgentError("range", f"{self._server} has {self.facts.size} bytes", size=self.facts.size)
+
+
+def _facts(handle: Any, bitmap: str | None) -> Facts:
+    read_only = bool(handle.is_read_only())
+    return Facts(
+        size=int(handle.get_size()),
+        read_only=read_only,
+        multi_conn=bool(handle.can_multi_conn()),
+        can_flush=bool(handle.can_flush()),
+        can_zero=not read_only and bool(handle.can_zero()),
+        minimum=max(1, int(handle.get_block_size(nbd.SIZE_MINIMUM))),
+        bitmap=bitmap,
+    )

@@ -44,6 +44,7 @@ CODES: dict[str, Code] = {
     "cancelled": Code(409, EXIT_JOB_FAILED, "The job was cancelled"),
     "unproven": Code(500, EXIT_JOB_FAILED, "The outcome could not be proven"),
     "job_failed": Code(500, EXIT_JOB_FAILED, "The job failed"),
+    "mismatch": Code(409, EXIT_JOB_FAILED, "The images differ"),
     "pivot_refused": Code(500, EXIT_JOB_FAILED, "The disk did not go over to its copy"),
     "group_failed": Code(409, EXIT_JOB_FAILED, "Another job of the group failed"),
     "unreachable": Code(503, EXIT_UNREACHABLE, "The agent cannot be reached"),

@@ -11,8 +11,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hostagent.cli import arguments
+from hostagent.cli import arguments, remote_map
 from hostagent.cli.terminal import Column, Terminal, remark
+from hostagent.cli.ticket_url import file_or_url, is_url, server_options
 from hostagent.errors import EXIT_ERROR, EXIT_OK
 from hostagent.sizes import format_size
 
@@ -37,16 +38,19 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
 
     def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, parents=[common])
-        parser.add_argument("path", metavar="PATH", type=arguments.file)
+        place = ("PATH|URL", file_or_url) if name == "map" else ("PATH", arguments.file)
+        parser.add_argument("path", metavar=place[0], type=place[1])
         parser.add_argument("--format", choices=("raw", "qcow2"), help="needed for raw, which is never probed")
         parser.set_defaults(run=run)
         return parser
 
     verb("inspect", _inspect, "the backing chain, as its headers say")
     verb("check", _check, "qemu-img check of each layer, under limits")
-    extents = verb("map", _map, "which bytes are data, which are zeros, and which file has them")
+    extents = verb("map", _map, "which bytes are data and which are zeros, in which file; or behind a ticket's URL")
     extents.add_argument("--start", metavar="SIZE", type=arguments.size, default=0, help="from this byte on")
     extents.add_argument("--length", metavar="SIZE", type=arguments.size, help="so many bytes")
+    extents.add_argument("--dirty", action="store_true", help="of a URL: and what has changed since its bitmap")
+    server_options(extents)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -142,6 +146,8 @@ def _map(args: argparse.Namespace) -> int:
     import asyncio
     import dataclasses
 
+    if is_url(args.path):
+        return remote_map.show(args)
     from hostagent.images.chain import open_chain
     from hostagent.images.extents import Map
 

@@ -11,9 +11,6 @@ NOUNS = {
     "backup": "pull-mode backups of live guests",
     "checkpoint": "backup checkpoints",
     "transfer": "image transfers",
-    "upload": "send a file",
-    "download": "fetch a file",
-    "checksum": "compute an image's checksum",
 }
 
 

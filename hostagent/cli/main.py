@@ -27,13 +27,14 @@ from hostagent.cli import (
     later,
     serve,
     status,
+    transfers,
 )
 from hostagent.cli.client import CliError
 from hostagent.cli.terminal import complain
 from hostagent.errors import CODES, EXIT_ERROR, EXIT_INTERRUPTED, AgentError
 from jobs.errors import JobError
 
-NOUNS = (jobs, images, bitmaps, exports, grants, events_cmd, status, doctor, drain, serve, data, demo)
+NOUNS = (jobs, images, bitmaps, exports, grants, events_cmd, status, doctor, drain, serve, data, transfers, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

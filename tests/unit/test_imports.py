@@ -192,9 +192,11 @@ def test_front_ends_reach_the_store_only_through_the_use_cases() -> None:
 
 
 def test_the_command_line_talks_to_the_agent_over_its_socket() -> None:
-    """Only `serve`, `data`, `demo`, `doctor` and `image` run here, and may use more than the leaves."""
+    """Only `serve`, `data`, `demo`, `doctor` and `image` run here, and may use more than the leaves; what moves images
+    uses hostagent.client."""
     here = {"serve", "data", "demo", "demo_stage", "demo_images", "doctor", "doctor_host", "images"}
     own = {"hostagent.cli"} | LEAVES
+    movers = {f"hostagent.cli.{name}" for name in ("transfers", "remote_map", "ticket_url")}
     wrong = [
         one
         for one in TREE
@@ -202,8 +204,15 @@ def test_the_command_line_talks_to_the_agent_over_its_socket() -> None:
         and one.module.rpartition(".")[2] not in here
         and one.top == "hostagent"
         and one.name != "hostagent.__version__"
-        and not is_in(one.name, own)
+        and not is_in(one.name, own | ({"hostagent.client"} if one.module in movers else set()))
     ]
+    assert not wrong, offenders(wrong)
+
+
+@pytest.mark.parametrize("package", ["hostagent.data", "hostagent.client"])
+def test_the_two_ends_of_a_transfer_are_leaves_and_themselves(package: str) -> None:
+    own = {package, "hostagent.__version__"} | LEAVES
+    wrong = [one for one in TREE if is_in(one.module, {package}) and one.top in OURS and not is_in(one.name, own)]
     assert not wrong, offenders(wrong)
 
 

@@ -23,6 +23,7 @@ from hostagent.client.trouble import Retry
 from hostagent.rangeset import RangeSet
 
 Passed = Callable[[int], None]
+LEAST_INTERVAL = 0.1  # seconds
 TICK = 0.25  # seconds between two looks of the thread that waits
 
 
@@ -195,6 +196,8 @@ class Worker(threading.Thread):
         self._open: list[Piece] = []
         """Done, and not durable yet."""
         self._opened = 0.0
+        self._interval = crew.options.flush_interval
+        """Seconds between two flushes: none for a moment after a failure, or a bad line would never get ahead."""
         self._retries = Retries(crew.options.patience, stop=crew.stop, told=crew.tell)
         self.moving = 0
         """Bytes of the piece at hand."""
@@ -222,7 +225,7 @@ class Worker(threading.Thread):
         while True:
             while (piece := self._next()) is not None:
                 self._piece(ends, piece)
-                if time.monotonic() - self._opened >= self._crew.options.flush_interval:
+                if time.monotonic() - self._opened >= self._interval:
                     self._flush(ends)
             self._flush(ends)
             if not self._again:
@@ -275,6 +278,7 @@ class Worker(threading.Thread):
             self._failed(ends, error)
             return
         self._retries.progress()
+        self._interval = min(max(LEAST_INTERVAL, 2 * self._interval), self._crew.options.flush_interval)
         self._crew.durable(self._open)
         self._open = []
 
@@ -284,5 +288,6 @@ class Worker(threading.Thread):
         if ends.volatile:
             self._again.extend(self._open)
             self._open = []
+            self._interval = 0.0
         self._crew.retried()
         self._retries.wait(error)

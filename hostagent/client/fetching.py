@@ -29,9 +29,9 @@ class _Fetcher:
         self._remote.close()
 
     def _fill(self, body: Body, view: memoryview) -> int:
-        part = view[: self._throttle.step]
-        self._throttle.take(len(part))
-        return body.fill(part)
+        number = body.fill(view[: self._throttle.step])
+        self._throttle.take(number)
+        return number
 
 
 class RawFetcher(_Fetcher):

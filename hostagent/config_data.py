@@ -47,6 +47,12 @@ class Data:
     cloudstack_socket: Path = setting(
         UNSET, "A unix socket for CloudStack's agent: register, unregister and status, one JSON line each. Empty: off."
     )
+    cloudstack_drain: float = setting(
+        60.0,
+        "Seconds that requests get to end when CloudStack unregisters a transfer; then they are cut.",
+        low=0,
+        high=3600,
+    )
     allow_paths: tuple[str, ...] = setting(
         (), "Folders whose images `file:` tickets may name. The daemon opens them with its user's permissions."
     )
@@ -83,6 +89,12 @@ class Data:
     )
     expiry_interval: float = setting(0.5, "Seconds between two looks for tickets whose time is over.", low=0.1, high=60)
     stop_timeout: float = setting(10.0, "Seconds that running requests get when the daemon stops.", low=0, high=600)
+    nbd_connect_timeout: float = setting(
+        10.0, "Seconds until an NBD server must have let a connection in.", low=0.1, high=600
+    )
+    nbd_connections: int = setting(
+        8, "Readers, and writers, of one ticket where the NBD server can have several.", low=1, high=64
+    )
     nbd_timeout: float = setting(30.0, "Seconds without progress until an NBD server is given up.", low=0.1, high=3600)
     rate: int = setting(
         0, "Bytes/s of all tickets together, shared fairly between them; 0 is no limit.", low=0, size=True

@@ -200,7 +200,8 @@ class Connection:
         if self._fence.closed:
             return Fenced()
         if number in _LOST or self.handle.aio_is_closed() or self.handle.aio_is_dead():
-            return AgentError("unavailable", f"{what} was closed", remedy="its storage daemon may have ended")
+            why = "" if number in _LOST else f": {error.string}"
+            return AgentError("unavailable", f"{what} was closed{why}", remedy="its storage daemon may have ended")
         if number in (errno.ENOSPC, errno.EDQUOT):
             return AgentError("no_space", f"no space left on the storage of {what}", remedy="make space, then go on")
         if number in (errno.EIO, None, 0):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import harness
 from tests.harness import AgentProcess, reachable
+from tests.zygote import Zygote
 
 # Started in the background of a shell, we would hand an ignored SIGINT down to every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,6 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SLOWEST_FIRST.index(folder) if folder in SLOWEST_FIRST else len(SLOWEST_FIRST)
 
     items.sort(key=turn)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _zygote() -> Iterator[None]:
+    harness.zygote = Zygote()
+    yield
+    harness.zygote = None
 
 
 @pytest.fixture

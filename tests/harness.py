@@ -21,15 +21,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.zygote import Spawned, Zygote
 
 Json = dict[str, Any]
 
 TEST_USER = "hostagent-test"
 """As root, storage daemons run as this user, which the tests make."""
 MIB = 1 << 20
+
+
+zygote: Zygote | None = None
+"""Where processes of ours are forked from; None where they begin as users' do. The tests' conftest makes it."""
+
+
+def start_ours(
+    arguments: Sequence[str], *, environment: Mapping[str, str], log: Path
+) -> subprocess.Popen[bytes] | Spawned:
+    """`hostagent ARGUMENTS` in the background."""
+    if zygote is not None:
+        return zygote.spawn(arguments, environment=environment, log=log)
+    command = [sys.executable, "-m", "hostagent.cli.main", *arguments]
+    with log.open("ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
 
 
 class ApiError(Exception):
@@ -77,7 +94,7 @@ class AgentProcess:
         self.user = ensure_user()
         # Not the host's libvirt: its guests are none of a test's business. No data daemon where nothing is moved.
         self.settings = {"LOGS_FORMAT": "json", "LIBVIRT_URI": "", "DATA_START": "false", **(settings or {})}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Spawned | None = None
 
     def __enter__(self) -> AgentProcess:
         self.start()
@@ -89,15 +106,13 @@ class AgentProcess:
     # Process
 
     def start(self, timeout: float = 20.0) -> None:
-        command = [sys.executable, "-m", "hostagent.cli.main", "serve"]
-        command += ["--state-dir", str(self.state), "--runtime-dir", str(self.runtime)]
+        arguments = ["serve", "--state-dir", str(self.state), "--runtime-dir", str(self.runtime)]
         if self.user:
-            command += ["--hypervisor-user", self.user]
+            arguments += ["--hypervisor-user", self.user]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HOSTAGENT_")} | {
             f"HOSTAGENT_{key}": value for key, value in self.settings.items()
         }
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        self.process = start_ours(arguments, environment=environment, log=self.log)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:

@@ -18,7 +18,7 @@ extra=
 case $purpose in
   run) ;;
   develop)
-    programs+=([mkfs.xfs]=xfsprogs [mkfs.ext4]=e2fsprogs [gcc]=gcc)
+    programs+=([mkfs.xfs]=xfsprogs [mkfs.ext4]=e2fsprogs [gcc]=gcc [openssl]=openssl)
     programs+=([libvirtd]=libvirt-daemon [qemu-system-x86_64]=qemu-system-x86 [busybox]=busybox-static)
     extra='[test]'
     ;;
@@ -33,6 +33,8 @@ for program in "${!programs[@]}"; do
   command -v "$program" >/dev/null || missing+=("${programs[$program]}")
 done
 [ "$purpose" = run ] || [ -e /usr/include/dlfcn.h ] || missing+=(libc6-dev)  # the tests make a disk that fails
+headers='import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+[ "$purpose" = run ] || /usr/bin/python3 -c "$headers" || missing+=(python3-dev)  # ovirt-imageio is built from source
 /usr/bin/python3 -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)
 [ "$purpose" = run ] || /usr/bin/python3 -c 'import libvirt' 2>/dev/null || missing+=(python3-libvirt)
 /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 SIZE = 1 << 30
 SMALLEST = 16 << 20  # bytes; below it an increment is less than a request of 1 MiB
-ROOM = 2.5  # times the size: base, overlay and copy, each half holes, and some air
+ROOM = 3  # times the size: base, overlay, copy, download and upload, each half holes, and some air
 PACE = 8  # seconds that a whole pull would take at the demonstration's bandwidth
 INCREMENTS = 16  # of a whole pull
 PULL_TIMEOUT = 60.0  # seconds until a pull is half-way: at its pace 4, on a busy machine some more
@@ -98,6 +99,7 @@ def _play(stage: Stage, size: int) -> None:
     _abort_half_way(stage, size)
     _pull_on(stage, size, export)
     _prove(stage, export, checksum)
+    _move(stage, size, checksum)
 
 
 def _introduce(stage: Stage) -> None:
@@ -145,6 +147,7 @@ def _export(stage: Stage, checksum: str) -> Json:
     stage.run("hostagent export start ./disk.qcow2")
     export = stage.client.items("/v1/exports", {"state": "running"})[0]
     stage.name("URI", export["uri"])
+    stage.name("EXPORT", export["uri"])
     stage.run("nbdinfo \"$URI\" | grep -E 'size:|read_only|base:|qemu:'")
     stage.held(stage.output('nbdcopy "$URI" - | sha256sum') == checksum, "the export reads like the copy")
     if stage.user:
@@ -210,6 +213,39 @@ def _prove(stage: Stage, export: Json, checksum: str) -> None:
         'curl -s --unix-socket "$HOSTAGENT_SOCKET" http://localhost/metrics'
         f" | grep -E '^hostagent_({series}|storage_daemons)' | grep -v ' 0[.]0$'"
     )
+
+
+def _move(stage: Stage, size: int, checksum: str) -> None:
+    stage.heading("7  Out over HTTP, and in again")
+    stage.say("The data daemon may open no image: it has the export, and a ticket says who may read it.", "dim")
+    _give_ticket(stage, "read", size, '"$EXPORT"')
+    stage.run('hostagent download "$URL" ./down.raw --verify')
+    stage.held(stage.output("sha256sum <down.raw") == checksum, "what came out is the copy")
+    stage.run(_REVOKE)
+    stage.run(f"qemu-img create -q -f qcow2 restored.qcow2 {size} && chmod 0600 restored.qcow2")
+    stage.run("hostagent export start ./restored.qcow2 --writable")
+    listed = stage.client.items("/v1/exports", {"state": "running"})
+    writable = next(one for one in listed if one["image"].endswith("/restored.qcow2"))
+    stage.name("EXPORT", writable["uri"])
+    _give_ticket(stage, "write", size, '"$EXPORT"')
+    stage.run('hostagent upload ./down.raw "$URL" --verify')
+    stage.run(_REVOKE)
+    stage.run(f"hostagent export stop {writable['id']}")
+    stage.run("qemu-img compare copy.raw restored.qcow2")
+    stage.run("ls -lsh down.raw restored.qcow2")
+
+
+_CONTROL = "curl -sS --fail --unix-socket run/data-control.sock"
+_REVOKE = f"{_CONTROL} -X DELETE http://localhost/tickets/$TICKET"
+
+
+def _give_ticket(stage: Stage, op: str, size: int, url: str) -> None:
+    """A name for it, and for where it is used."""
+    stage.name("TICKET", str(uuid.uuid4()))
+    fields = f'"ops": ["{op}"], "size": {size}, "timeout": 300, "sparse": true'
+    body = f'\'{{"uuid": "\'$TICKET\'", {fields}, "url": "\'{url}\'"}}\''.replace('\\"', '"')
+    stage.run(f"{_CONTROL} -X PUT http://localhost/tickets/$TICKET -d {body}")
+    stage.name("URL", f"http+unix:///images/{stage.value('TICKET')}?socket={stage.folder}/run/data.sock")
 
 
 def _prove_revocation(stage: Stage, export: Json) -> None:

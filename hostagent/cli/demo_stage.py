@@ -8,6 +8,7 @@ storage daemons (by SIGTERM) and removes the folder, and the user if it was made
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pwd
 import shutil
@@ -90,6 +91,9 @@ class Stage:
         self._environment[variable] = value
         self._echo(f"{variable}='{value}'")
 
+    def value(self, variable: str) -> str:
+        return self._environment[variable]
+
     def run(self, command: str, *, status: int = 0) -> None:
         """Show a command and run it; another exit status than the expected one ends the demonstration."""
         if self._bar:
@@ -156,7 +160,10 @@ class Stage:
         self._look_for_programs()
         (self.folder / "reader.py").write_text(READER)
         # A file of its own, because this machine may have settings for another agent.
-        (self.folder / "hostagent.toml").write_text('[logs]\nlevel = "info"\nformat = "text"\n')
+        settings = '[logs]\nlevel = "info"\nformat = "text"\n[data]\nport = -1\n'
+        if self.user:  # the data daemon needs no image's permissions, but a way to the exports
+            settings += f'user = "{self.user}"\n[api]\nsocket_group = "{self.user}"\n'
+        (self.folder / "hostagent.toml").write_text(settings)
         if self.user:
             self._make_user(self.user)
             # Storage daemons get their files as descriptors. Only whoever tries a path as that user must pass here.
@@ -255,6 +262,7 @@ class Stage:
             self._release_all()
             self.agent.terminate()
             _end(self.agent)
+        self._end_data_daemon()
         self._end_storage_daemons()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.made_user:
@@ -274,6 +282,16 @@ class Stage:
     def active_jobs(self) -> list[Json]:
         ended = ("completed", "failed", "aborted")
         return [job for job in self.client.items("/v1/jobs", {}) if job["state"] not in ended]
+
+    def _end_data_daemon(self) -> None:
+        """The agent leaves one that has tickets alone."""
+        from hostagent.unix_http import HTTPException, UnixConnection
+
+        connection = UnixConnection(self.folder / "run" / "data-control.sock", timeout=END_TIMEOUT)
+        with contextlib.suppress(OSError, HTTPException, ValueError, KeyError):
+            connection.request("GET", "/healthz")
+            os.kill(int(json.loads(connection.getresponse().read())["pid"]), signal.SIGTERM)
+        connection.close()
 
     def _end_storage_daemons(self) -> None:
         """SIGTERM, and time to flush. Its images go in a moment, so that one which hangs may be killed here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,23 +58,22 @@ def of_error(error: HttpError, request: Request | None, extra: Headers = ()) -> 
     return Answer(error.status, body.encode("utf-8", "replace"), (TEXT, *headers), keep=not error.close)
 
 
-def json_list(pieces: Iterator[str], request: Request, *, keep: bool) -> Iterator[bytes]:
+def json_list(pieces: Iterator[str], request: Request, *, keep: bool, headers: Headers = ()) -> Iterator[bytes]:
     """A JSON array of these objects, with its head: of known length if it is short, else chunked; to a client of
     HTTP/1.0 it ends with the connection."""
     blocks = _blocks(pieces)
     first = next(blocks)
     second = next(blocks, None)
     if second is None:
-        yield head(200, (JSON, ("content-length", str(len(first)))), keep=keep) + first
+        yield head(200, (JSON, *headers, ("content-length", str(len(first)))), keep=keep) + first
         return
-    yield head(200, (JSON, ("transfer-encoding", "chunked")), keep=keep)
-    yield from chunks(_three(first, second, blocks))
-
-
-def _three(first: bytes, second: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield second
-    yield from rest
+    body = itertools.chain((first, second), blocks)
+    if request.old:
+        yield head(200, (JSON, *headers), keep=False)
+        yield from body
+        return
+    yield head(200, (JSON, *headers, ("transfer-encoding", "chunked")), keep=keep)
+    yield from chunks(body)
 
 
 def _blocks(pieces: Iterator[str]) -> Iterator[bytes]:

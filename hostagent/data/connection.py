@@ -66,8 +66,11 @@ class Connection:
         *,
         tls: Callable[[], ssl.SSLContext] | None,
         peer: str,
+        count: Callable[[str], None],
     ) -> None:
+        """`count` hears how each request went: ok, refused or failed."""
         self.peer = peer
+        self._count = count
         self.summary = Summary()
         self.transport: Transport = Plain(sock)
         self.answered = False
@@ -77,6 +80,7 @@ class Connection:
         self._patience = patience
         self._idle = patience.idle
         self._backend: ImageBackend | None = None
+        self._further: list[ImageBackend] = []
         self._ticket: Ticket | None = None
         self._using = threading.Lock()
         self._stopped = False
@@ -106,6 +110,7 @@ class Connection:
                     return
                 self.summary.requests += 1
                 keep = self._handler.handle(request, self) and request.keep
+                self._count("ok")
                 if not request.body.drain():
                     keep = False
             except HttpError as error:
@@ -119,6 +124,7 @@ class Connection:
     def _refuse(self, error: HttpError, request: Request | None) -> bool:
         """Answer with the error; where an answer has begun there is no way to say it but to end the connection."""
         self.summary.errors += 1
+        self._count("failed" if error.status >= 500 else "refused")
         fields = {"transfer": self.summary.transfer, "peer": self.peer, "status": error.status, "error": error.message}
         log.log(logging.WARNING if error.status >= 500 else logging.DEBUG, "refused", extra={"fields": fields})
         if self.answered:
@@ -155,6 +161,11 @@ class Connection:
                 yield self._backend
             except HttpError:
                 raise
+            except AgentError as error:
+                self._give_back()
+                fields = {"transfer": ticket.spec.name, "code": error.code, "error": error.message}
+                log.warning("an image cannot be used", extra={"fields": fields})
+                raise from_agent(error, hidden=ticket.spec.url) from error
             except BaseException:
                 self._give_back()
                 raise
@@ -171,15 +182,30 @@ class Connection:
                 moved = self.summary.moved
                 moved[op.kind] = moved.get(op.kind, 0) + op.done
 
+    @contextlib.contextmanager
+    def further(self) -> Iterator[Callable[[ImageBackend], ImageBackend]]:
+        """For an operation that has more than one backend: what is given here ends with the rest when it is stopped."""
+
+        def keep(backend: ImageBackend) -> ImageBackend:
+            self._further = [*self._further, backend]
+            if self._stopped:
+                backend.fence()
+            return backend
+
+        try:
+            yield keep
+        finally:
+            self._further = []
+
     # The ticket's side (tickets.Holder)
 
     def stop(self) -> None:
         self._stopped = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        backend = self._backend
-        if backend is not None:
-            backend.fence()
+        for backend in (self._backend, *self._further):
+            if backend is not None:
+                backend.fence()
 
     def let_go(self) -> None:
         if not self._using.acquire(blocking=False):

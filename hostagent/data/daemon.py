@@ -13,21 +13,27 @@ from pathlib import Path
 from hostagent import sdnotify
 from hostagent.config import UNSET, Config
 from hostagent.config_data import Data
+from hostagent.data import cloudstack
+from hostagent.data.access import Access
 from hostagent.data.audit import Audit
 from hostagent.data.backends.file import files, handed_over
 from hostagent.data.backends.holds import Holds
+from hostagent.data.backends.nbd import NbdSettings, nbd_factory
+from hostagent.data.backends.nbd_url import SCHEMES
 from hostagent.data.backends.registry import Registry
 from hostagent.data.connection import Handler, Patience
 from hostagent.data.control import Control, ControlBounds
+from hostagent.data.downloads import Downloads
 from hostagent.data.errors import HttpError
 from hostagent.data.handover import Descriptors, Handover
-from hostagent.data.images import Bounds, Images
+from hostagent.data.images import Images
 from hostagent.data.listeners import inherited, listen
 from hostagent.data.metrics import Metrics
-from hostagent.data.server import House, Server, Service
+from hostagent.data.server import House, Server, Service, room
 from hostagent.data.throttle import Lane, Rate
 from hostagent.data.tickets import Ticket, Tickets
 from hostagent.data.tls import Certificate, Renewing
+from hostagent.data.uploads import Uploads
 from hostagent.errors import AgentError
 
 log = logging.getLogger(__name__)
@@ -46,24 +52,23 @@ class Daemon:
 
         def told(what: str, ticket: Ticket) -> None:
             audit.tell(what, ticket)
-            if what == "revoked":
-                self.metrics.count("data_revocations_total", "done")
+            if what in ("revoked", "stuck"):
+                self.metrics.count("data_revocations_total", "done" if what == "revoked" else "timeout")
 
         self.tickets = Tickets(most=settings.tickets, lane=lambda own: Lane(Rate(own), host), told=told)
         self.metrics.tickets = self.tickets
         self.descriptors = Descriptors(settings.tickets)
         self._certificate = _certificate(settings)
-        images = Images(
-            self.tickets,
-            registry(settings, self.descriptors, self.metrics),
-            self.metrics,
-            Bounds(settings.turn_timeout, settings.ticket_size, _name(settings.local_socket)),
+        access = Access(
+            self.tickets, registry(settings, self.descriptors, self.metrics), self.metrics, settings.turn_timeout
         )
+        uploads = Uploads(access, settings.ticket_size)
+        images = Images(access, Downloads(access), uploads, _name(settings.local_socket))
         control = Control(
             self.tickets,
             self.metrics,
             ControlBounds(settings.revoke_timeout, settings.ticket_size, settings.inactivity_timeout),
-            images.usable,
+            access.usable,
         )
         theirs = inherited(given)
         listeners = theirs or listen(config)
@@ -74,18 +79,21 @@ class Daemon:
             for name, listener in listeners.items()
             if name in handlers
         ]
-        self._handover = None
+        self._fronts: list[Handover | cloudstack.Front] = []
         if (listener := listeners.get("handover")) is not None:
-            self._handover = Handover(listener, self.descriptors, settings.header_timeout)
+            self._fronts.append(Handover(listener, self.descriptors, settings.header_timeout))
+        if (listener := listeners.get("cloudstack")) is not None:
+            cloudstack.Forms(uploads).add_to(images.routes)
+            self._fronts.append(cloudstack.Front(listener, self.tickets, access.usable, _cloudstack(settings)))
         patience = Patience(settings.handshake_timeout, settings.header_timeout, settings.idle_timeout)
-        house = House(settings.max_connections, settings.max_client_connections)
+        house = House(room(settings.max_connections), settings.max_client_connections)
         self._server = Server(self.services, patience, house, self.metrics)
         self._ending = threading.Event()
 
     def start(self) -> None:
         self._server.start()
-        if self._handover is not None:
-            self._handover.start()
+        for front in self._fronts:
+            front.start()
         threading.Thread(target=self._expire, name="expiry", daemon=True).start()
 
     def reload(self) -> None:
@@ -95,8 +103,8 @@ class Daemon:
     def stop(self) -> None:
         """Running requests get `data.stop_timeout`; then all is cut."""
         self._ending.set()
-        if self._handover is not None:
-            self._handover.stop()
+        for front in self._fronts:
+            front.stop()
         self._server.stop(self._settings.stop_timeout)
         with contextlib.suppress(HttpError):  # all were told to end, and the process does
             self.tickets.clear(self._settings.revoke_timeout)
@@ -134,6 +142,9 @@ def registry(settings: Data, descriptors: Descriptors, metrics: Metrics) -> Regi
     found, holds = Registry(), Holds()
     found.register("file", files(settings.allow_paths, holds))
     found.register("fd", handed_over(descriptors.claim, holds))
+    nbd = nbd_factory(NbdSettings(settings.nbd_connect_timeout, settings.nbd_timeout, settings.nbd_connections))
+    for scheme in SCHEMES:
+        found.register(scheme, nbd)
     return found
 
 
@@ -145,6 +156,15 @@ def _certificate(settings: Data) -> Renewing | None:
     key = settings.cert if settings.key == UNSET else settings.key
     authorities = None if settings.client_ca == UNSET else settings.client_ca
     return Renewing(Certificate(settings.cert, key, authorities))
+
+
+def _cloudstack(settings: Data) -> cloudstack.Settings:
+    return cloudstack.Settings(
+        line=settings.header_timeout,
+        drain=settings.cloudstack_drain,
+        revoke=settings.revoke_timeout,
+        inactivity=settings.inactivity_timeout,
+    )
 
 
 def _name(path: Path) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from urllib.parse import unquote, urlsplit
 
 from hostagent.errors import CODES, AgentError
+
+_PLACE = re.compile(r"""'/[^']*'|"/[^"]*"|(?<![\w/])/[^\s,;'"]+""")
 
 Headers = Sequence[tuple[str, str]]
 
@@ -31,12 +35,24 @@ class HttpError(Exception):
         self.close = close
 
 
-def from_agent(error: AgentError) -> HttpError:
+def from_agent(error: AgentError, *, hidden: str = "") -> HttpError:
+    """`hidden`: the URL of the image, for an answer to who only holds a ticket: where it is on this host, and what else
+    is there, is none of a client's business."""
     code = CODES.get(error.code, CODES["internal"])
     headers: Headers = ()
     if error.code == "range" and "size" in error.details:
         headers = (("content-range", f"bytes */{error.details['size']}"),)
-    return HttpError(code.http, error.message, code=error.code, remedy=error.remedy, headers=headers)
+    message, remedy = error.message, error.remedy
+    if hidden:
+        message, remedy = _unplaced(message, hidden), remedy and _unplaced(remedy, hidden)
+    return HttpError(code.http, message, code=error.code, remedy=remedy, headers=headers)
+
+
+def _unplaced(text: str, url: str) -> str:
+    for known in (url, unquote(urlsplit(url).path)):
+        if len(known) > 1:
+            text = text.replace(known, "the image")
+    return _PLACE.sub("the image", text)
 
 
 def not_allowed(why: str) -> HttpError:

@@ -58,6 +58,8 @@ def listen(config: Config) -> dict[str, socket.socket]:
         found["control"] = unix(settings.control_socket, 0o660, group)
         if settings.control_port >= 0:
             found["control-tcp"] = tcp("127.0.0.1", settings.control_port)
+        if settings.cloudstack_socket != UNSET:
+            found["cloudstack"] = unix(settings.cloudstack_socket, 0o660, group)
         handover = settings.control_socket.with_name(HANDOVER)
         found["handover"] = unix(handover, 0o600, kind=socket.SOCK_SEQPACKET)
     except AgentError:

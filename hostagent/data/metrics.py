@@ -20,8 +20,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "tickets": ("gauge", "Tickets in force, by state: active, idle, expired, canceled.", ("state",)),
     "data_connections": ("gauge", "Clients that are connected.", ("service",)),
     "data_connections_refused_total": ("counter", "Clients that found the house full.", ("reason",)),
-    "data_requests_total": ("counter", "Requests that were answered.", ("method", "status")),
-    "data_revocations_total": ("counter", "Tickets that were revoked.", ("result",)),
+    "data_requests_total": ("counter", "Requests by how they went: ok, refused, failed.", ("service", "result")),
+    "data_revocations_total": ("counter", "Revocations of tickets by how they went: done, timeout.", ("result",)),
     "data_dirty_fallbacks_total": ("counter", "Answers that called everything dirty for want of a bitmap.", ()),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import socket
 import ssl
 import struct
@@ -22,6 +23,10 @@ from hostagent.data.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+_DESCRIPTORS = 3
+"""Of one connection: its own, and two of its image."""
+_DESCRIPTORS_APART = 512
+"""Descriptors for all else: control connections, logs, images that tickets share."""
 _ACCEPT_REST = 0.1  # seconds, when the process has no descriptor left for one more
 
 
@@ -42,6 +47,24 @@ class House:
     most: int
     most_of_one: int
     most_control: int = 64
+
+
+def room(most: int) -> int:
+    """How many connections there are descriptors for, `most` at most; the process's limit is raised as far as needed.
+    So it is always a connection that is refused, and never a request on one, nor the control socket."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most * _DESCRIPTORS + _DESCRIPTORS_APART
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return most
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == wanted:
+        return most
+    fewer = max(1, (soft - _DESCRIPTORS_APART) // _DESCRIPTORS)
+    remedy = f"raise the limit of open files to {wanted} (LimitNOFILE of the unit), or lower data.max_connections"
+    fields = {"connections": fewer, "limit": soft, "remedy": remedy}
+    log.warning("fewer connections than data.max_connections", extra={"fields": fields})
+    return fewer
 
 
 class Server:
@@ -111,7 +134,14 @@ class Server:
             self._metrics.count("data_connections_refused_total", full)
             sock.close()
             return
-        connection = Connection(sock, service.handler, self._patience, tls=service.tls, peer=client)
+        connection = Connection(
+            sock,
+            service.handler,
+            self._patience,
+            tls=service.tls,
+            peer=client,
+            count=lambda result: self._metrics.count("data_requests_total", service.name, result),
+        )
         with self._lock:
             self._open[connection] = service.name, client
             self._of_service[service.name] += 1

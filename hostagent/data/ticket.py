@@ -25,7 +25,10 @@ _TEXT = 1024  # characters of a name
 class Spec:
     """What a caller asked for. `size` in bytes, times in seconds. `writable` implies that it can be read.
 
-    `image` is ours: the read-only image behind an NBD export (see backends.mapped); `rate` too: bytes/s, 0 is no limit.
+    What ovirt-imageio does not know: `image` is the read-only image behind an NBD export (see backends.mapped); `rate`
+    bytes/s, 0 for no limit; `bitmap` the dirty bitmap's name where an export has several. With `dirty_fallback` an
+    image without a bitmap is called dirty as a whole, and the answer says so. With `drains` time is only over when
+    nothing runs. These two are CloudStack's.
     """
 
     uuid: str
@@ -40,6 +43,9 @@ class Spec:
     dirty: bool = False
     image: Mapping[str, object] | None = None
     rate: int = 0
+    bitmap: str | None = None
+    dirty_fallback: bool = False
+    drains: bool = False
 
     @property
     def readable(self) -> bool:
@@ -90,6 +96,7 @@ def parse(body: bytes, ticket_id: str, inactivity_timeout: int, *, depth: int = 
         dirty=fields.truth("dirty"),
         image=image,
         rate=fields.number("rate", 0),
+        bitmap=fields.text("bitmap", None),
     )
 
 

@@ -50,6 +50,8 @@ class Ticket:
     expires: float
     """On the monotonic clock."""
     canceled: bool = False
+    closing: bool = False
+    """Nothing begins any more; what runs goes on."""
     gone: bool = False
     """It was revoked, and no other word of it stays."""
     touched: float = field(default_factory=time.monotonic)
@@ -58,6 +60,8 @@ class Ticket:
     moved: RangeSet = field(default_factory=RangeSet)
     written: RangeSet = field(default_factory=RangeSet)
     durable: RangeSet = field(default_factory=RangeSet)
+    writer: Holder | None = None
+    """Who wrote `written`, where a flush covers only what its own connection wrote."""
     flushes: list[RangeSet] = field(default_factory=list)
     """What each flush that is under way will have made durable."""
     etag: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -68,12 +72,17 @@ class Ticket:
         self.lock = threading.Lock()
         self.turned = threading.Condition(self.lock)
 
+    @property
+    def over(self) -> bool:
+        """Whether its time is. Of one that drains it never is while something runs."""
+        return time.monotonic() >= self.expires and not (self.spec.drains and self.running)
+
     def refuse(self, op: str | None) -> None:
         """HttpError 403 unless `op` (read, write; None: any) is allowed now."""
         name = self.spec.name
-        if self.canceled:
+        if self.canceled or self.closing:
             raise not_allowed(f"Transfer {name} was canceled")
-        if time.monotonic() >= self.expires:
+        if self.over:
             raise not_allowed(f"Transfer={name} expired")
         if (op == "write" and not self.spec.writable) or (op == "read" and not self.spec.readable):
             raise not_allowed(f"Transfer={name} forbids {op}")
@@ -104,6 +113,8 @@ class Ticket:
                 del self.running[op]
                 if op.done:
                     self.moved.add(op.offset, op.offset + op.done)
+                if self.spec.drains:
+                    self.expires = time.monotonic() + self.spec.timeout
                 self.turned.notify_all()
 
     def succeeded(self) -> None:
@@ -115,24 +126,28 @@ class Ticket:
 
     def check(self) -> None:
         """For a stream that moves: Stopped when it may not go on."""
-        if self.canceled or time.monotonic() >= self.expires:
+        if self.canceled or self.over:
             raise Stopped(self.spec.name)
 
     def wrote(self, begin: int, end: int) -> None:
         with self.lock:
             self.written.add(begin, end)
 
-    def writing(self, begin: int, end: int) -> None:
-        """What is being written is not durable any more, and no flush that has begun makes it so."""
+    def writing(self, begin: int, end: int, alone: Holder | None = None) -> None:
+        """What is being written is not durable any more, and no flush that has begun makes it so. `alone`: whose own
+        flush it needs; what another one wrote before is given up, for who knows whether he will ever flush it."""
         with self.lock:
+            if alone is not self.writer:
+                self.written.clear()
+                self.writer = alone
             for known in (self.durable, self.written, *self.flushes):
                 known.discard(begin, end)
 
     @contextlib.contextmanager
-    def flushing(self) -> Iterator[None]:
+    def flushing(self, holder: Holder) -> Iterator[None]:
         """Around a flush: what was written before it began is durable when it succeeds."""
         with self.lock:
-            before = self.written.copy()
+            before = self.written.copy() if self.writer in (None, holder) else RangeSet()
             self.flushes.append(before)
         try:
             yield
@@ -156,13 +171,21 @@ class Ticket:
     def state(self) -> str:
         if self.canceled:
             return "canceled"
-        if time.monotonic() >= self.expires:
+        if self.over:
             return "expired"
         return "active" if self.running else "idle"
 
     def idle_time(self) -> int:
         with self.lock:
             return 0 if self.running else int(time.monotonic() - self.touched)
+
+    def drain(self, wait: float) -> None:
+        """Nothing new begins; what runs gets `wait` s to end."""
+        limit = time.monotonic() + wait
+        with self.turned:
+            self.closing = True
+            while self.running and (left := limit - time.monotonic()) > 0:
+                self.turned.wait(left)
 
     def cancel(self, wait: float) -> bool:
         """No more, now. Whether all that ran has ended, within `wait` s."""
@@ -196,7 +219,8 @@ class Ticket:
 
 
 class Tickets:
-    """`told` hears of each grant, extension and revocation (the audit). Bounded by `most`."""
+    """`told` hears of each grant, extension and revocation (the audit): granted, extended, revoked, and stuck for
+    a revocation that did not end what runs in time. Bounded by `most`."""
 
     def __init__(self, *, most: int, lane: Callable[[int], Lane], told: Callable[[str, Ticket], None]) -> None:
         self._most = most
@@ -244,10 +268,13 @@ class Tickets:
             ticket.expires = time.monotonic() + timeout
         self._told("extended", ticket)
 
-    def remove(self, ticket_id: str, wait: float) -> None:
-        """Idempotent. HttpError 409 when what it runs does not end within `wait` s: it stays, and says no."""
+    def remove(self, ticket_id: str, wait: float, *, drain: float = 0) -> None:
+        """Idempotent. HttpError 409 when what it runs does not end within `wait` s: it stays, and says no. With `drain`
+        what runs may first go on for so many seconds."""
         ticket = self._tickets.get(ticket_id)
         if ticket is not None:
+            if drain:
+                ticket.drain(drain)
             self._revoke(ticket, wait)
 
     def clear(self, wait: float) -> None:
@@ -267,6 +294,7 @@ class Tickets:
 
     def _revoke(self, ticket: Ticket, wait: float) -> None:
         if not ticket.cancel(wait):
+            self._told("stuck", ticket)
             message = f"Timeout cancelling transfer {ticket.spec.name}"
             raise HttpError(409, message, code="timeout", remedy="ask again: its operations are being ended")
         with self._lock:
@@ -278,10 +306,10 @@ class Tickets:
 
     def stop_expired(self) -> int:
         """End what tickets run whose time is over; how many there were. They stay: their time can be extended."""
-        now, ended = time.monotonic(), 0
+        ended = 0
         for ticket in self.all():
             with ticket.lock:
-                holders = set(ticket.running.values()) if now >= ticket.expires else set()
+                holders = set(ticket.running.values()) if ticket.over else set()
             for holder in holders:
                 holder.stop()
             ended += bool(holders)

@@ -19,9 +19,9 @@ from typing import Protocol
 from hostagent.data.streams import PIECE, PeerGone
 from hostagent.errors import AgentError
 
-RECEIVE = 64 * 1024
-"""Bytes of one read of requests; those of bodies are as large as their buffer."""
 _TLS_SEND = 256 * 1024
+_TLS_HEAD, _TLS_BODY = 4096, 256 * 1024
+"""Bytes of one read of the socket: of a client that may be idle for long, and of one that sends a body."""
 _GRACE = 0.001  # a kernel timeout of 0 would mean none
 
 
@@ -93,7 +93,7 @@ class Tls:
         self._plain = Plain(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._buffer = bytearray(RECEIVE)
+        self._buffer = bytearray(_TLS_HEAD)
         self._pieces = bytearray(0)
 
     def handshake(self, timeout: float) -> None:
@@ -120,6 +120,8 @@ class Tls:
         self._plain.patience(seconds)
 
     def receive(self, buffer: memoryview, *, whole: bool = False) -> int:
+        if whole and len(self._buffer) < _TLS_BODY:
+            self._buffer = bytearray(_TLS_BODY)
         while True:
             try:
                 return int(self._tls.read(len(buffer), buffer))

@@ -19,8 +19,10 @@ import h11
 from hostagent import __version__
 from hostagent.data.errors import HttpError
 from hostagent.data.streams import PeerGone
-from hostagent.data.transport import RECEIVE, Transport
+from hostagent.data.transport import Transport
 
+HEAD, BODY = 4096, 64 * 1024
+"""Bytes of one read. Who only waits for a request has no more memory than that."""
 LINE_MOST = 4096
 """Bytes of a request line; more is 414, as in the dialect."""
 HEADERS_MOST = 16 * 1024
@@ -42,8 +44,8 @@ class Request:
     length: int | None
     """Bytes of the body, 0 for none; None: chunked."""
     keep: bool
-    expects: bool
-    """It waits for 100 Continue."""
+    old: bool
+    """HTTP/1.0, which knows no chunks and no second request."""
     body: Body = field(repr=False)
 
 
@@ -82,7 +84,7 @@ class Body:
 
     def _chunked(self, buffer: memoryview) -> int:
         while not self._pending:
-            event = self._wire.event(self._parser)
+            event = self._wire.event(self._parser, BODY)
             if isinstance(event, h11.Data):
                 self._pending = memoryview(bytes(event.data))
             elif isinstance(event, h11.EndOfMessage):
@@ -148,8 +150,8 @@ class Wire:
             raise HttpError(431, "The request's headers are too long", close=True)  # and yet came in one piece
         return self._understood(event, parser)
 
-    def event(self, parser: h11.Connection) -> h11.Event | type[h11.PAUSED]:
-        """The next one of this parser, from the peer as needed."""
+    def event(self, parser: h11.Connection, piece: int = HEAD) -> h11.Event | type[h11.PAUSED]:
+        """The next one of this parser, from the peer as needed, `piece` bytes at a time."""
         while True:
             try:
                 event = parser.next_event()
@@ -157,7 +159,7 @@ class Wire:
                 raise HttpError(error.error_status_hint, str(error)[:200], close=True) from error
             if event is not h11.NEED_DATA:
                 return event  # type: ignore[return-value]
-            if not self._fill():
+            if not self._fill(piece):
                 raise PeerGone("the request ends early")
             parser.receive_data(bytes(self._received))
             self._received.clear()
@@ -175,13 +177,13 @@ class Wire:
         """What follows the message belongs to the next one."""
         self._received += parser.trailing_data[0]
 
-    def _fill(self) -> int:
+    def _fill(self, piece: int = HEAD) -> int:
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise HttpError(408, "The request's head did not come in time", close=True)
             self.transport.patience(left)
-        buffer = bytearray(RECEIVE)
+        buffer = bytearray(piece)
         try:
             number = self.transport.receive(memoryview(buffer))
         except PeerGone:
@@ -199,6 +201,8 @@ class Wire:
         target = event.target.decode("ascii", "replace")
         if len(target) > LINE_MOST:
             raise HttpError(414, "The request line is too long", close=True)
+        if event.http_version not in (b"1.0", b"1.1"):
+            raise HttpError(505, "HTTP/1.1 is spoken here", close=True)
         path, _, query = target.partition("?")
         chunked = "transfer-encoding" in headers
         if chunked and event.http_version < b"1.1":
@@ -216,7 +220,7 @@ class Wire:
             headers=headers,
             length=length,
             keep=event.http_version >= b"1.1" and "close" not in tokens,
-            expects=expects,
+            old=event.http_version < b"1.1",
             body=body,
         )
 

@@ -29,6 +29,8 @@ from typing import Any
 
 from tests.data.pki import Pki
 from tests.data.wire import Reply, Wire, tcp, unix
+from tests.harness import start_ours
+from tests.zygote import Spawned
 
 START = 20.0
 STOP = 20.0
@@ -54,7 +56,7 @@ class Daemon(ABC):
         self.local_path = str(self.runtime / "local.sock")
         self.port = free_port()
         self.log = folder / f"{self.name}.log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Spawned | None = None
 
     def __enter__(self) -> Daemon:
         try:
@@ -70,8 +72,8 @@ class Daemon(ABC):
     # Process
 
     @abstractmethod
-    def command(self) -> list[str]:
-        """How it is started, once its files of configuration are written."""
+    def spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Spawned:
+        """Start it, once its files of configuration are written."""
 
     @property
     def pid(self) -> int:
@@ -80,15 +82,7 @@ class Daemon(ABC):
 
     def start(self) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HOSTAGENT_")}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        self.process = self.spawn(environment)
         deadline = time.monotonic() + START
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -172,7 +166,7 @@ class Ours(Daemon):
 
     name = "ours"
 
-    def command(self) -> list[str]:
+    def spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Spawned:
         settings: dict[str, Any] = {"listen": "127.0.0.1", "port": self.port}
         if self.pki:
             settings |= {"cert": str(self.pki.server.cert), "key": str(self.pki.server.key)}
@@ -180,9 +174,7 @@ class Ours(Daemon):
         settings |= self.settings
         file = self.folder / "hostagent.toml"
         file.write_text("[data]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-        if "INTERIM" in os.environ:
-            return [sys.executable, os.environ["INTERIM"], "data", "--config", str(file)]
-        return [str(BIN / "hostagent"), "data", "--config", str(file)]
+        return start_ours(["data", "--config", str(file)], environment=environment, log=self.log)
 
 
 class Imageio(Daemon):
@@ -190,7 +182,7 @@ class Imageio(Daemon):
 
     name = "imageio"
 
-    def command(self) -> list[str]:
+    def spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         pki = self.pki
         tls = {"enable": "false"}
         if pki:
@@ -211,14 +203,23 @@ class Imageio(Daemon):
             "logger_root": {"handlers": "stderr", "level": "INFO"},
         }
         for section, values in self.settings.items():
-            sections[section] |= values
+            sections.setdefault(section, {}).update(values)
         folder = self.folder / "imageio" / "conf.d"
         folder.mkdir(parents=True, exist_ok=True)
         lines = []
         for section, values in sections.items():
             lines += [f"[{section}]", *(f"{key} = {value}" for key, value in values.items()), ""]
         (folder / "test.conf").write_text("\n".join(lines))
-        return [str(BIN / "ovirt-imageio"), "-c", str(folder.parent)]
+        command = [str(BIN / "ovirt-imageio"), "-c", str(folder.parent)]
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=dict(environment),
+                start_new_session=True,
+            )
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,21 +70,29 @@ def test_options_tell_what_a_client_would_have_to_guess(daemon: Daemon, export: 
     assert said["block_size"] >= 1
 
 
+def test_as_many_readers_as_options_promise_are_served_at_once(daemon: Daemon, export: QemuNbd) -> None:
+    ticket = daemon.ticket(export.url, SIZE)
+    with daemon.tcp() as wire:
+        most = wire.ask("OPTIONS", f"/images/{ticket}").json["max_readers"]
+    with contextlib.ExitStack() as open_:
+        for wire in [open_.enter_context(daemon.tcp()) for _ in range(most)]:
+            assert wire.ask("GET", f"/images/{ticket}").body == bytes(SIZE)
+
+
 @only_ours
-def test_as_many_readers_as_options_promise_are_served_at_once(daemon: Daemon, home: Path, export: QemuNbd) -> None:
-    """Also where the NBD server takes fewer connections than we would."""
-    with QemuNbd(home / "image.raw", shared=2, read_only=True) as narrow:
-        for server in (export, narrow):
-            ticket = daemon.ticket(server.url, SIZE)
-            with daemon.tcp() as wire:
-                most = wire.ask("OPTIONS", f"/images/{ticket}").json["max_readers"]
-            wires = [daemon.tcp() for _ in range(most)]
-            try:
-                for wire in wires:
-                    assert wire.ask("GET", f"/images/{ticket}").body == bytes(SIZE)
-            finally:
-                for wire in wires:
-                    wire.close()
+def test_an_nbd_server_that_takes_fewer_connections_than_it_let_hope_for(
+    daemon: Daemon, home: Path, tmp_path: Path
+) -> None:
+    """qemu-nbd accepts what it was told to share, says of none that it is the last, and lets further ones wait: theirs
+    waits with it for ever."""
+    with QemuNbd(home / "image.raw", shared=2, read_only=True) as server, contextlib.ExitStack() as open_:
+        hasty = open_.enter_context(type(daemon)(tmp_path, settings={"nbd_connect_timeout": 1.0}))
+        ticket = hasty.ticket(server.url, SIZE)
+        wires = [open_.enter_context(hasty.tcp()) for _ in range(3)]
+        for wire in wires[:2]:
+            assert wire.ask("GET", f"/images/{ticket}").body == bytes(SIZE)
+        assert wires[2].ask("GET", f"/images/{ticket}").status in (503, 504)
+        assert wires[0].ask("GET", f"/images/{ticket}").body == bytes(SIZE)
 
 
 @only_ours

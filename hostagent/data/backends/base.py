@@ -162,11 +162,6 @@ class ImageBackend(ABC):
         """The dirty bitmap that `context=dirty` means; None where there is none, or more than one."""
         return ""
 
-    @property
-    def dirty_assumed(self) -> str | None:
-        """Why the last `dirty_extents` called everything dirty, where the settings allow that; None: they are true."""
-        return None
-
     def write_from(self, source: Source, offset: int, length: int | None) -> int:
         """`length` bytes of the source, or all of it, at `offset`; the bytes written. Not flushed.
 

@@ -21,23 +21,14 @@ from hostagent.nbddial import Fence, Fenced, Server, Waits
 from hostagent.nbdstream import Facts, Stream
 
 
-def _ignored(why: str) -> None:
-    """Nobody counts."""
-
-
 @dataclass(frozen=True, slots=True)
 class NbdSettings:
     """Seconds to be connected, and seconds without any progress of an answer; connections that are offered to one
-    ticket's clients where the server can have several.
-
-    `assume_dirty`: where no bitmap says what is dirty, say that all of it is, and tell `assumed` why.
-    """
+    ticket's clients where the server can have several."""
 
     connect_timeout: float = 10.0
     timeout: float = 60.0
     connections: int = 8
-    assume_dirty: bool = False
-    assumed: Callable[[str], None] = _ignored
     connect_timeout_name: str = "data.nbd_connect_timeout"
     timeout_name: str = "data.nbd_timeout"
 
@@ -50,25 +41,36 @@ def nbd_factory(settings: NbdSettings) -> Factory:
     """For the schemes of nbd_url.SCHEMES."""
 
     def open_backend(opening: Opening) -> ImageBackend:
-        return NbdBackend(server_of(opening.url), settings, writable=opening.writable, sparse=opening.sparse)
+        server = server_of(opening.url)
+        return NbdBackend(server, settings, writable=opening.writable, sparse=opening.sparse, bitmap=opening.bitmap)
 
     return open_backend
 
 
 class NbdBackend(ImageBackend):
-    """One export, over one connection."""
+    """One export, over one connection. `bitmap` is the one that is meant; else it is the only one that there is."""
 
-    def __init__(self, server: Server, settings: NbdSettings, *, writable: bool = False, sparse: bool = False) -> None:
+    kind = "nbd"
+
+    def __init__(
+        self,
+        server: Server,
+        settings: NbdSettings,
+        *,
+        writable: bool = False,
+        sparse: bool = False,
+        bitmap: str | None = None,
+    ) -> None:
         self._server = server
         self._settings = settings
         self._writable = writable
         self._sparse = sparse
         self._fence = Fence()
         self._stream: Stream | None = None
+        self._meant = bitmap
         self._bitmap: str | None = None
         self._unflushed = False
         self._lost = False
-        self._assumed: str | None = None
 
     # What it is
 
@@ -167,20 +169,11 @@ class NbdBackend(ImageBackend):
         if context is not None:
             return self._dirty(context, start, length)
         message = f"{self._server} has no dirty bitmap, or more than one"
-        if not self._settings.assume_dirty:
-            raise AgentError("not_found", message, remedy="export the image with the bitmap of the last backup")
-        self._assumed = message
-        self._settings.assumed(message)
-        found = self.extents(start, length)
-        return (DirtyExtent(one.start, one.length, True, one.zero) for one in found)
+        raise AgentError("not_found", message, remedy="export the image with the bitmap of the last backup")
 
     @property
     def dirty_context(self) -> str | None:
-        return self._facts().bitmap
-
-    @property
-    def dirty_assumed(self) -> str | None:
-        return self._assumed
+        return self._meant or self._facts().bitmap
 
     def get_allocation_extents(self) -> list[dict[str, Any]]:
         return [one._asdict() for one in merged(self.extents(0, self.size()))]

@@ -14,16 +14,19 @@ from hostagent.errors import AgentError
 @dataclass(frozen=True, slots=True)
 class Opening:
     """How a ticket wants its image opened: `url` as the ticket has it, `size` its limit in bytes, `sparse` whether
-    zeroing may free space. `image` is the read-only image behind an NBD export, for reads that need not cross it.
+    zeroing may free space, `bitmap` which dirty bitmap is meant where there are several. `image` is the read-only image
+    behind an NBD export, for reads that need not cross it.
 
     `shared` is the ticket's: what its backends share, under names of theirs (several threads use it: setdefault); each
-    value has a `close()`, called when the ticket ends."""
+    value has a `close()`, called when the ticket ends.
+    """
 
     url: str
     size: int
     writable: bool = False
     sparse: bool = False
     dirty: bool = False
+    bitmap: str | None = None
     image: Mapping[str, object] | None = None
     shared: dict[str, Any] = field(default_factory=dict)
 

@@ -200,29 +200,45 @@ class TestDurable:
     def test_what_was_written_is_durable_after_a_flush(self, ticket: Ticket) -> None:
         self.write(ticket, 0, 10)
         assert ticket.durable.pairs() == []
-        with ticket.flushing():
+        with ticket.flushing(FakeHolder()):
             pass
         assert ticket.durable.pairs() == [(0, 10)]
 
     def test_a_flush_that_failed_makes_nothing_durable(self, ticket: Ticket) -> None:
         self.write(ticket, 0, 10)
-        with pytest.raises(OSError, match="gone"), ticket.flushing():
+        with pytest.raises(OSError, match="gone"), ticket.flushing(FakeHolder()):
             raise OSError("gone")
         assert ticket.durable.pairs() == []
 
     def test_what_is_written_while_a_flush_runs_is_not_durable_by_it(self, ticket: Ticket) -> None:
         self.write(ticket, 0, 10)
-        with ticket.flushing():
+        with ticket.flushing(FakeHolder()):
             self.write(ticket, 4, 6)  # anew, and complete before the flush has ended
             self.write(ticket, 20, 30)
         assert ticket.durable.pairs() == [(0, 4), (6, 10)]
-        with ticket.flushing():
+        with ticket.flushing(FakeHolder()):
             pass
         assert ticket.durable.pairs() == [(0, 10), (20, 30)]
 
     def test_what_is_being_written_anew_is_durable_no_more(self, ticket: Ticket) -> None:
         self.write(ticket, 0, 10)
-        with ticket.flushing():
+        with ticket.flushing(FakeHolder()):
             pass
         ticket.writing(2, 3)
         assert ticket.durable.pairs() == [(0, 2), (3, 10)]
+
+    def test_where_a_flush_is_its_connections_own_it_covers_nothing_else(self, ticket: Ticket) -> None:
+        one, other = FakeHolder(), FakeHolder()
+        ticket.writing(0, 10, one)
+        ticket.wrote(0, 10)
+        with ticket.flushing(other):
+            pass
+        assert ticket.durable.pairs() == []
+        ticket.writing(20, 30, other)
+        ticket.wrote(20, 30)
+        with ticket.flushing(one):
+            pass
+        assert ticket.durable.pairs() == []
+        with ticket.flushing(other):
+            pass
+        assert ticket.durable.pairs() == [(20, 30)]

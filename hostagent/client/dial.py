@@ -116,6 +116,9 @@ def _failures(address: Address, timeout: float) -> Iterator[None]:
         yield
     except ssl.SSLCertVerificationError as error:
         raise _distrusted(address, error) from error
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError) as error:
+        message = f"{address} broke off while TLS was set up"
+        raise Lost("unreachable", message, remedy="see whether its data daemon runs, and its log") from error
     except ssl.SSLError as error:
         if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
             message, remedy = f"{address} does not speak TLS", "write http: if that is what it speaks"

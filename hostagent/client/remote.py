@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse
@@ -307,7 +308,10 @@ class Remote:
             self.close()
             raise self._lost(error) from error
 
-    def _lost(self, error: Exception) -> Lost:
+    def _lost(self, error: Exception) -> AgentError:
+        if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
+            message = f"{self.address} refuses our TLS: {error.reason}"
+            return AgentError("denied", message, remedy="it may want a client certificate: --certificate FILE")
         if isinstance(error, TimeoutError):
             return Lost("timeout", f"{self.address} was silent for too long", remedy="see the server's load and log")
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -19,7 +19,7 @@ from typing import Any
 
 from hostagent.client.address import Address
 from hostagent.client.dial import Dial
-from hostagent.client.trouble import Lost, Retry, refused
+from hostagent.client.trouble import Lost, Retry, decoded, refused
 from hostagent.errors import AgentError
 
 ERROR_MOST = 64 << 10
@@ -28,6 +28,7 @@ ANSWER_MOST = 1 << 20
 LAST_WORD = 2.0  # seconds in which a server that broke off in the midst of a body may say why
 _PROBLEMS = {"Accept": "application/problem+json, */*"}
 Deliver = Callable[[memoryview], None]
+_ETAG = re.compile(r'(?:W/)?"[!#-~]{1,200}"', re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)", re.ASCII)
 
 
@@ -168,10 +169,10 @@ class Remote:
         """The answer to GET …/rest."""
         response = self._request("GET", f"{self.address.path}/{rest}", expect=(200,), timeout=timeout)
         body = self._body(response, ANSWER_MOST)
-        try:
-            return json.loads(body)
-        except ValueError as error:
-            raise self._strange("what is not JSON") from error
+        found = decoded(body)
+        if found is None:
+            raise self._strange("what is not JSON")
+        return found
 
     def total(self) -> int | None:
         """The size that the answer to a request for the first byte tells; None where it tells none."""
@@ -232,7 +233,8 @@ class Remote:
         raise refused(response.status, response.headers, said, f"{method} of the image at {self.address}")
 
     def _usual(self) -> dict[str, str]:
-        return {**_PROBLEMS, **({"If-Match": self._etag} if self._etag else {})}
+        strong = self._etag and not self._etag.startswith("W/")  # a weak one never matches (RFC 9110, 13.1.1)
+        return {**_PROBLEMS, **({"If-Match": self._etag} if strong else {})}
 
     def _connected(self) -> HTTPConnection:
         connection = self._connection
@@ -353,16 +355,13 @@ class Body:
 
 
 def _features(body: bytes, headers: HTTPMessage) -> Features:
-    try:
-        found = json.loads(body)
-    except ValueError:
-        found = None
+    found = decoded(body)
     if not isinstance(found, dict):
         return Features()
     names = found.get("features")
     names = names if isinstance(names, list) else []
     allow = headers.get("allow")
-    size, socket_name, generation = found.get("size"), found.get("unix_socket"), found.get("generation")
+    size, socket_name, generation = found.get("size"), found.get("unix_socket"), found.get("generation", "")
     return Features(
         extents="extents" in names,
         zero="zero" in names,
@@ -373,8 +372,13 @@ def _features(body: bytes, headers: HTTPMessage) -> Features:
         writers=_count(found.get("max_writers")),
         size=size if isinstance(size, int) and size >= 0 else None,
         unix_socket=socket_name if isinstance(socket_name, str) else "",
-        etag=headers.get("etag") or (f'"{generation}"' if isinstance(generation, str) and generation else ""),
+        etag=_tag(headers.get("etag") or f'"{generation}"'),
     )
+
+
+def _tag(value: object) -> str:
+    """An ETag (RFC 9110) that may be sent back; "" for what is none."""
+    return value if isinstance(value, str) and _ETAG.fullmatch(value) else ""
 
 
 def _count(value: object) -> int:

@@ -128,7 +128,7 @@ def _parsed(remote: Remote, query: str, dirty: bool) -> Iterator[Extent]:
 
 
 def _is_number(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 _OBJECT_MOST = 4096  # characters
@@ -154,7 +154,7 @@ def _objects(remote: Remote, query: str) -> Iterator[dict[str, Any]]:
                 break
             try:
                 found, at = decoder.raw_decode(text, at)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _wrong(remote, "is not JSON") from error
             if not isinstance(found, dict):
                 raise _wrong(remote, "is not a list of objects")

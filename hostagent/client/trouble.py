@@ -65,14 +65,19 @@ def _said(headers: HTTPMessage, body: bytes) -> tuple[str, str, str | None]:
     """The server's message, code and remedy; the last two are only in problem details (RFC 9457)."""
     kind = (headers.get("content-type") or "").partition(";")[0].strip()
     if kind in ("application/problem+json", "application/json"):
-        try:
-            found = json.loads(body)
-        except ValueError:
-            found = None
+        found = decoded(body)
         if isinstance(found, dict):
             words = found.get("detail") or found.get("title") or ""
             return _text(words), str(found.get("code", "")), _text(found["remedy"]) if "remedy" in found else None
     return (_text(body.decode(errors="replace").split("\n", 1)[0]) if kind == "text/plain" else ""), "", None
+
+
+def decoded(body: bytes) -> Any:
+    """What the JSON says; None when it is none."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _text(word: Any) -> str:

@@ -20,9 +20,10 @@ def sparse(path: Path, size: int = SIZE, seed: int = 1) -> Path:
     rng = random.Random(seed)
     with path.open("wb") as file:
         file.truncate(size)
-        for at in (0, 5 * MIB + 4096, 11 * MIB - 512, size - 3 * 512):
+        for at in (0, size // 5 + 4096, size // 2 - 512, size - 3 * 512):
+            at = at // 512 * 512
             file.seek(at)
-            file.write(rng.randbytes(min(rng.randrange(MIB, 3 * MIB) // 512 * 512, size - at)))
+            file.write(rng.randbytes(min(rng.randrange(size // 20, size // 8) // 512 * 512, size - at)))
     return path
 
 

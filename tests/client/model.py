@@ -36,6 +36,7 @@ class Model:
     partial: bool = True
     closes: bool = False
     unix_socket: str | None = None
+    host: str = "127.0.0.1"
     tell_size: bool = True
     fault: Callable[[str, int], object] = lambda request, number: None
     extents: list[dict[str, Any]] | None = None
@@ -53,13 +54,13 @@ class Model:
         class Handler(_Handler):
             image = model
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer((self.host, 0), Handler)
         self.server.daemon_threads = True
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}/images/{TICKET}"
+        return f"http://{self.host}:{self.server.server_address[1]}/images/{TICKET}"
 
     def __enter__(self) -> Model:
         self.thread.start()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -273,3 +275,43 @@ def test_a_server_that_is_not_there_is_said_soon(source: Path) -> None:
     assert refused.value.code == "unreachable"
     assert "http://127.0.0.1:1" in refused.value.message
     assert TICKET not in refused.value.message
+
+
+class Trap:
+    """A unix socket that counts who comes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.came = str(path), 0
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.path)
+        self._listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            self.came += 1
+            connection.sendall(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n")
+            connection.close()
+
+
+def test_another_hosts_socket_is_not_looked_for_here(source: Path, tmp_path: Path) -> None:
+    trap = Trap(tmp_path / "s")
+    with Model(SIZE, unix_socket=trap.path, host="127.0.0.2") as model:
+        sent(source, model)
+        assert bytes(model.durable) == source.read_bytes()
+    assert trap.came == 0, "who has the ticket's id has the image"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_socket_that_does_not_serve_the_ticket_is_done_without(source: Path, tmp_path: Path, there: bool) -> None:
+    path = Trap(tmp_path / "s").path if there else "\0hostagent-nobody-listens"
+    with Model(SIZE, unix_socket=path) as model:
+        assert sent(source, model).server.startswith("http://127.0.0.1")
+        assert bytes(model.durable) == source.read_bytes()
+
+
+def test_a_strange_etag_is_not_sent_back(source: Path) -> None:
+    with Model(SIZE, etag="a\r\nX: y", fault=lambda request, number: None) as model:
+        found = client.info(model.url, QUICK)
+    assert found["etag"] == ""

@@ -108,3 +108,10 @@ class Data:
         low=1000,
         high=100000000,
     )
+    map_hold: float = setting(
+        600.0,
+        "Seconds for which a transfer keeps writers from the files of an image that it reads directly; what is left "
+        "then comes by NBD.",
+        low=1,
+        high=86400,
+    )

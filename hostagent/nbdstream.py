@@ -23,6 +23,8 @@ IN_FLIGHT = 4
 ZERO_STEP = 128 << 20
 """Bytes of one write-zeroes request: short enough that a storage that really writes them can still be stopped."""
 
+FIRST_SPAN = 64 << 20
+"""Bytes that the first block status request asks about: a fragmented image's first extents are wanted soon."""
 UNTOLD = (0, 1, 0)
 
 
@@ -146,10 +148,11 @@ class Stream:
         if not self.contexts:
             yield length, *UNTOLD
             return
-        end, picked = start + length, self._picked()
+        end, picked, span = start + length, self._picked(), FIRST_SPAN
         while start < end:
             with self._alive():
-                answer = self._connection.status(start, min(end - start, STATUS_SPAN))
+                answer = self._connection.status(start, min(end - start, span))
+            span = min(2 * span, STATUS_SPAN)
             for one in answer:
                 size, state, depth, dirty = picked(one + UNTOLD)
                 size = min(size, end - start)

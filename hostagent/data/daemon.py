@@ -18,8 +18,10 @@ from hostagent.data.access import Access
 from hostagent.data.audit import Audit
 from hostagent.data.backends.file import files, handed_over
 from hostagent.data.backends.holds import Holds
+from hostagent.data.backends.mapped import mapped
 from hostagent.data.backends.nbd import NbdSettings, nbd_factory
 from hostagent.data.backends.nbd_url import SCHEMES
+from hostagent.data.backends.qemu_map import MapLimits
 from hostagent.data.backends.registry import Registry
 from hostagent.data.connection import Handler, Patience
 from hostagent.data.control import Control, ControlBounds
@@ -143,8 +145,17 @@ def registry(settings: Data, descriptors: Descriptors, metrics: Metrics) -> Regi
     found.register("file", files(settings.allow_paths, holds))
     found.register("fd", handed_over(descriptors.claim, holds))
     nbd = nbd_factory(NbdSettings(settings.nbd_connect_timeout, settings.nbd_timeout, settings.nbd_connections))
+    limits = MapLimits(timeout=settings.map_timeout, extents=settings.map_extents, hold=settings.map_hold)
+    direct = mapped(
+        nbd,
+        settings.allow_paths,
+        descriptors.claim,
+        holds,
+        limits,
+        told=lambda _: metrics.count("data_unmapped_total"),
+    )
     for scheme in SCHEMES:
-        found.register(scheme, nbd)
+        found.register(scheme, direct)
     return found
 
 

@@ -22,6 +22,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "data_connections_refused_total": ("counter", "Clients that found the house full.", ("reason",)),
     "data_requests_total": ("counter", "Requests by how they went: ok, refused, failed.", ("service", "result")),
     "data_revocations_total": ("counter", "Revocations of tickets by how they went: done, timeout.", ("result",)),
+    "data_unmapped_total": ("counter", "Reads of images that could not be read directly, and came by NBD.", ()),
     "data_dirty_fallbacks_total": ("counter", "Answers that called everything dirty for want of a bitmap.", ()),
 }
 

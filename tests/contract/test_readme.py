@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import APIRouter
@@ -13,6 +14,9 @@ from fastapi.routing import APIRoute
 from hostagent.api import routes
 from hostagent.cli.main import parser
 from hostagent.config_text import load
+from hostagent.data.downloads import Downloads
+from hostagent.data.images import Images
+from hostagent.data.uploads import Uploads
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +46,10 @@ def test_no_command_is_one_that_is_not_supported_yet() -> None:
         "serve",
         "demo",
         "drain",
+        "data",
+        "upload",
+        "download",
+        "checksum",
     }
 
 
@@ -57,12 +65,28 @@ def test_every_make_target_exists(target: str) -> None:
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("curl ")])
 def test_every_address_is_a_route(line: str) -> None:
-    path = re.search(r"http://localhost([^\s\"?]*)", line)
+    path = re.search(r"http://(?:localhost|127\.0\.0\.1:54322)([^\s\"?]*)", line)
     assert path
-    wanted = path[1].replace("$JOB", "{id}")
+    wanted = path[1].replace("$JOB", "{id}").replace("$TICKET", "{id}")
     method = re.search(r"-X (\w+)", line)
     expected = method[1] if method else "POST" if " -d " in line else "GET"
-    assert (wanted, expected) in _routes()
+    known = CONTROL if "$CONTROL" in line else _images() if ":54322" in line else _routes()
+    assert (wanted, expected) in known
+
+
+CONTROL = {
+    *(("/tickets/{id}", verb) for verb in ("GET", "PUT", "PATCH", "DELETE")),
+    *(("/tickets/", verb) for verb in ("GET", "DELETE")),
+    ("/metrics", "GET"),
+    ("/healthz", "GET"),
+}
+"""What the data daemon's control socket answers (tests/data has them all)."""
+
+
+def _images() -> set[tuple[str, str]]:
+    access: Any = None
+    routes = Images(access, Downloads(access), Uploads(access, 0), "").routes
+    return {(f"/images/{{id}}/{name}".rstrip("/"), verb) for name, verbs in routes.items() for verb in verbs}
 
 
 def _routes() -> set[tuple[str, str]]:
@@ -76,7 +100,7 @@ def _routes() -> set[tuple[str, str]]:
     }
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([a-z]+\.[a-z_]+)`", README))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([a-z]+\.(?!sock`)[a-z_]+)`", README))))
 def test_every_setting_exists(name: str) -> None:
     assert name in load(env={}).origin
 

@@ -12,11 +12,14 @@ import pytest
 from hostagent.data.backends.base import ImageBackend
 from hostagent.data.backends.nbd import NbdSettings, nbd_factory
 from hostagent.data.backends.registry import Opening
-from tests.contract.backend_guards import StallSuite
+from hostagent.data.checksum import Method, checksum
+from hostagent.data.streams import Stopped
+from tests.contract.backend_guards import StallSuite, ended_by
 from tests.contract.backend_laws import ExtentsSuite
 from tests.contract.backend_suite import MIB, RangeSuite, Rig, pattern
-from tests.harness import overlay
+from tests.harness import overlay, raw_image
 from tests.qemu.nbd_servers import Serving, qemu_nbd, storage_daemon
+from tests.unit.data.test_checksum import defined
 
 pytestmark = pytest.mark.qemu
 SIZE = 6 * MIB + 5 * 512
@@ -93,3 +96,35 @@ class TestDirtyFromQemuNbd(RangeSuite, ExtentsSuite, StallSuite):
             rig = rig_of(serving, image, "qcow2")
             rig.dirty = [(MIB, MIB + 65 * 1024), (2 * MIB, 2 * MIB + 65536), (6 * MIB, 6 * MIB + 1024)]
             yield rig
+
+
+def test_a_checksum_over_several_connections_is_that_of_the_bytes(folder: Path) -> None:
+    image = chain(folder)
+    content = content_of(image, "qcow2")
+    with storage_daemon(image, "qcow2", writable=False) as serving:
+        for workers in (1, 3):
+            found = checksum(lambda: opened(serving), SIZE, Method(block_size=MIB), workers=workers)
+            assert found == defined(content, MIB)
+
+
+def test_a_checksum_is_ended_by_a_fence_while_its_server_hangs(folder: Path) -> None:
+    image = raw_image(folder / "disk.raw", 64 * MIB)
+    backends: list[ImageBackend] = []
+
+    def another() -> ImageBackend:
+        backends.append(opened(serving))
+        return backends[-1]
+
+    def fence() -> None:
+        for backend in list(backends):
+            backend.fence()
+
+    def done(number: int) -> None:
+        if not stalled:
+            stalled.append(stack.enter_context(serving.stalled()))
+
+    stalled: list[None] = []
+    with storage_daemon(image, "raw") as serving, contextlib.ExitStack() as stack:
+        work = lambda: checksum(another, 64 * MIB, Method(block_size=MIB), workers=2, done=done)  # noqa: E731
+        assert isinstance(ended_by(fence, work), Stopped)
+        assert len(backends) == 3

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, BinaryIO, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
 
 from hostagent.data.streams import PIECE, Sink, Source
 from hostagent.errors import AgentError
@@ -79,7 +79,7 @@ class BackendSession(ABC):
 class ImageBackend(ABC):
     """One image, wherever it is."""
 
-    kind: ClassVar[str] = "other"
+    kind: str = "other"
     """For metrics."""
 
     @property

@@ -21,6 +21,8 @@ def server_of(url: str) -> Server:
         pass
     remedy = "write nbd:unix:PATH:exportname=NAME, nbd:HOST:PORT:exportname=NAME, nbd://HOST:PORT/NAME, "
     remedy += "or nbd+unix:///NAME?socket=PATH"
+    if "@" in url:  # NBD has no passwords, but somebody may have written one
+        raise AgentError("invalid", "an NBD URL has neither a user nor a password", field="url", remedy=remedy)
     raise AgentError("invalid", "no NBD URL that can be used here", field="url", value=url, remedy=remedy)
 
 

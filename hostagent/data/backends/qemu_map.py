@@ -1,0 +1,132 @@
+"""qemu-img map of layers that are open: an untrusted reader of untrusted tables, so in a process of its own, under
+limits of time, memory and output, and without a name to follow."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hostagent.data.backends.mapping import Unmappable
+
+READ = 64 * 1024
+_TICK_MS = 50
+_REAP = 5.0
+_ENTRY_MOST = 512  # bytes of one extent's JSON, which has some 110
+
+
+@dataclass(frozen=True, slots=True)
+class MapLimits:
+    """`timeout` (data.map_timeout) in seconds, `extents` (data.map_extents), `cpu` in seconds, `memory` in bytes;
+    `hold`: seconds for which locks are held in one go, before what still runs goes on by NBD."""
+
+    timeout: float = 30.0
+    extents: int = 1_000_000
+    cpu: int = 60
+    memory: int = 1 << 30
+    hold: float = 600.0
+    qemu_img: str = "qemu-img"
+
+
+def entries(
+    described: Callable[[Sequence[int]], str], fds: Sequence[int], limits: MapLimits, check: Callable[[], None]
+) -> Iterator[Mapping[str, Any]]:
+    """What it says, as it says it. `described` gives the image as QEMU's options, for descriptors in the child. `check`
+    raises when nobody waits any more. Unmappable when it fails."""
+    with contextlib.ExitStack() as stack:
+        # O_PATH: what a child inherits would keep our locks until its end.
+        handles = [os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC) for fd in fds]
+        for handle in handles:
+            stack.callback(os.close, handle)
+        bounds = [f"--cpu={limits.cpu}", f"--as={limits.memory}", "--core=0"]
+        command = [_found("prlimit"), *bounds, "--", _found(limits.qemu_img)]
+        command += ["map", "--output=json", "--", described(handles)]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=handles,
+            cwd="/",
+            env={"PATH": os.defpath, "LC_ALL": "C"},
+            start_new_session=True,
+        )
+        stack.callback(_end, process)
+        yield from parsed(_output(process, limits, check))
+
+
+def parsed(blocks: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:
+    """The objects of a JSON array of flat objects, a block at a time."""
+    left = b""
+    for block in blocks:
+        left += block
+        cut = left.rfind(b"}") + 1
+        if cut == 0:
+            if len(left) > _ENTRY_MOST + READ:
+                raise Unmappable("its map is no list of extents")
+            continue
+        text, left = left[:cut].lstrip(b" \r\n\t[,"), left[cut:]
+        try:
+            yield from json.loads(b"[" + text + b"]")
+        except ValueError as error:
+            raise Unmappable("its map is no list of extents") from error
+    if left.strip(b" \r\n\t[]"):
+        raise Unmappable("its map breaks off")
+
+
+def _output(process: subprocess.Popen[bytes], limits: MapLimits, check: Callable[[], None]) -> Iterator[bytes]:
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out, errors = process.stdout.fileno(), process.stderr.fileno()
+    deadline, most, said = time.monotonic() + limits.timeout, limits.extents * _ENTRY_MOST, b""
+    poll = select.poll()
+    waiting = {out, errors}
+    for fd in waiting:
+        poll.register(fd, select.POLLIN)
+    while waiting:
+        check()
+        if time.monotonic() > deadline:
+            raise Unmappable(f"its map took longer than {limits.timeout:g} s (data.map_timeout)")
+        for fd, _ in poll.poll(_TICK_MS):
+            block = os.read(fd, READ)
+            if not block:
+                poll.unregister(fd)
+                waiting.discard(fd)
+            elif fd == errors:
+                said = (said + block)[-4096:]
+            else:
+                most -= len(block)
+                if most < 0:
+                    raise Unmappable(f"its map is longer than {limits.extents} extents (data.map_extents)")
+                yield block
+    try:
+        status = process.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise Unmappable("qemu-img map does not end") from None
+    if status != 0:
+        last = said.decode("utf-8", "backslashreplace").strip().splitlines()[-1:] or [f"status {status}"]
+        raise Unmappable(f"qemu-img map failed: {last[0][-300:]}", lasting=False)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that is stuck in the kernel is reaped when it can be
+        process.wait(_REAP)
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def _found(program: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        raise Unmappable(f"{program} is not installed")
+    return path

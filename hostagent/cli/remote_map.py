@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from hostagent.cli.terminal import Column, Terminal, remark
-from hostagent.cli.ticket_url import options
+from hostagent.cli.ticket_url import options, url
 from hostagent.errors import EXIT_OK
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def show(args: argparse.Namespace) -> int:
     from hostagent import client
 
     found = client.extents(
-        args.path, options(args), dirty=args.dirty, start=args.start, length=args.length, tell=remark
+        url(args.path), options(args), dirty=args.dirty, start=args.start, length=args.length, tell=remark
     )
     terminal = Terminal.of(args)
     if terminal.json:

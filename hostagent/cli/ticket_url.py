@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hostagent.cli import arguments
 from hostagent.cli.terminal import remark
+from hostagent.errors import AgentError
 
 if TYPE_CHECKING:
     from hostagent.client import Options
@@ -88,26 +89,25 @@ def _said(usual: Any, **given: object) -> Any:
     return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
-def url(text: str) -> str:
-    """A ticket's URL, or where it is read from. What is wrong with it is said without it."""
-    from hostagent.client.address import parse
-    from hostagent.errors import AgentError
-
-    found = _read(text)
-    try:
-        parse(found)
-    except AgentError as error:
-        raise argparse.ArgumentTypeError(f"{error.message}; {error.remedy}") from None
-    return found
+def file_or_url(text: str) -> str:
+    """A path, made absolute, or what means a ticket's URL."""
+    return (
+        text if text == "-" or text.startswith(("@", "http://", "https://", "http+unix://")) else arguments.file(text)
+    )
 
 
 def is_url(text: str) -> bool:
-    return text.startswith(("http://", "https://", "http+unix://"))
+    """Of what `file_or_url` gave."""
+    return not text.startswith("/")
 
 
-def file_or_url(text: str) -> str:
-    """A path, made absolute, or a ticket's URL."""
-    return url(text) if text == "-" or text.startswith("@") or is_url(text) else arguments.file(text)
+def url(text: str) -> str:
+    """The ticket's URL that an argument means. What is wrong with it is said without it."""
+    from hostagent.client.address import parse
+
+    found = _read(text)
+    parse(found)
+    return found
 
 
 def _read(text: str) -> str:
@@ -119,4 +119,5 @@ def _read(text: str) -> str:
         with Path(text[1:]).open() as lines:
             return lines.readline(URL_MOST).strip()
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"the URL cannot be read from {text[1:]!r}: {error}") from error
+        message = f"the URL cannot be read from {text[1:]!r}: {error}"
+        raise AgentError("invalid", message, field="url") from error

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     upload = _noun(nouns, common, "upload", _upload, "send an image to a data daemon, as a guest sees it")
     upload.add_argument("file", metavar="FILE", type=arguments.file, help="raw, or qcow2 with all that it stands on")
-    upload.add_argument("url", metavar="URL", type=url, help="of the ticket; @FILE or - reads it")
+    upload.add_argument("url", metavar="URL", help="of the ticket; @FILE or - reads it")
     upload.add_argument("--format", choices=("raw", "qcow2"), help="of FILE; else its header says it")
     upload.add_argument("--target-is-zero", action="store_true", help="the server's image is all zeros already")
     _transferring(upload)
 
     download = _noun(nouns, common, "download", _download, "fetch an image from a data daemon")
-    download.add_argument("url", metavar="URL", type=url, help="of the ticket; @FILE or - reads it")
+    download.add_argument("url", metavar="URL", help="of the ticket; @FILE or - reads it")
     download.add_argument("file", metavar="FILE", type=arguments.file, help="a new file, or a block device")
     download.add_argument("--format", choices=("raw", "qcow2"), help="of FILE; else qcow2 if it is named so, or raw")
     download.add_argument("--backing", metavar="FILE", help="what a new qcow2 stands on")
@@ -95,7 +95,7 @@ def _storage(parser: argparse.ArgumentParser) -> None:
 def _upload(args: argparse.Namespace) -> int:
     from hostagent import client
 
-    work = client.Upload(args.file, args.url, args.format, args.target_is_zero)
+    work = client.Upload(args.file, url(args.url), args.format, args.target_is_zero)
     with _followed(args, "upload", args.file) as (show, terminal):
         found = client.upload(work, options(args), show=show, tell=remark)
     return _reported(terminal, found)
@@ -105,7 +105,7 @@ def _download(args: argparse.Namespace) -> int:
     from hostagent import client
 
     work = client.Download(
-        url=args.url,
+        url=url(args.url),
         path=args.file,
         format=args.format,
         backing=os.path.abspath(args.backing) if args.backing else None,  # noqa: PTH100 - links are kept as they are
@@ -122,9 +122,10 @@ def _download(args: argparse.Namespace) -> int:
 def _checksum(args: argparse.Namespace) -> int:
     from hostagent import client
 
-    shown = "the image" if is_url(args.where) else args.where
-    with _followed(args, "checksum", shown) as (show, terminal):
-        found = client.checksum(args.where, options(args), format=args.format, show=show, tell=remark)
+    remote = is_url(args.where)
+    where = url(args.where) if remote else args.where
+    with _followed(args, "checksum", "the image" if remote else where) as (show, terminal):
+        found = client.checksum(where, options(args), format=args.format, show=show, tell=remark)
     if terminal.json:
         terminal.data(dataclasses.asdict(found))
     else:

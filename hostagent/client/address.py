@@ -53,8 +53,8 @@ def is_url(text: str) -> bool:
 
 def parse(text: str) -> Address:
     """The address that a URL means; AgentError `invalid`, which does not repeat the URL."""
-    if len(text) > _LONGEST or not text.isprintable() or " " in text:
-        raise _wrong("it has blanks or control characters, or is too long")
+    if len(text) > _LONGEST or not text.isascii() or not text.isprintable() or " " in text:
+        raise _wrong("it has blanks, control or other characters, or is too long")
     try:
         found = urlsplit(text)
         port = found.port

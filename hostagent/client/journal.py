@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hostagent.client.options import Resume
+from hostagent.client.progress import Tell
 from hostagent.errors import AgentError
 from hostagent.rangeset import RangeSet
 
@@ -79,9 +80,11 @@ def misfit(head: dict[str, Any], now: Identity, resume: Resume) -> str | None:
 class Journal:
     """Open, and ours alone. `head` is what an earlier transfer left, None if there is none; `durable` its bytes."""
 
-    def __init__(self, path: Path, fd: int) -> None:
+    def __init__(self, path: Path, fd: int, tell: Tell) -> None:
         self.path = path
         self._fd = fd
+        self._tell = tell
+        self._broken = False
         self._size = 0
         self.head: dict[str, Any] | None = None
         self.durable = RangeSet()
@@ -89,16 +92,17 @@ class Journal:
         self._read()
 
     @classmethod
-    def open(cls, path: Path) -> Journal:
+    def open(cls, path: Path, tell: Tell) -> Journal:
         """AgentError busy when another transfer has it, `conflict` when the file is somebody else's."""
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
             try:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():  # another could say what is durable
                     raise _foreign(path)
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(fd).st_nlink:
-                    return cls(path, fd)
+                    return cls(path, fd, tell)
                 os.close(fd)  # the transfer that had it is just done
             except BlockingIOError as error:
                 os.close(fd)
@@ -120,7 +124,16 @@ class Journal:
             os.close(folder)
 
     def record(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """These are durable, too."""
+        """These are durable, too. Where that cannot be written, nothing more is: a kill then costs more."""
+        if self._broken:
+            return
+        try:
+            self._append(ranges)
+        except OSError as error:
+            self._broken = True
+            self._tell(f"the journal {self.path} cannot be written any more: {error.strerror}")
+
+    def _append(self, ranges: Iterable[tuple[int, int]]) -> None:
         fresh = RangeSet()
         for begin, end in ranges:
             fresh.add(begin, end)

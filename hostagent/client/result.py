@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hostagent.client.checksum import Checksum, local_checksum, remote_checksum
+from hostagent.client.checksum import Checksum, local_checksum, refuse_unknown, remote_checksum
 from hostagent.client.local import Image
 from hostagent.client.options import REQUEST_MOST, Options
 from hostagent.client.progress import Progress, Show, Tell
@@ -52,6 +52,7 @@ def checked(options: Options) -> Options:
         if not least <= value <= most:
             message = f"{name} is {value}; {least} to {most} are allowed"
             raise AgentError("invalid", message, field=name, value=value)
+    refuse_unknown(options.algorithm, options.block_size)
     return options
 
 

@@ -76,6 +76,13 @@ class StorageDaemon:
             os.close(self._door)
             self._door = -1
 
+    def end(self) -> None:
+        """As at the end of the context; AgentError when it did not end well, so that it may not have written all."""
+        self.__exit__()
+        if self._process is not None and self._process.returncode:
+            message = f"the storage daemon ended with status {self._process.returncode}: the image may not be whole"
+            raise AgentError("unproven", message, remedy="see the host's log, then run the same again")
+
     # Images
 
     def open(self, layers: Layers, *, writable: bool = False) -> None:

@@ -124,7 +124,7 @@ class ServedTarget(Target):
         return self._served
 
     def finish(self) -> None:
-        self._daemon.__exit__()  # which writes what it knew only by itself
+        self._daemon.end()  # which writes what it knew only by itself
         super().finish()
 
 
@@ -162,7 +162,7 @@ def _device(place: Place, options: Options, tell: Tell) -> Iterator[Target]:
             raise AgentError("no_space", message, remedy="use a larger device")
         journal = None
         if options.journal:
-            journal = Journal.open(Path(options.journal))
+            journal = Journal.open(Path(options.journal), tell)
             stack.callback(journal.close)
             _taken_over(journal, place.identity([os.fstat(fd).st_rdev, room]), options, tell)
         yield Target(place, fd, Path(place.path), journal, fresh=False)
@@ -176,7 +176,7 @@ def _part(place: Place, options: Options, tell: Tell) -> Iterator[Target]:
     _refuse_existing(final, force=place.force)
     part = final.with_name(final.name + PART)
     with contextlib.ExitStack() as stack:
-        journal = Journal.open(Path(options.journal or f"{final}{JOURNAL}"))
+        journal = Journal.open(Path(options.journal or f"{final}{JOURNAL}"), tell)
         stack.callback(journal.close)
         fd, resumed = _opened_part(place, part, journal, options, tell)
         stack.callback(os.close, fd)

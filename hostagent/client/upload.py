@@ -16,6 +16,7 @@ from hostagent.client.layers import Layers
 from hostagent.client.local import Image, open_image
 from hostagent.client.options import REQUEST_MOST, Options
 from hostagent.client.progress import Progress, Show, Tell, nobody
+from hostagent.client.rawimage import failed
 from hostagent.client.result import Result, anew, checked, verified
 from hostagent.client.sending import Sender
 from hostagent.client.server import Server, contact
@@ -44,9 +45,12 @@ def upload(work: Upload, options: Options, *, show: Show = nobody, tell: Tell = 
 
     def run(options: Options) -> Result:
         show(Progress("connecting"))
-        with open_image(work.path, work.format, options.storage) as (image, layers):
-            server = contact(work.url, options, tell)
-            return _Sending(work, image, layers, server, show, tell).run()
+        try:
+            with open_image(work.path, work.format, options.storage) as (image, layers):
+                server = contact(work.url, options, tell)
+                return _Sending(work, image, layers, server, show, tell).run()
+        except OSError as error:
+            raise failed(error, error.filename or work.path, "used") from error
 
     return anew(run, options, tell)
 
@@ -165,7 +169,7 @@ class _Sending:
             return None
         path = Path(self._options.journal or f"{self._work.path}{SUFFIX}")
         try:
-            return Journal.open(path)
+            return Journal.open(path, self._tell)
         except AgentError as error:
             if error.code != "busy" or self._options.journal:
                 raise

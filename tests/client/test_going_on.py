@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 from hostagent import client
 from hostagent.errors import AgentError
 from tests.client.model import TICKET, Model
-from tests.client.test_model_server import KIB, MIB, QUICK
+from tests.client.test_model_server import MIB, QUICK
 
 SIZE = 4 * MIB
 SLOW = replace(QUICK, bandwidth=8 * MIB, workers=2)
@@ -296,9 +295,22 @@ def test_both_sides_checksum_agrees_when_the_bytes_do(source: Path, tmp_path: Pa
     assert found.checksum.checksum == model.checksum["checksum"]
 
 
-def test_the_journals_lines_are_small(source: Path) -> None:
+def test_a_journal_of_another_user_says_nothing(source: Path) -> None:
+    """Who can write beside the file could say of anything that it is there already."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make another user's file")
     with Model(SIZE) as model:
-        cut_upload(source, model, replace(SLOW, request_size=64 * KIB))
-    lines = [json.loads(line) for line in journal(source).read_text().splitlines()]
-    assert lines[0]["hostagent-resume"] == 1
-    assert all(len(line["durable"]) <= 8 for line in lines[1:]), "pieces beside each other are one range"
+        cut_upload(source, model)
+        os.chown(journal(source), 65534, 65534)
+        with pytest.raises(AgentError) as refused:
+            client.upload(client.Upload(str(source), model.url), QUICK)
+    assert refused.value.code == "conflict"
+
+
+def test_a_journal_without_room_costs_nothing_but_itself(source: Path) -> None:
+    told: list[str] = []
+    with Model(SIZE) as model:
+        options = replace(SLOW, journal="/dev/full")
+        with pytest.raises(AgentError) as refused:
+            client.upload(client.Upload(str(source), model.url), options, tell=told.append)
+        assert refused.value.code == "conflict", "a device is no journal"

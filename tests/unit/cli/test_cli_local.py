@@ -199,7 +199,7 @@ def test_serve_with_wrong_settings_exits_2_and_names_the_nearest(run, capsys, tm
     assert "jobs.width" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("noun", ["backup", "checkpoint", "transfer", "upload", "download", "checksum"])
+@pytest.mark.parametrize("noun", ["backup", "checkpoint", "transfer"])
 def test_a_noun_of_later_says_so_whatever_follows(run, capsys, noun: str) -> None:
     assert run(noun, "start", "web1", "--since", "x") == 1
     assert "not supported yet" in capsys.readouterr().err

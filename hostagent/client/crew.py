@@ -89,6 +89,7 @@ class Crew:
         self._changed = threading.Condition(self._lock)
         self._workers: list[Worker] = []
         self._errors: list[BaseException] = []
+        self._left = 0
         self._shown = 0
         self._speed = Speed()
 
@@ -115,10 +116,9 @@ class Crew:
 
     def _over(self) -> bool:
         with self._changed:
-            if self._errors or not any(worker.is_alive() for worker in self._workers):
-                return True
-            self._changed.wait(TICK)
-        return False
+            if not self._errors and self._left < len(self._workers):
+                self._changed.wait(TICK)
+            return bool(self._errors) or self._left == len(self._workers)
 
     def _tick(self, show: Show) -> None:
         with self._lock:
@@ -179,7 +179,9 @@ class Crew:
             self._changed.notify_all()
 
     def left(self) -> None:
+        """One worker has come to its end."""
         with self._changed:
+            self._left += 1
             self._changed.notify_all()
 
 

@@ -96,6 +96,12 @@ class Data:
         8, "Readers, and writers, of one ticket where the NBD server can have several.", low=1, high=64
     )
     nbd_timeout: float = setting(30.0, "Seconds without progress until an NBD server is given up.", low=0.1, high=3600)
+    nbd_flush_timeout: float = setting(
+        600.0,
+        "Seconds until an NBD server must have flushed: all that it has cached may have to go to a slow disk.",
+        low=0.1,
+        high=7200,
+    )
     rate: int = setting(
         0, "Bytes/s of all tickets together, shared fairly between them; 0 is no limit.", low=0, size=True
     )

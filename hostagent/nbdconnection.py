@@ -113,6 +113,10 @@ class Connection:
         """Those that the export has, in the order in which they were asked for."""
         return self._contexts
 
+    @property
+    def closed(self) -> bool:
+        return self.handle is None or bool(self.handle.aio_is_closed() or self.handle.aio_is_dead())
+
     # Waiting
 
     def until(self, done: Callable[[], bool], seconds: float | None = None, setting: str = "") -> None:
@@ -157,7 +161,8 @@ class Connection:
 
     def flush(self) -> None:
         """What was completed before is durable when this returns."""
-        self.wait(self._call(self.handle.aio_flush))
+        cookie = self._call(self.handle.aio_flush)
+        self.until(lambda: self.completed(cookie), self._waits.flush, self._waits.flush_setting)
 
     def status(self, offset: int, length: int) -> list[tuple[int, ...]]:
         """(length, the flags of each of the contexts) from `offset` on; may stop early, or tell of more."""
@@ -199,7 +204,7 @@ class Connection:
         number, what = error.errnum, self._server
         if self._fence.closed:
             return Fenced()
-        if number in _LOST or self.handle.aio_is_closed() or self.handle.aio_is_dead():
+        if number in _LOST or self.closed:
             why = "" if number in _LOST else f": {error.string}"
             return AgentError("unavailable", f"{what} was closed{why}", remedy="its storage daemon may have ended")
         if number in (errno.ENOSPC, errno.EDQUOT):

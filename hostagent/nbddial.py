@@ -41,12 +41,15 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """Seconds: to be connected, and without any progress later on; and the names of these settings, for messages."""
+    """Seconds: to be connected, without any progress later on, and of a flush, which else is an answer like others; and
+    the names of these settings, for messages."""
 
     connect: float
     answer: float
     connect_setting: str
     answer_setting: str
+    flush: float | None = None
+    flush_setting: str = ""
 
 
 class Fenced(Exception):
@@ -77,6 +80,7 @@ class Fence:
         with self._lock:
             before, self._socket = self._socket, one
             if before is not None:
+                _shutdown(before)  # libnbd's own lives on in the traceback of an error
                 before.close()
             if one is not None and self.closed:
                 _shutdown(one)

@@ -85,6 +85,15 @@ class Stream:
         self.broken = True
         self._connection.close()
 
+    def alive(self) -> bool:
+        """Whether the server is still there, as far as its socket tells."""
+        if not self.broken:
+            with contextlib.suppress(AgentError), self._alive():
+                self._connection.serve(0)
+        if not self.broken and self._connection.closed:
+            self.close()
+        return not self.broken
+
     # Bytes
 
     def read(self, offset: int, length: int, deliver: Callable[[memoryview], object]) -> None:

@@ -123,6 +123,11 @@ def _ready(state: Json) -> Iterator[Finding]:
 
 
 def _host(host: Json) -> Iterator[Finding]:
+    data = host.get("data_daemon")
+    if data and data.get("running"):
+        yield ok("data daemon", f"answers, pid {data['pid']}")
+    elif data:
+        yield fail("data daemon", str(data.get("error")), "see the agent's log; it is tried again by itself")
     daemons = host.get("storage_daemons") or []
     stuck = [daemon for daemon in daemons if daemon.get("state") == "unresponsive"]
     for daemon in stuck:

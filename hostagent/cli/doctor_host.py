@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import importlib.util
 import os
 import pwd
@@ -34,6 +35,7 @@ def findings(config: Config) -> Iterator[Finding]:
     yield _user("hypervisor user", "access.hypervisor_user", config.access.hypervisor_user)
     if config.qsd.user != config.access.hypervisor_user:
         yield _user("storage user", "qsd.user", config.qsd.user)
+    yield from _exports_group(config)
     yield _state_folder(config.agent.state_dir)
     yield _runtime_folder(config)
     yield from _acls(config)
@@ -110,6 +112,20 @@ def _user(name: str, key: str, user: str) -> Finding:
     if os.geteuid() not in (0, found.pw_uid):
         return fail(name, f"only root can work for the user {user!r}", f'run the agent as root, or set {key} to ""')
     return ok(name, f"{user} (uid {found.pw_uid})")
+
+
+def _exports_group(config: Config) -> Iterator[Finding]:
+    """Without it nobody but root reaches an export, and so the data daemon none."""
+    if os.geteuid() != 0 or not config.data.start:
+        return
+    name = config.api.socket_group
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        text = f"there is no group {name!r} (api.socket_group), so the data daemon reaches no export"
+        yield warn("group", text, f"groupadd --system {name}, and restart the agent")
+    else:
+        yield ok("group", f"{name} may use the API and the exports")
 
 
 def _state_folder(folder: Path) -> Finding:

@@ -98,7 +98,7 @@ class Front:
                 self._register(found)
             elif action == "unregister":
                 ticket_id = _transfer_id(found)
-                self._tickets.remove(ticket_id, self._settings.revoke, drain=self._settings.drain)
+                self._tickets.remove(ticket_id, self._settings.revoke, "cloudstack", drain=self._settings.drain)
             elif action != "status":
                 raise HttpError(400, f"unknown action: {str(action)[:100]}")
         except (HttpError, AgentError) as error:
@@ -108,7 +108,7 @@ class Front:
     def _register(self, found: dict[str, Any]) -> None:
         spec = spec_of(_transfer_id(found), found.get("config"), self._settings.inactivity)
         self._usable(spec)
-        self._tickets.add(spec, self._settings.revoke)
+        self._tickets.add(spec, self._settings.revoke, "cloudstack")
 
 
 def spec_of(transfer_id: str, config: object, inactivity: int) -> Spec:

@@ -52,7 +52,7 @@ class Control:
             if request.method not in verbs:
                 allow = (("allow", ",".join(sorted(verbs))),)
                 raise HttpError(405, f"Method {request.method[:20]!r} not defined for '/tickets/'", headers=allow)
-            return connection.reply(request, verbs[request.method](request, ticket_id))
+            return connection.reply(request, verbs[request.method](request, ticket_id, connection.peer))
         if request.method == "GET" and request.path == "/metrics":
             body = self._metrics.text()
             return connection.reply(request, Answer(200, body, (("content-type", CONTENT_TYPE),)))
@@ -61,7 +61,7 @@ class Control:
             return connection.reply(request, answers.of_json(found))
         raise HttpError(404, "No handler for this path")
 
-    def _show(self, request: Request, ticket_id: str) -> Answer:
+    def _show(self, request: Request, ticket_id: str, by: str) -> Answer:
         if not ticket_id:
             return self._list(request)
         found = self._tickets.get(ticket_id)
@@ -75,7 +75,7 @@ class Control:
         page = [one for one in every if one.spec.uuid > after][: self._bounds.listed]
         return answers.of_json([described(one) for one in page])
 
-    def _put(self, request: Request, ticket_id: str) -> Answer:
+    def _put(self, request: Request, ticket_id: str, by: str) -> Answer:
         body = request.body.all(self._bounds.body)
         if not ticket_id:
             raise HttpError(400, "Ticket id is required")
@@ -87,19 +87,19 @@ class Control:
                 raise ticket.invalid("url", spec.url, error.message) from error
             if error.code == "denied":
                 raise
-        self._tickets.add(spec, self._bounds.revoke_timeout)
+        self._tickets.add(spec, self._bounds.revoke_timeout, by)
         return Answer(200)
 
-    def _extend(self, request: Request, ticket_id: str) -> Answer:
+    def _extend(self, request: Request, ticket_id: str, by: str) -> Answer:
         body = request.body.all(self._bounds.body)
         if not ticket_id:
             raise HttpError(400, "Ticket id is required")
-        self._tickets.extend(ticket_id, ticket.timeout_of(body))
+        self._tickets.extend(ticket_id, ticket.timeout_of(body), by)
         return Answer(200)
 
-    def _delete(self, request: Request, ticket_id: str) -> Answer:
+    def _delete(self, request: Request, ticket_id: str, by: str) -> Answer:
         if ticket_id:
-            self._tickets.remove(ticket_id, self._bounds.revoke_timeout)
+            self._tickets.remove(ticket_id, self._bounds.revoke_timeout, by)
         else:
-            self._tickets.clear(self._bounds.revoke_timeout)
+            self._tickets.clear(self._bounds.revoke_timeout, by)
         return Answer(204)

@@ -52,8 +52,8 @@ class Daemon:
         audit = Audit(None if settings.audit == UNSET else settings.audit)
         host = Rate(settings.rate)
 
-        def told(what: str, ticket: Ticket) -> None:
-            audit.tell(what, ticket)
+        def told(what: str, ticket: Ticket, by: str) -> None:
+            audit.tell(what, ticket, by)
             if what in ("revoked", "stuck"):
                 self.metrics.count("data_revocations_total", "done" if what == "revoked" else "timeout")
 
@@ -62,7 +62,7 @@ class Daemon:
         self.descriptors = Descriptors(settings.tickets)
         self._certificate = _certificate(settings)
         access = Access(
-            self.tickets, registry(settings, self.descriptors, self.metrics), self.metrics, settings.turn_timeout
+            self.tickets, registry(config, self.descriptors, self.metrics), self.metrics, settings.turn_timeout
         )
         uploads = Uploads(access, settings.ticket_size)
         images = Images(access, Downloads(access), uploads, _name(settings.local_socket))
@@ -109,7 +109,7 @@ class Daemon:
             front.stop()
         self._server.stop(self._settings.stop_timeout)
         with contextlib.suppress(HttpError):  # all were told to end, and the process does
-            self.tickets.clear(self._settings.revoke_timeout)
+            self.tickets.clear(self._settings.revoke_timeout, "the end of the daemon")
         for path in self._own:
             Path(path).unlink(missing_ok=True)
 
@@ -139,24 +139,38 @@ def run(config: Config, given: Mapping[str, int]) -> int:
     return 0
 
 
-def registry(settings: Data, descriptors: Descriptors, metrics: Metrics) -> Registry:
+def registry(config: Config, descriptors: Descriptors, metrics: Metrics) -> Registry:
     """The backends of this daemon, by their schemes."""
-    found, holds = Registry(), Holds()
+    settings, found, holds = config.data, Registry(), Holds()
     found.register("file", files(settings.allow_paths, holds))
     found.register("fd", handed_over(descriptors.claim, holds))
-    nbd = nbd_factory(NbdSettings(settings.nbd_connect_timeout, settings.nbd_timeout, settings.nbd_connections))
-    limits = MapLimits(timeout=settings.map_timeout, extents=settings.map_extents, hold=settings.map_hold)
+    waits = NbdSettings(
+        settings.nbd_connect_timeout, settings.nbd_timeout, settings.nbd_connections, settings.nbd_flush_timeout
+    )
+    nbd = nbd_factory(waits)
     direct = mapped(
         nbd,
         settings.allow_paths,
         descriptors.claim,
         holds,
-        limits,
+        _map_limits(config),
         told=lambda _: metrics.count("data_unmapped_total"),
     )
     for scheme in SCHEMES:
         found.register(scheme, direct)
     return found
+
+
+def _map_limits(config: Config) -> MapLimits:
+    settings, images = config.data, config.images
+    return MapLimits(
+        timeout=settings.map_timeout,
+        extents=settings.map_extents,
+        hold=settings.map_hold,
+        cpu=images.tool_cpu,
+        memory=images.tool_memory,
+        qemu_img=images.qemu_img,
+    )
 
 
 def _certificate(settings: Data) -> Renewing | None:

@@ -220,9 +220,9 @@ class Ticket:
 
 class Tickets:
     """`told` hears of each grant, extension and revocation (the audit): granted, extended, revoked, and stuck for
-    a revocation that did not end what runs in time. Bounded by `most`."""
+    a revocation that did not end what runs in time; `by` is who asked. Bounded by `most`."""
 
-    def __init__(self, *, most: int, lane: Callable[[int], Lane], told: Callable[[str, Ticket], None]) -> None:
+    def __init__(self, *, most: int, lane: Callable[[int], Lane], told: Callable[[str, Ticket, str], None]) -> None:
         self._most = most
         self._lane = lane
         self._told = told
@@ -244,7 +244,7 @@ class Tickets:
         with self._lock:
             return list(self._tickets.values())
 
-    def add(self, spec: Spec, wait: float) -> Ticket:
+    def add(self, spec: Spec, wait: float, by: str = "") -> Ticket:
         """A ticket of the same id is revoked first: HttpError 409 if what it runs does not end within `wait` s."""
         ticket = Ticket(spec, self._lane(spec.rate), time.monotonic() + spec.timeout)
         while True:
@@ -256,28 +256,28 @@ class Tickets:
                         raise HttpError(429, message, remedy="delete those that are not needed")
                     self._tickets[spec.uuid] = ticket
                     break
-            self._revoke(old, wait)
-        self._told("granted", ticket)
+            self._revoke(old, wait, by)
+        self._told("granted", ticket, by)
         return ticket
 
-    def extend(self, ticket_id: str, timeout: int) -> None:
+    def extend(self, ticket_id: str, timeout: int, by: str = "") -> None:
         ticket = self._tickets.get(ticket_id)
         if ticket is None:
             raise HttpError(404, "No such ticket")
         with ticket.lock:
             ticket.expires = time.monotonic() + timeout
-        self._told("extended", ticket)
+        self._told("extended", ticket, by)
 
-    def remove(self, ticket_id: str, wait: float, *, drain: float = 0) -> None:
+    def remove(self, ticket_id: str, wait: float, by: str = "", *, drain: float = 0) -> None:
         """Idempotent. HttpError 409 when what it runs does not end within `wait` s: it stays, and says no. With `drain`
         what runs may first go on for so many seconds."""
         ticket = self._tickets.get(ticket_id)
         if ticket is not None:
             if drain:
                 ticket.drain(drain)
-            self._revoke(ticket, wait)
+            self._revoke(ticket, wait, by)
 
-    def clear(self, wait: float) -> None:
+    def clear(self, wait: float, by: str = "") -> None:
         """All of them, together within `wait` s."""
         limit = time.monotonic() + wait
         stuck: HttpError | None = None
@@ -286,15 +286,15 @@ class Tickets:
                 ticket.canceled = True
         for ticket in self.all():
             try:
-                self._revoke(ticket, max(0.0, limit - time.monotonic()))
+                self._revoke(ticket, max(0.0, limit - time.monotonic()), by)
             except HttpError as error:
                 stuck = error
         if stuck is not None:
             raise stuck
 
-    def _revoke(self, ticket: Ticket, wait: float) -> None:
+    def _revoke(self, ticket: Ticket, wait: float, by: str) -> None:
         if not ticket.cancel(wait):
-            self._told("stuck", ticket)
+            self._told("stuck", ticket, by)
             message = f"Timeout cancelling transfer {ticket.spec.name}"
             raise HttpError(409, message, code="timeout", remedy="ask again: its operations are being ended")
         with self._lock:
@@ -302,7 +302,7 @@ class Tickets:
                 del self._tickets[ticket.spec.uuid]
         if not ticket.gone:
             ticket.gone = True
-            self._told("revoked", ticket)
+            self._told("revoked", ticket, by)
 
     def stop_expired(self) -> int:
         """End what tickets run whose time is over; how many there were. They stay: their time can be extended."""

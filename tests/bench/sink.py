@@ -146,7 +146,9 @@ def _part(where: Where, target: str, first: int, last: int) -> Callable[[], None
 def _thrown_away(connection: socket.socket, most: int | None) -> int:
     """Bytes, until there were `most` or the connection ends."""
     got, fd = 0, connection.fileno()
-    into, flags = (bytearray(PIECE), 0) if connection.family == socket.AF_UNIX else (None, socket.MSG_TRUNC | socket.MSG_WAITALL)
+    into, flags = (
+        (bytearray(PIECE), 0) if connection.family == socket.AF_UNIX else (None, socket.MSG_TRUNC | socket.MSG_WAITALL)
+    )
     pointer = (ctypes.c_char * PIECE).from_buffer(into) if into is not None else None
     while most is None or got < most:
         number = _libc.recv(fd, pointer, PIECE if most is None else min(PIECE, most - got), flags)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from hostagent import blocks
 from hostagent.data.backends import whole
-from hostagent.data.backends.base import BackendSession, Extent, ImageBackend, beyond
+from hostagent.data.backends.base import BackendSession, Extent, ImageBackend, beyond, merged
 from hostagent.data.backends.faults import fault
 from hostagent.data.backends.holds import Held, Holds
 from hostagent.data.backends.places import check_usable, open_below, path_of
@@ -198,7 +198,7 @@ class FileBackend(ImageBackend):
         self.held().sync()
 
     def get_allocation_extents(self) -> list[dict[str, Any]]:
-        return [one._asdict() for one in self.extents(0, self.size())]
+        return [one._asdict() for one in merged(self.extents(0, self.size()))]
 
     def extents(self, start: int, length: int) -> Iterator[Extent]:
         held = self.held()
@@ -274,19 +274,21 @@ class _Session(BackendSession):
         return blocks.size_of(self._held.fd)
 
     def read(self, offset: int, length: int) -> bytes:
+        self._refuse_beyond(offset, length)
         found = bytearray()
         try:
             while len(found) < length:
                 self._backend.check()
                 data = os.pread(self._held.fd, min(PIECE, length - len(found)), offset + len(found))
                 if not data:
-                    break
+                    raise AgentError("image_changed", f"{self._held.name} was cut while it was read")
                 found += data
         except OSError as error:
             raise fault(error, self._held.name, "read") from error
         return bytes(found)
 
     def copy_to(self, sink: Sink, offset: int, length: int) -> None:
+        self._refuse_beyond(offset, length)
         end = offset + length
         while offset < end:
             self._backend.check()
@@ -296,6 +298,11 @@ class _Session(BackendSession):
 
     def close(self) -> None:
         self._use.close()
+
+    def _refuse_beyond(self, offset: int, length: int) -> None:
+        self._backend.check()
+        if offset + length > self.size():
+            raise beyond(self.size())
 
 
 class _Bytes:

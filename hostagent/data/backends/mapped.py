@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-from hostagent.data.backends.base import BackendSession, DirtyExtent, Extent, ImageBackend
+from hostagent.data.backends.base import BackendSession, DirtyExtent, Extent, ImageBackend, beyond, merged
 from hostagent.data.backends.faults import fault
 from hostagent.data.backends.file import read_only
 from hostagent.data.backends.holds import Holds
 from hostagent.data.backends.layers import Claim, check_image, open_layers
-from hostagent.data.backends.mapping import Piece, Unmappable, Where
+from hostagent.data.backends.mapping import Batch, Piece, Unmappable, Where, batched
 from hostagent.data.backends.qemu_map import MapLimits
 from hostagent.data.backends.registry import Factory, Opening
 from hostagent.data.backends.shared_map import SharedMap, Use
@@ -28,6 +28,10 @@ from hostagent.data.streams import PIECE, Sink, Source, Stopped
 
 log = logging.getLogger(__name__)
 
+SMALL = 32 << 10
+"""Bytes below which a piece is not worth a system call of its own to send it, nor a change between files and export."""
+GATHERED = 256 << 10
+"""Bytes of small pieces that are sent together."""
 SHARED = "map"
 """Its name in Opening.shared."""
 
@@ -119,7 +123,7 @@ class MappedBackend(ImageBackend):
         yield from self._export.extents(start, length)
 
     def get_allocation_extents(self) -> list[dict[str, Any]]:
-        return [one._asdict() for one in self.extents(0, self.size())]
+        return [one._asdict() for one in merged(self.extents(0, self.size()))]
 
     def dirty_extents(self, start: int, length: int) -> Iterator[DirtyExtent]:
         return self._export.dirty_extents(start, length)
@@ -159,7 +163,8 @@ class MappedBackend(ImageBackend):
     def _fall_back(self, error: Unmappable) -> None:
         self.kind = self._export.kind
         self._told(str(error))
-        log.debug("an image goes by its export", extra={"fields": {"why": str(error)}})
+        if self._shared.refused(str(error)):
+            log.info("an image goes by its export", extra={"fields": {"why": str(error)}})
 
 
 class _Session(BackendSession):
@@ -170,24 +175,27 @@ class _Session(BackendSession):
         self._use = use
         self._held = held
         self._direct = True
+        self._buffer = bytearray()
         self._elsewhere: BackendSession | None = None
 
     def size(self) -> int:
         return self._use.map.size
 
     def copy_to(self, sink: Sink, offset: int, length: int) -> None:
+        self._refuse_beyond(offset, length)
         end = offset + length
-        for piece in self._use.map.pieces(offset, length):
-            done = self._send(sink, piece, end)
-            if done < piece.length:
-                at = piece.start + done
+        for batch in batched(self._use.map.pieces(offset, length), small=SMALL, most=GATHERED):
+            done = self._send(sink, batch, end)
+            if done < batch.length:
+                at = batch.start + done
                 self._export().copy_to(sink, at, end - at)
                 return
 
     def read(self, offset: int, length: int) -> bytes:
+        self._refuse_beyond(offset, length)
         if not self._may():
             return self._export().read(offset, length)
-        found = bytearray(max(0, min(length, self._use.map.size - offset)))
+        found = bytearray(length)
         for piece in self._use.map.pieces(offset, length):
             self._backend.check()
             begin = piece.start - offset
@@ -200,6 +208,11 @@ class _Session(BackendSession):
             self._elsewhere.close()
         self._held.close()
 
+    def _refuse_beyond(self, offset: int, length: int) -> None:
+        self._backend.check()
+        if offset + length > self.size():
+            raise beyond(self.size())
+
     def _may(self) -> bool:
         """Whether the files may still be read."""
         if self._direct and time.monotonic() > self._use.until:
@@ -207,19 +220,23 @@ class _Session(BackendSession):
             self._held.close()
         return self._direct
 
-    def _send(self, sink: Sink, piece: Piece, end: int) -> int:
-        """The bytes of it that were sent: less when the time is over for which its file may be read."""
+    def _send(self, sink: Sink, batch: Batch, end: int) -> int:
+        """The bytes of it that were sent: less when the time is over for which its files may be read."""
         done = 0
-        while done < piece.length:
+        while done < batch.length:
             self._backend.check()
             if not self._may():
                 return done
-            if piece.where is Where.ELSEWHERE:
-                self._export().copy_to(sink, piece.start, piece.length)
-                return piece.length
-            number = min(PIECE, piece.length - done)
-            if piece.start + done + number == end:  # who gets less than was announced knows that it is wrong
+            if not batch.pieces:
+                self._export().copy_to(sink, batch.start, batch.length)
+                return batch.length
+            number = min(PIECE, batch.length - done)
+            if batch.start + done + number == end:  # who gets less than was announced knows that it is wrong
                 self._use.layers.refuse_changed()
+            if len(batch.pieces) > 1:
+                sink.write(self._gathered(batch))
+                return batch.length
+            piece = batch.pieces[0]
             if piece.where is Where.ZEROS:
                 sink.send_file(_zeros(), 0, number)
             else:
@@ -227,10 +244,19 @@ class _Session(BackendSession):
             done += number
         return done
 
+    def _gathered(self, batch: Batch) -> memoryview:
+        if not self._buffer:
+            self._buffer = bytearray(GATHERED)
+        view = memoryview(self._buffer)
+        for piece in batch.pieces:
+            begin = piece.start - batch.start
+            self._read(piece, view[begin : begin + piece.length])
+        return view[: batch.length]
+
     def _read(self, piece: Piece, buffer: memoryview) -> None:
-        if piece.where is Where.ELSEWHERE:
-            buffer[:] = self._export().read(piece.start, piece.length)
         if piece.where is not Where.FILE:
+            elsewhere = piece.where is Where.ELSEWHERE
+            buffer[:] = self._export().read(piece.start, piece.length) if elsewhere else bytes(piece.length)
             return
         held, done = self._use.layers.all[piece.layer].held, 0
         try:

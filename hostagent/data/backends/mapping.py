@@ -35,6 +35,15 @@ class Piece(NamedTuple):
     offset: int
 
 
+class Batch(NamedTuple):
+    """Bytes that are sent in one go: one piece of a file or of zeros, several small ones, or, without pieces, what is
+    to be had elsewhere."""
+
+    start: int
+    length: int
+    pieces: list[Piece]
+
+
 class Unmappable(Exception):
     """Why an image is not read from its layers' files. `lasting`: asking again is of no use."""
 
@@ -98,6 +107,33 @@ def made(entries: Iterable[Mapping[str, Any]], sizes: Sequence[int], *, most: in
             offsets.append(offset)
         end, last, follows = start + length, mark, offset + length
     return Map(starts, marks, offsets, end)
+
+
+def batched(pieces: Iterable[Piece], *, small: int, most: int) -> Iterator[Batch]:
+    """Pieces of less than `small` bytes go together, up to `most` bytes; those beside what is elsewhere go with it."""
+    start = end = 0
+    run: list[Piece] = []
+    elsewhere = False
+    for piece in pieces:
+        large = piece.where is not Where.ELSEWHERE and piece.length >= small
+        full = not elsewhere and piece.where is not Where.ELSEWHERE and end - start + piece.length > most
+        if end > start and (large or full):
+            yield Batch(start, end - start, [] if elsewhere else run)
+            run, elsewhere, start = [], False, end
+        if large:
+            yield Batch(piece.start, piece.length, [piece])
+            start = end = piece.start + piece.length
+            continue
+        if end == start:
+            start = piece.start
+        end = piece.start + piece.length
+        elsewhere |= piece.where is Where.ELSEWHERE
+        if elsewhere:
+            run = []
+        else:
+            run.append(piece)
+    if end > start:
+        yield Batch(start, end - start, [] if elsewhere else run)
 
 
 def _understood(entry: Mapping[str, Any], sizes: Sequence[int]) -> tuple[int, int, int, int]:

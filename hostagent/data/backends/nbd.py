@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from hostagent.data.backends.base import BackendSession, DirtyExtent, Extent, ImageBackend, beyond, merged
 from hostagent.data.backends.nbd_url import server_of
@@ -23,18 +23,20 @@ from hostagent.nbdstream import Facts, Stream
 
 @dataclass(frozen=True, slots=True)
 class NbdSettings:
-    """Seconds to be connected, and seconds without any progress of an answer; connections that are offered to one
-    ticket's clients where the server can have several."""
+    """Seconds to be connected, seconds without any progress of an answer, and seconds of a flush; connections that are
+    offered to one ticket's clients where the server can have several."""
 
     connect_timeout: float = 10.0
-    timeout: float = 60.0
+    timeout: float = 30.0
     connections: int = 8
-    connect_timeout_name: str = "data.nbd_connect_timeout"
-    timeout_name: str = "data.nbd_timeout"
+    flush_timeout: float = 600.0
+
+    SETTINGS: ClassVar = ("data.nbd_connect_timeout", "data.nbd_timeout", "data.nbd_flush_timeout")
 
     @property
     def waits(self) -> Waits:
-        return Waits(self.connect_timeout, self.timeout, self.connect_timeout_name, self.timeout_name)
+        connect, answer, flush = self.SETTINGS
+        return Waits(self.connect_timeout, self.timeout, connect, answer, self.flush_timeout, flush)
 
 
 def nbd_factory(settings: NbdSettings) -> Factory:
@@ -212,7 +214,7 @@ class NbdBackend(ImageBackend):
             raise Stopped from error
         finally:
             if self._stream is not None and self._stream.broken:
-                self._stream, self._lost = None, self._lost or self._unflushed
+                self._drop()
 
     @contextmanager
     def _writing(self, offset: int, length: int) -> Iterator[Stream]:
@@ -232,6 +234,8 @@ class NbdBackend(ImageBackend):
     def _connected(self, bitmap: str | None) -> Stream:
         if self._fence.closed:
             raise Fenced
+        if self._stream is not None and not self._stream.alive():
+            self._drop()  # its server went while nobody asked it for anything
         if self._stream is not None and bitmap is not None and bitmap not in self._stream.contexts:
             if self._unflushed:
                 self.flush()  # another connection's flush need not cover what this one wrote
@@ -240,6 +244,10 @@ class NbdBackend(ImageBackend):
         if self._stream is None:
             self._stream = Stream(self._server, self._settings.waits, self._fence, self._bitmap)
         return self._stream
+
+    def _drop(self) -> None:
+        """What was not flushed may be lost with the connection."""
+        self._stream, self._lost = None, self._lost or self._unflushed
 
     def _dirty(self, context: str, start: int, length: int) -> Iterator[DirtyExtent]:
         found = self._status(start, length, context)

@@ -41,6 +41,7 @@ class SharedMap:
         self._now: Use | None = None
         self._kept: tuple[tuple[Stamp, ...], Map] | None = None
         self._never: Unmappable | None = None
+        self._why = ""
 
     @contextlib.contextmanager
     def use(self, size: Callable[[], int], check: Callable[[], None]) -> Iterator[Use]:
@@ -51,6 +52,12 @@ class SharedMap:
             yield now
         finally:
             self._leave(now)
+
+    def refused(self, why: str) -> bool:
+        """Whether that is news."""
+        with self._turn:
+            news, self._why = why != self._why, why
+            return news
 
     def close(self) -> None:
         """The ticket has ended; what still runs is being ended, too."""

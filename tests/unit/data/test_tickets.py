@@ -41,7 +41,7 @@ def told() -> list[str]:
 @pytest.fixture
 def tickets(told: list[str]) -> Tickets:
     lane = Rate(0)
-    return Tickets(most=3, lane=lambda own: Lane(Rate(own), lane), told=lambda what, _: told.append(what))
+    return Tickets(most=3, lane=lambda own: Lane(Rate(own), lane), told=lambda what, _, by: told.append(what))
 
 
 def runs(ticket: Ticket, holder: FakeHolder, kind: str = "read", most: int = 8) -> Iterator[threading.Thread]:

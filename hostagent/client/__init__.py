@@ -25,8 +25,9 @@ from hostagent.client.extents import Extent, clipped
 from hostagent.client.local import open_image
 from hostagent.client.options import Options, Patience, Storage, Tls
 from hostagent.client.progress import Progress, Show, Tell, nobody
+from hostagent.client.remote import Remote
 from hostagent.client.result import Result
-from hostagent.client.server import contact, read_extents, size_of
+from hostagent.client.server import ask, contact, read_extents, size_of
 from hostagent.client.upload import Upload, upload
 
 __all__ = [
@@ -41,12 +42,7 @@ def checksum(
     """Of a local image, or as the server of a ticket's URL computes it."""
     if is_url(where):
         server = contact(where, options, tell)
-        remote = server.remote()
-        try:
-            remote.connect()
-            return remote_checksum(server, remote)
-        finally:
-            remote.close()
+        return ask(server, lambda remote: remote_checksum(server, remote), tell)
     with open_image(where, format, options.storage) as (image, layers):
         size = image.size
         found = local_checksum(
@@ -67,25 +63,20 @@ def extents(
 ) -> Iterable[Extent]:
     """What the server says that the image has where, in order; `dirty`: and what has changed since its bitmap."""
     server = contact(url, options, tell)
-    remote = server.remote()
-    try:
-        remote.connect()
-        found = read_extents(remote, server, dirty=dirty, start=start, length=length)
-    finally:
-        remote.close()
+    found = ask(server, lambda remote: read_extents(remote, server, dirty=dirty, start=start, length=length), tell)
     return clipped(found, start, found.size if length is None else start + length)
 
 
 def info(url: str, options: Options, *, tell: Tell = nobody) -> dict[str, object]:
     """What the server can do with the image, and its size (None where it does not tell)."""
     server = contact(url, options, tell)
-    remote, features = server.remote(), server.features
-    try:
-        remote.connect()
+    features = server.features
+
+    def look(remote: Remote) -> int | None:
         whole = read_extents(remote, server, dirty=False) if features.extents and features.size is None else None
-        size = size_of(server, remote, whole)
-    finally:
-        remote.close()
+        return size_of(server, remote, whole)
+
+    size = ask(server, look, tell)
     return {
         "server": str(server.dial.addresses[0]),
         "size": size,

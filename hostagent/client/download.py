@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 from hostagent.client.crew import Crew, Ends
 from hostagent.client.extents import Extent, Kind, Piece, clipped, cut
+from hostagent.client.opening import opened
 from hostagent.client.options import REQUEST_MOST, Options
+from hostagent.client.place import Place
 from hostagent.client.progress import Progress, Show, Tell, nobody
+from hostagent.client.remote import Remote
 from hostagent.client.result import Result, anew, checked, verified
-from hostagent.client.server import Extents, Server, contact, read_extents, size_of
-from hostagent.client.target import Place, Target, opened
+from hostagent.client.server import Extents, Server, ask, contact, read_extents, size_of
+from hostagent.client.target import Target
 from hostagent.client.throttle import Throttle
 from hostagent.errors import AgentError
 
@@ -98,7 +101,7 @@ class _Fetching:
             checksum = None
             if self._options.verify:
                 with target.unless_right() as image:
-                    checksum = verified(self._server, image, size, self._show)
+                    checksum = verified(self._server, image, size, self._show, self._tell)
             target.finish()
         return Result(
             operation="download",
@@ -116,18 +119,18 @@ class _Fetching:
 
     def _looked(self) -> tuple[Extents | None, int]:
         """What the image has where, as far as the server tells, and its size."""
-        remote = self._server.remote()
-        try:
-            remote.connect()
-            wanted = self._server.features.extents or self._work.incremental
+        wanted = self._server.features.extents or self._work.incremental
+
+        def look(remote: Remote) -> tuple[Extents | None, int | None]:
             extents = read_extents(remote, self._server, dirty=self._work.incremental) if wanted else None
-            size = size_of(self._server, remote, extents)
-        finally:
-            remote.close()
+            return extents, size_of(self._server, remote, extents)
+
+        extents, size = ask(self._server, look, self._tell)
+        address = self._server.dial.addresses[0]
         if size is None:
-            raise AgentError("io_error", f"{remote.address} does not tell the image's size")
+            raise AgentError("io_error", f"{address} does not tell the image's size")
         if extents is not None and extents.size < size:
-            message = f"{remote.address} tells of {extents.size} bytes of an image of {size}"
+            message = f"{address} tells of {extents.size} bytes of an image of {size}"
             raise AgentError("io_error", message)
         return extents, size
 

@@ -13,7 +13,8 @@ from hostagent.client.checksum import Checksum, local_checksum, refuse_unknown, 
 from hostagent.client.local import Image
 from hostagent.client.options import REQUEST_MOST, Options
 from hostagent.client.progress import Progress, Show, Tell
-from hostagent.client.server import Server
+from hostagent.client.remote import Remote
+from hostagent.client.server import Server, ask
 from hostagent.client.trouble import Replaced
 from hostagent.errors import AgentError
 
@@ -67,19 +68,19 @@ def anew(run: Callable[[Options], T], options: Options, tell: Tell) -> T:
     return run(options)
 
 
-def verified(server: Server, image: Image, size: int, show: Show) -> Checksum:
+def verified(server: Server, image: Image, size: int, show: Show, tell: Tell) -> Checksum:
     """Both sides' checksum, computed at the same time; AgentError mismatch when they differ."""
-    stop, found = threading.Event(), list[Any]()
-    remote = server.remote()
+    stop, found, remotes = threading.Event(), list[Any](), list[Remote]()
 
-    def ask() -> None:
+    def theirs() -> None:
         try:
-            remote.connect()
-            found.append(remote_checksum(server, remote))
+            found.append(
+                ask(server, lambda remote: remote_checksum(server, remote), tell, stop=stop, watch=remotes.append)
+            )
         except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asks for it
             found.append(error)
 
-    asking = threading.Thread(target=ask, name="remote-checksum", daemon=True)
+    asking = threading.Thread(target=theirs, name="remote-checksum", daemon=True)
     asking.start()
     try:
         done = _shown(show, size)
@@ -88,9 +89,10 @@ def verified(server: Server, image: Image, size: int, show: Show) -> Checksum:
             asking.join(0.25)
             done(size)
     finally:
-        remote.abort()
+        stop.set()
+        for remote in remotes:
+            remote.abort()
         asking.join(server.dial.patience.stop)
-        remote.close()
     if isinstance(found[0], BaseException):
         raise found[0]
     if found[0] != ours:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from hostagent.client.dial import Dial, dial
 from hostagent.client.extents import Extent, merged
+from hostagent.client.features import Features
 from hostagent.client.options import Options
-from hostagent.client.remote import Features, Remote
+from hostagent.client.remote import Remote
 from hostagent.client.retry import Retries
 from hostagent.errors import AgentError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,29 @@ def _nearer(server: Server, remote: Remote) -> Server:
     if features.etag != server.features.etag:
         return server
     return Server(near, features, server.options)
+
+
+def ask(
+    server: Server,
+    question: Callable[[Remote], T],
+    tell: Callable[[str], None],
+    *,
+    stop: threading.Event | None = None,
+    watch: Callable[[Remote], object] = lambda _: None,
+) -> T:
+    """The answer to a question that changes nothing, asked again where the connection breaks. `watch` gets each
+    connection, so that it can be ended."""
+    retries = Retries(server.options.patience, stop=stop, told=tell)
+    while True:
+        remote = server.remote()
+        watch(remote)
+        try:
+            remote.connect()
+            return question(remote)
+        except AgentError as error:
+            retries.wait(error)
+        finally:
+            remote.close()
 
 
 def size_of(server: Server, remote: Remote, extents: Extents | None) -> int | None:

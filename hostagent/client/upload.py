@@ -19,7 +19,7 @@ from hostagent.client.progress import Progress, Show, Tell, nobody
 from hostagent.client.rawimage import failed
 from hostagent.client.result import Result, anew, checked, verified
 from hostagent.client.sending import Sender
-from hostagent.client.server import Server, contact
+from hostagent.client.server import Server, ask, contact
 from hostagent.client.throttle import Throttle
 from hostagent.errors import AgentError
 from hostagent.rangeset import RangeSet
@@ -86,7 +86,9 @@ class _Sending:
             crew.run(workers, self._show)
             seconds = time.monotonic() - began
             self._layers.refuse_change()
-            checksum = verified(self._server, self._image, size, self._show) if self._options.verify else None
+            checksum = (
+                verified(self._server, self._image, size, self._show, self._tell) if self._options.verify else None
+            )
             if journal:
                 journal.remove()
         count = crew.count
@@ -113,12 +115,7 @@ class _Sending:
             raise AgentError("not_supported", f"{address} computes no checksums", remedy="go without --verify")
         size = features.size
         if size is None:
-            remote = self._server.remote()
-            try:
-                remote.connect()
-                size = remote.total()
-            finally:
-                remote.close()
+            size = ask(self._server, lambda remote: remote.total(), self._tell)
         ours = self._image.size
         if size is not None and size < ours:
             message = f"{self._work.path} has {ours} bytes, and the image at {address} {size}"

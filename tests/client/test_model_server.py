@@ -88,7 +88,7 @@ def test_a_server_that_ends_each_connection_has_each_request_flushed(source: Pat
     with Model(SIZE, closes=True) as model:
         sent(source, model)
         assert bytes(model.durable) == source.read_bytes()
-        fetched(model, tmp_path / "out.raw")
+        assert fetched(model, tmp_path / "out.raw").retries == 0, "nothing is lost by it"
         assert (tmp_path / "out.raw").read_bytes() == source.read_bytes()
 
 

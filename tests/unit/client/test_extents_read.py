@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from hostagent.client.dial import dial
 from hostagent.client.extents import Extent, Kind, Piece, clipped, cut
+from hostagent.client.features import Features
 from hostagent.client.options import Options
-from hostagent.client.remote import Features, Remote
+from hostagent.client.remote import Remote
 from hostagent.client.server import Server, read_extents
 from hostagent.errors import AgentError
 from hostagent.rangeset import RangeSet

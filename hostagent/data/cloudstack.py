@@ -8,12 +8,9 @@ Clients find what they find there: `POST /images/{id}/flush`, and a PATCH with a
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import re
 import socket
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +19,7 @@ from urllib.parse import quote
 from hostagent.data import answers
 from hostagent.data.connection import Connection
 from hostagent.data.errors import HttpError
+from hostagent.data.front import Front
 from hostagent.data.images import Answerer
 from hostagent.data.ranges import parse_range
 from hostagent.data.ticket import Spec, read_object
@@ -30,12 +28,9 @@ from hostagent.data.uploads import Uploads
 from hostagent.data.wire import Request
 from hostagent.errors import AgentError
 
-log = logging.getLogger(__name__)
-
 IDLE, LONGEST = 600, 86400
 """Seconds: what a transfer gets that names no time, and what one gets that names none above 0."""
 _LINE_MOST = 4096
-_AT_A_TIME = 32
 _NAME = re.compile(r"[A-Za-z0-9._~:@-]{1,128}", re.ASCII)
 
 
@@ -49,46 +44,21 @@ class Settings:
     inactivity: int
 
 
-class Front:
+class CloudStack(Front):
     """The socket. `usable` raises AgentError for an image that no backend serves."""
+
+    name = "cloudstack"
 
     def __init__(
         self, listener: socket.socket, tickets: Tickets, usable: Callable[[Spec], None], settings: Settings
     ) -> None:
-        self._listener = listener
+        super().__init__(listener, settings.line)
         self._tickets = tickets
         self._usable = usable
         self._settings = settings
-        self._room = threading.BoundedSemaphore(_AT_A_TIME)
 
-    def start(self) -> None:
-        threading.Thread(target=self._accept, name="cloudstack", daemon=True).start()
-
-    def stop(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            if not self._room.acquire(blocking=False):
-                sock.close()
-                continue
-            threading.Thread(target=self._serve, args=(sock,), name="cloudstack", daemon=True).start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        try:
-            with sock:
-                sock.settimeout(self._settings.line)
-                sock.sendall(json.dumps(self.answer(_line(sock))).encode() + b"\n")
-        except OSError as error:
-            log.debug("a client of the control front left", extra={"fields": {"error": str(error)}})
-        finally:
-            self._room.release()
+    def talk(self, sock: socket.socket) -> None:
+        sock.sendall(json.dumps(self.answer(_line(sock))).encode() + b"\n")
 
     def answer(self, line: bytes) -> dict[str, Any]:
         try:

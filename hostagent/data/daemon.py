@@ -27,6 +27,7 @@ from hostagent.data.connection import Handler, Patience
 from hostagent.data.control import Control, ControlBounds
 from hostagent.data.downloads import Downloads
 from hostagent.data.errors import HttpError
+from hostagent.data.front import Front
 from hostagent.data.handover import Descriptors, Handover
 from hostagent.data.images import Images
 from hostagent.data.listeners import inherited, listen
@@ -81,12 +82,12 @@ class Daemon:
             for name, listener in listeners.items()
             if name in handlers
         ]
-        self._fronts: list[Handover | cloudstack.Front] = []
+        self._fronts: list[Front] = []
         if (listener := listeners.get("handover")) is not None:
             self._fronts.append(Handover(listener, self.descriptors, settings.header_timeout))
         if (listener := listeners.get("cloudstack")) is not None:
             cloudstack.Forms(uploads).add_to(images.routes)
-            self._fronts.append(cloudstack.Front(listener, self.tickets, access.usable, _cloudstack(settings)))
+            self._fronts.append(cloudstack.CloudStack(listener, self.tickets, access.usable, _cloudstack(settings)))
         patience = Patience(settings.handshake_timeout, settings.header_timeout, settings.idle_timeout)
         house = House(room(settings.max_connections), settings.max_client_connections)
         self._server = Server(self.services, patience, house, self.metrics)

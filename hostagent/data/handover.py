@@ -10,14 +10,12 @@ from __future__ import annotations
 import array
 import contextlib
 import json
-import logging
 import os
 import socket
 import threading
 
+from hostagent.data.front import Front
 from hostagent.errors import AgentError
-
-log = logging.getLogger(__name__)
 
 MESSAGE_MOST = 64 * 1024
 FILES_MOST = 201
@@ -52,36 +50,16 @@ class Descriptors:
             return [os.dup(fd) for fd in held]
 
 
-class Handover:
-    """Listens for the agent, and for nobody else: the socket lies in a folder of its own user's."""
+class Handover(Front):
+    """Listens for the agent, and for nobody else: the socket is its own user's."""
+
+    name = "handover"
 
     def __init__(self, listener: socket.socket, descriptors: Descriptors, timeout: float) -> None:
-        self._listener = listener
+        super().__init__(listener, timeout)
         self._descriptors = descriptors
-        self._timeout = timeout
 
-    def start(self) -> None:
-        threading.Thread(target=self._accept, name="handover", daemon=True).start()
-
-    def stop(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            with sock:
-                sock.settimeout(self._timeout)
-                try:
-                    self._serve(sock)
-                except (OSError, AgentError) as error:
-                    log.warning("a handover failed", extra={"fields": {"error": str(error)}})
-
-    def _serve(self, sock: socket.socket) -> None:
+    def talk(self, sock: socket.socket) -> None:
         while (message := receive(sock)) is not None:
             text, fds = message
             try:

@@ -51,7 +51,7 @@ def closes(request: Request) -> bool:
 
 
 def etag(ticket: Ticket) -> str:
-    """Of the ticket's generation: another ticket of the same id has another one. Weak where its image can change."""
+    """Of the ticket and its image. Weak where that can change."""
     return f'W/"{ticket.etag}"' if ticket.spec.writable else f'"{ticket.etag}"'
 
 

@@ -9,7 +9,8 @@ wait for; and what only holds a backend open gives it back.
 from __future__ import annotations
 
 import contextlib
-import secrets
+import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,11 +65,15 @@ class Ticket:
     """Who wrote `written`, where a flush covers only what its own connection wrote."""
     flushes: list[RangeSet] = field(default_factory=list)
     """What each flush that is under way will have made durable."""
-    etag: str = field(default_factory=lambda: secrets.token_hex(12))
+    etag: str = ""
+    """Of the same image by the same ticket: so it is again what it was when a caller gives the ticket anew to a daemon
+    that was killed, and clients go on."""
     shared: dict[str, Any] = field(default_factory=dict)
     """What connections of this ticket share, such as a map; `close` of each is called with the ticket's end."""
 
     def __post_init__(self) -> None:
+        known = json.dumps([self.spec.uuid, self.spec.url, self.spec.size, self.spec.transfer_id])
+        self.etag = hashlib.sha256(known.encode()).hexdigest()[:24]
         self.lock = threading.Lock()
         self.turned = threading.Condition(self.lock)
 

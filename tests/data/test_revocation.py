@@ -233,6 +233,7 @@ def test_an_idle_connection_gives_its_image_back(daemon: Daemon, export: QemuNbd
     """So that the export can be taken down; the client's next request is refused."""
     ticket = daemon.ticket(export.url, SIZE)
     with daemon.tcp() as wire:
+        assert wire.ask("OPTIONS", "/images/*").status == 200  # it has its thread now
         before = held(daemon)
         assert wire.ask("GET", f"/images/{ticket}", {"Range": "bytes=0-9"}).status == 206
         assert daemon.show(ticket)["connections"] == 1

@@ -62,6 +62,12 @@ class Data:
         servers=True,
     )
     proxy_ca: Path = setting(UNSET, "Authorities (PEM) for their certificates. Empty: those of the system.")
+    proxy_connect_timeout: float = setting(
+        10.0, "Seconds until such a daemon must have let a connection in.", low=0.1, high=600
+    )
+    proxy_timeout: float = setting(
+        60.0, "Seconds without progress until such a daemon is given up.", low=0.1, high=3600
+    )
     audit: Path = setting(UNSET, "A file that gets a line for each ticket granted, extended and revoked.")
     tickets: int = setting(10000, "Tickets at a time. One more is refused with 429.", low=1, high=1000000)
     ticket_size: int = setting(65536, "Bytes of a ticket, and of the body of a PATCH.", low=1024, high=MIB, size=True)

@@ -18,9 +18,11 @@ from hostagent.data.access import Access
 from hostagent.data.audit import Audit
 from hostagent.data.backends.file import files, handed_over
 from hostagent.data.backends.holds import Holds
+from hostagent.data.backends.http import PORTS, daemons
 from hostagent.data.backends.mapped import mapped
 from hostagent.data.backends.nbd import NbdSettings, nbd_factory
 from hostagent.data.backends.nbd_url import SCHEMES
+from hostagent.data.backends.origin import ProxyWaits
 from hostagent.data.backends.qemu_map import MapLimits
 from hostagent.data.backends.registry import Registry
 from hostagent.data.connection import Handler, Patience
@@ -159,6 +161,10 @@ def registry(config: Config, descriptors: Descriptors, metrics: Metrics) -> Regi
     )
     for scheme in SCHEMES:
         found.register(scheme, direct)
+    authorities = None if settings.proxy_ca == UNSET else settings.proxy_ca
+    proxied = daemons(settings.proxy, authorities, ProxyWaits(settings.proxy_connect_timeout, settings.proxy_timeout))
+    for scheme in PORTS:
+        found.register(scheme, proxied)
     return found
 
 

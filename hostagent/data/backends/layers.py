@@ -22,9 +22,10 @@ from typing import Any
 
 from hostagent.blocks import size_of
 from hostagent.data.backends.holds import Held, Holds
+from hostagent.data.backends.lists import READ
 from hostagent.data.backends.mapping import LAYERS_MOST, Map, Unmappable, made
 from hostagent.data.backends.places import check_usable, open_below
-from hostagent.data.backends.qemu_map import READ, MapLimits, entries, parsed
+from hostagent.data.backends.qemu_map import MapLimits, entries, parsed
 from hostagent.errors import AgentError
 from hostagent.inodes import file_system_type, is_shared
 from hostagent.qcow2 import Qcow2Header, read_header

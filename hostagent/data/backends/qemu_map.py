@@ -4,7 +4,6 @@ limits of time, memory and output, and without a name to follow."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import shutil
@@ -14,12 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hostagent.data.backends.lists import OBJECT_MOST, READ, objects
 from hostagent.data.backends.mapping import Unmappable
 
-READ = 64 * 1024
 _TICK_MS = 50
 _REAP = 5.0
-_ENTRY_MOST = 512  # bytes of one extent's JSON, which has some 110
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +61,18 @@ def entries(
 
 
 def parsed(blocks: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:
-    """The objects of a JSON array of flat objects, a block at a time."""
-    left = b""
-    for block in blocks:
-        left += block
-        cut = left.rfind(b"}") + 1
-        if cut == 0:
-            if len(left) > _ENTRY_MOST + READ:
-                raise Unmappable("its map is no list of extents")
-            continue
-        text, left = left[:cut].lstrip(b" \r\n\t[,"), left[cut:]
-        try:
-            yield from json.loads(b"[" + text + b"]")
-        except ValueError as error:
-            raise Unmappable("its map is no list of extents") from error
-    if left.strip(b" \r\n\t[]"):
-        raise Unmappable("its map breaks off")
+    """Its JSON. Unmappable when it is none."""
+    try:
+        yield from objects(blocks)
+    except ValueError as error:
+        raise Unmappable(f"its map cannot be read: {error}") from error
 
 
 def _output(process: subprocess.Popen[bytes], limits: MapLimits, check: Callable[[], None]) -> Iterator[bytes]:
     assert process.stdout is not None
     assert process.stderr is not None
     out, errors = process.stdout.fileno(), process.stderr.fileno()
-    deadline, most, said = time.monotonic() + limits.timeout, limits.extents * _ENTRY_MOST, b""
+    deadline, most, said = time.monotonic() + limits.timeout, limits.extents * OBJECT_MOST, b""
     poll = select.poll()
     waiting = {out, errors}
     for fd in waiting:

@@ -129,7 +129,9 @@ def test_a_list_is_read_in_blocks_of_any_size(entries: list[Entry], size: int) -
     assert list(parsed(iter(blocks))) == entries
 
 
-@pytest.mark.parametrize("text", ["{", "nonsense", '[{"start": 0}', "[{}x{}]", '[{"a": {"b": 1}}', "]" * 5000 + "x"])
+@pytest.mark.parametrize(
+    "text", ["{", "nonsense", '[{"start": 0}', "[{}x{}]", '[{"a": {"b": 1}}', "]" * 5000 + "x", "", "[", "]"]
+)
 def test_what_is_no_list_is_refused(text: str) -> None:
     with pytest.raises(Unmappable):
         made(parsed(iter([text.encode()])), SIZES, most=10)

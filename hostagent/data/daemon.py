@@ -135,7 +135,7 @@ def run(config: Config, given: Mapping[str, int]) -> int:
         fields = {"service": service.name, "address": where if isinstance(where, str) else f"{where[0]}:{where[1]}"}
         log.info("listening", extra={"fields": {**fields, "tls": service.tls is not None}})
     sdnotify.notify("READY=1", "STATUS=serving")
-    while not ending.wait(3600):
+    while not ending.wait(1.0):  # a signal that comes to another thread is seen when this one wakes
         pass
     sdnotify.notify("STOPPING=1")
     daemon.stop()

@@ -115,11 +115,8 @@ class FileBackend(ImageBackend):
 
     @property
     def supports_range_write(self) -> bool:
-        return self._opening.writable
-
-    @property
-    def max_writers(self) -> int:
-        return 8
+        """Not of a file that is not there yet: it is made whole, or not at all."""
+        return self._opening.writable and not self._missing()
 
     @property
     def block_size(self) -> int:
@@ -137,6 +134,8 @@ class FileBackend(ImageBackend):
         return blocks.size_of(self.held().fd)
 
     def capacity(self) -> int:
+        if self._missing():
+            return self._opening.size
         held = self.held()
         size = blocks.size_of(held.fd)
         return max(size, self._opening.size) if self._opening.writable and not held.device else size
@@ -162,7 +161,7 @@ class FileBackend(ImageBackend):
             raise read_only()
         if content_length > self._opening.size:
             raise beyond(self._opening.size)
-        if self._replace is not None and not self._is_device():
+        if self._replace is not None and (self._missing() or not self.held().device):
             self.close()
             return self._replace(stream, content_length, self.check)
         if content_length < self.size():
@@ -246,13 +245,17 @@ class FileBackend(ImageBackend):
             self._writing = True
         return held
 
-    def _is_device(self) -> bool:
-        try:
-            return self.held().device
-        except AgentError as error:
-            if error.code != "not_found":
-                raise
+    def _missing(self) -> bool:
+        """Whether there is no such file, and it may be made."""
+        if self._held is not None or not self._opening.writable or self._replace is None:
             return False
+        try:
+            self.held()
+        except AgentError as error:
+            if error.code == "not_found":
+                return True
+            raise
+        return False
 
 
 def read_only() -> AgentError:

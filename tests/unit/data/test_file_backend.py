@@ -353,10 +353,24 @@ def test_a_whole_image_replaces_the_file_with_its_owner_and_mode(tmp_path: Path,
 
 def test_a_whole_image_is_made_where_there_is_none(tmp_path: Path, opened: Opened) -> None:
     path = tmp_path / "new.raw"
-    attempt(opened, path, b"abc")
+    with opened(path, size=100, writable=True) as backend:
+        assert not backend.supports_range_write
+        assert (backend.capacity(), backend.max_writers) == (100, 1)
+        assert code(lambda: backend.write(b"abc", 0)) == "not_found"
+        backend.write_full(io.BytesIO(b"abc"), 3, False)
+        assert backend.supports_range_write
+        assert backend.size() == 3
+        backend.flush()
     assert path.read_bytes() == b"abc"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.stat().st_nlink == 1
+
+
+def test_a_file_that_is_not_there_is_not_read(tmp_path: Path, opened: Opened) -> None:
+    for writable in (False, True):
+        backend = opened(tmp_path / "none", writable=writable)
+        assert code(backend.size) == "not_found"
+        assert code(backend.open_session) == "not_found"
 
 
 def test_a_short_body_leaves_the_old_file_and_nothing_else(tmp_path: Path, opened: Opened) -> None:

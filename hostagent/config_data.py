@@ -93,6 +93,12 @@ class Data:
         low=0.1,
         high=60,
     )
+    keep_expired: float = setting(
+        3600.0,
+        "Seconds for which a ticket whose time is over can still be extended; then it is revoked.",
+        low=0,
+        high=864000,
+    )
     expiry_interval: float = setting(0.5, "Seconds between two looks for tickets whose time is over.", low=0.1, high=60)
     stop_timeout: float = setting(10.0, "Seconds that running requests get when the daemon stops.", low=0, high=600)
     nbd_connect_timeout: float = setting(

@@ -75,6 +75,15 @@ class Fence:
             if self._socket is not None:
                 _shutdown(self._socket)
 
+    def connected(self) -> bool:
+        """Whether there is a connection whose other end has not closed it."""
+        with self._lock:
+            if self._socket is None or self.closed:
+                return False
+            poll = select.poll()
+            poll.register(self._socket, select.POLLRDHUP)
+            return not poll.poll(0)
+
     def hold(self, one: socket.socket | None) -> None:
         """Stand for this connection from now on, or for none; the one before is closed."""
         with self._lock:

@@ -53,18 +53,26 @@ class Access:
 
     @contextlib.contextmanager
     def writing(self, ticket: Ticket, connection: Connection, backend: ImageBackend, op: Operation) -> Iterator[None]:
-        """What is written here is not durable any more, and is written when this ends well."""
-        with connection.operation(ticket, op, backend.max_writers, self.turn_timeout):
-            alone = connection if backend.max_writers == 1 else None
-            ticket.writing(op.offset, op.offset + op.length, alone)
+        """What is written here is not durable any more, and waits for a flush when this ends well."""
+        turn = connection.operation(ticket, op, backend.max_writers, self.turn_timeout)
+        with turn, ticket.durability.writing(connection, op, op.offset, op.offset + op.length, lambda: op.done):
             yield
-            ticket.wrote(op.offset, op.offset + op.done)
+
+    @contextlib.contextmanager
+    def flushing(self, ticket: Ticket, connection: Connection, backend: ImageBackend) -> Iterator[None]:
+        shared = backend.max_writers > 1
+        with self.looking(ticket, connection), ticket.durability.flushing(connection, shared=shared, intact=_intact):
+            yield
 
     @contextlib.contextmanager
     def looking(self, ticket: Ticket, connection: Connection) -> Iterator[None]:
         """For what moves no bytes of the image, and can be stopped all the same."""
         with connection.operation(ticket, Operation("look"), _ANY, 0):
             yield
+
+
+def _intact(writer: object) -> bool:
+    return isinstance(writer, Connection) and writer.intact()
 
 
 def size(ticket: Ticket, backend: ImageBackend) -> int:

@@ -152,9 +152,11 @@ class Connection:
             if self._ticket is not ticket:
                 self._give_back()
             if self._backend is None:
-                self._backend, self._ticket = opened(), ticket
-                with ticket.lock:
-                    ticket.holders.add(self)
+                ticket.join(self)
+                self._ticket = ticket
+                self._backend = opened()
+                if self._stopped:
+                    self._backend.fence()
                 self._idle = float(ticket.spec.inactivity_timeout) or self._patience.idle
                 self.transport.patience(self._idle)
             try:
@@ -169,7 +171,7 @@ class Connection:
             except BaseException:
                 self._give_back()
                 raise
-        if ticket.canceled:  # whoever revoked it may have come while it was in use
+        if ticket.canceled or ticket.over:  # whoever revoked it may have come while it was in use
             self.let_go()
 
     @contextlib.contextmanager
@@ -212,21 +214,44 @@ class Connection:
             self.stop()  # in use before or after its operation, such as to connect to a server that does not answer
             return
         try:
-            if self._ticket is not None and self._ticket.canceled:
+            if self._ticket is not None and (self._ticket.canceled or self._ticket.over):
                 self._give_back()
         finally:
             self._using.release()
 
+    def intact(self) -> bool:
+        """From another thread: whether what it has written is still with the server that took it."""
+        backend = self._backend
+        return backend is not None and backend.intact()
+
     def _give_back(self) -> None:
         backend, ticket = self._backend, self._ticket
-        self._backend = self._ticket = None
-        if ticket is not None:
-            ticket.left(self)
-        if backend is not None:
-            try:
-                backend.close()
-            except (AgentError, OSError) as error:
-                log.warning("an image was not closed well", extra={"fields": {"error": str(error)}})
+        try:
+            if backend is not None:
+                self._close_backend(backend, ticket)
+        finally:
+            self._backend = self._ticket = None
+            if ticket is not None:
+                ticket.left(self)
+
+    def _close_backend(self, backend: ImageBackend, ticket: Ticket | None) -> None:
+        """What it wrote and nobody has flushed is flushed first, or known to be lost."""
+        try:
+            if ticket is not None and ticket.durability.pending(self):
+                try:
+                    if ticket.canceled or ticket.over:  # who revokes it waits for this, and not for a slow disk
+                        raise Stopped("the ticket does not hold any more")
+                    with ticket.durability.flushing(self, shared=False, intact=lambda _: True):
+                        backend.flush()
+                finally:
+                    ticket.durability.left(self)
+        except (AgentError, OSError, Stopped) as error:
+            fields = {"transfer": ticket.spec.name if ticket else "", "error": str(error)}
+            log.warning("writes that were not flushed may be lost", extra={"fields": fields})
+        try:
+            backend.close()
+        except (AgentError, OSError) as error:
+            log.warning("an image was not closed well", extra={"fields": {"error": str(error)}})
 
     def _linger(self) -> None:
         """A close with bytes unread would reset the connection, and the answer could be lost."""

@@ -118,7 +118,7 @@ class Daemon:
 
     def _expire(self) -> None:
         while not self._ending.wait(self._settings.expiry_interval):
-            self.tickets.stop_expired()
+            self.tickets.stop_expired(self._settings.keep_expired)
 
 
 def run(config: Config, given: Mapping[str, int]) -> int:

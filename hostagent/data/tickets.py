@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hostagent.data.durability import Durability
 from hostagent.data.errors import HttpError, not_allowed
 from hostagent.data.streams import Stopped
 from hostagent.data.throttle import Lane
@@ -59,12 +60,7 @@ class Ticket:
     holders: set[Holder] = field(default_factory=set)
     running: dict[Operation, Holder] = field(default_factory=dict)
     moved: RangeSet = field(default_factory=RangeSet)
-    written: RangeSet = field(default_factory=RangeSet)
-    durable: RangeSet = field(default_factory=RangeSet)
-    writer: Holder | None = None
-    """Who wrote `written`, where a flush covers only what its own connection wrote."""
-    flushes: list[RangeSet] = field(default_factory=list)
-    """What each flush that is under way will have made durable."""
+    durability: Durability = field(default_factory=Durability)
     etag: str = ""
     """Of the same image by the same ticket: so it is again what it was when a caller gives the ticket anew to a daemon
     that was killed, and clients go on."""
@@ -110,7 +106,6 @@ class Ticket:
                     )
                 self.refuse(op.kind)
             self.running[op] = holder
-            self.holders.add(holder)
         try:
             yield op
         finally:
@@ -133,34 +128,6 @@ class Ticket:
         """For a stream that moves: Stopped when it may not go on."""
         if self.canceled or self.over:
             raise Stopped(self.spec.name)
-
-    def wrote(self, begin: int, end: int) -> None:
-        with self.lock:
-            self.written.add(begin, end)
-
-    def writing(self, begin: int, end: int, alone: Holder | None = None) -> None:
-        """What is being written is not durable any more, and no flush that has begun makes it so. `alone`: whose own
-        flush it needs; what another one wrote before is given up, for who knows whether he will ever flush it."""
-        with self.lock:
-            if alone is not self.writer:
-                self.written.clear()
-                self.writer = alone
-            for known in (self.durable, self.written, *self.flushes):
-                known.discard(begin, end)
-
-    @contextlib.contextmanager
-    def flushing(self, holder: Holder) -> Iterator[None]:
-        """Around a flush: what was written before it began is durable when it succeeds."""
-        with self.lock:
-            before = self.written.copy() if self.writer in (None, holder) else RangeSet()
-            self.flushes.append(before)
-        try:
-            yield
-            with self.lock:
-                self.durable.update(before)
-        finally:
-            with self.lock:
-                self.flushes = [one for one in self.flushes if one is not before]
 
     def transferred(self) -> int | None:
         """Bytes that have moved, each counted once; None where both directions are allowed."""
@@ -204,9 +171,9 @@ class Ticket:
         for holder in idle:
             holder.let_go()
         with self.turned:
-            while self.running and (left := limit - time.monotonic()) > 0:
+            while (self.running or self.holders) and (left := limit - time.monotonic()) > 0:
                 self.turned.wait(left)
-            done = not self.running
+            done = not (self.running or self.holders)
         if done:
             self._close_shared()
         return done
@@ -218,9 +185,17 @@ class Ticket:
             with contextlib.suppress(OSError):
                 one.close()
 
-    def left(self, holder: Holder) -> None:
+    def join(self, holder: Holder) -> None:
+        """Before it opens anything: so whoever revokes the ticket knows of it. HttpError 403 when that has been."""
         with self.lock:
+            self.refuse(None)
+            self.holders.add(holder)
+
+    def left(self, holder: Holder) -> None:
+        """It has nothing open any more."""
+        with self.turned:
             self.holders.discard(holder)
+            self.turned.notify_all()
 
 
 class Tickets:
@@ -309,15 +284,22 @@ class Tickets:
             ticket.gone = True
             self._told("revoked", ticket, by)
 
-    def stop_expired(self) -> int:
-        """End what tickets run whose time is over; how many there were. They stay: their time can be extended."""
+    def stop_expired(self, keep: float) -> int:
+        """End what tickets run whose time is over; how many there were. They stay for `keep` s, to be extended."""
         ended = 0
         for ticket in self.all():
             with ticket.lock:
-                holders = set(ticket.running.values()) if ticket.over else set()
-            for holder in holders:
+                over = ticket.over
+                running = set(ticket.running.values()) if over else set()
+                idle = ticket.holders - running if over else set()
+            for holder in running:
                 holder.stop()
-            ended += bool(holders)
+            for holder in idle:
+                holder.let_go()
+            ended += bool(running)
+            if time.monotonic() - ticket.expires > keep:
+                with contextlib.suppress(HttpError):
+                    self._revoke(ticket, 0, "its time")
         return ended
 
 

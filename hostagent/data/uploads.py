@@ -88,8 +88,7 @@ class Uploads:
     def progress(self, request: Request, connection: Connection, ticket_id: str) -> bool:
         """What a client that was interrupted need not send again."""
         ticket = self._access.tickets.use(ticket_id, None)
-        with ticket.lock:
-            durable = ticket.durable.pairs()
+        durable = ticket.durability.durable()
         found = {
             "size": ticket.spec.size,
             "generation": ticket.etag,
@@ -98,7 +97,7 @@ class Uploads:
         return connection.reply(request, answers.of_json(found, headers=(("etag", asked.etag(ticket)),)))
 
     def _flush(self, ticket: Ticket, connection: Connection, backend: ImageBackend) -> None:
-        with self._access.looking(ticket, connection), ticket.flushing(connection):
+        with self._access.flushing(ticket, connection, backend):
             backend.flush()
 
     def _zero(self, request: Request, connection: Connection, ticket_id: str, body: dict[str, Any]) -> None:

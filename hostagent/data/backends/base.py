@@ -200,6 +200,10 @@ class ImageBackend(ABC):
             (DirtyExtent(one["start"], one["length"], one["dirty"], one["zero"]) for one in found), start, length
         )
 
+    def intact(self) -> bool:
+        """From another thread: whether what it has written is still with who took it (a server that is connected)."""
+        return True
+
     def fence(self) -> None:  # noqa: B027 - what cannot be ended from outside is bounded by its pieces
         """From another thread: what is under way, and all that is asked from now on, fails soon. Idempotent."""
 

@@ -73,6 +73,7 @@ class NbdBackend(ImageBackend):
         self._bitmap: str | None = None
         self._unflushed = False
         self._lost = False
+        self._flushing = False
 
     # What it is
 
@@ -153,8 +154,11 @@ class NbdBackend(ImageBackend):
         with self._using() as stream:
             self._refuse_lost()
             if stream.facts.can_flush:
-                self._lost = self._unflushed  # until it is known to be durable: a second flush would prove nothing
-                stream.flush()
+                self._lost, self._flushing = self._unflushed, True  # a second flush would prove nothing
+                try:
+                    stream.flush()
+                finally:
+                    self._flushing = False
             elif self._unflushed:
                 message = f"{self._server} cannot flush: nothing tells when what was written is on stable storage"
                 raise AgentError("not_supported", message, remedy="write without flush, or to a server that can")
@@ -192,6 +196,9 @@ class NbdBackend(ImageBackend):
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+    def intact(self) -> bool:
+        return (self._flushing or not self._lost) and self._fence.connected()
 
     def fence(self) -> None:
         self._fence.close()

@@ -25,12 +25,15 @@ class FakeHolder:
         self.stopped = threading.Event()
         self.freed = threading.Event()
         self.deaf = deaf
+        self.ticket: Ticket | None = None
 
     def stop(self) -> None:
         self.stopped.set()
 
     def let_go(self) -> None:
         self.freed.set()
+        if self.ticket is not None:
+            self.ticket.left(self)
 
 
 @pytest.fixture
@@ -75,7 +78,8 @@ def test_a_ticket_is_used_for_what_it_allows(tickets: Tickets) -> None:
 def test_a_removed_ticket_ends_what_runs_and_frees_what_waits(tickets: Tickets, told: list[str]) -> None:
     ticket = tickets.add(SPEC, 1)
     busy, idle = FakeHolder(), FakeHolder()
-    ticket.holders.add(idle)
+    ticket.join(idle)
+    idle.ticket = ticket
     [thread] = runs(ticket, busy)
     began = time.monotonic()
     tickets.remove("id", 2)
@@ -136,12 +140,12 @@ def test_time_that_is_over_ends_what_runs_and_can_be_given_again(tickets: Ticket
     tickets.extend("id", 0)
     with pytest.raises(Stopped):
         ticket.check()
-    assert tickets.stop_expired() == 1
+    assert tickets.stop_expired(60) == 1
     thread.join(5)
     assert holder.stopped.is_set()
     tickets.extend("id", 300)
     tickets.use("id", "read")
-    assert tickets.stop_expired() == 0
+    assert tickets.stop_expired(60) == 0
 
 
 def test_each_success_begins_the_time_anew_but_not_one_that_is_over(tickets: Tickets) -> None:
@@ -188,57 +192,31 @@ def test_bytes_that_moved_are_counted_once(tickets: Tickets) -> None:
     assert "transferred" not in described(Ticket(SPEC, ticket.lane, 0))
 
 
-class TestDurable:
-    @pytest.fixture
-    def ticket(self, tickets: Tickets) -> Ticket:
-        return tickets.add(SPEC, 1)
+def test_nobody_opens_anything_by_a_ticket_that_was_revoked(tickets: Tickets) -> None:
+    ticket = tickets.add(SPEC, 1)
+    holder = FakeHolder()
+    ticket.join(holder)  # it is about to open its image, and does not hear that it is to let go
+    with pytest.raises(HttpError) as stuck:
+        tickets.remove("id", 0.05)
+    assert stuck.value.status == 409
+    ticket.left(holder)
+    tickets.remove("id", 1)
+    with pytest.raises(HttpError) as refused:
+        ticket.join(FakeHolder())
+    assert refused.value.status == 403
 
-    def write(self, ticket: Ticket, begin: int, end: int) -> None:
-        ticket.writing(begin, end)
-        ticket.wrote(begin, end)
 
-    def test_what_was_written_is_durable_after_a_flush(self, ticket: Ticket) -> None:
-        self.write(ticket, 0, 10)
-        assert ticket.durable.pairs() == []
-        with ticket.flushing(FakeHolder()):
-            pass
-        assert ticket.durable.pairs() == [(0, 10)]
-
-    def test_a_flush_that_failed_makes_nothing_durable(self, ticket: Ticket) -> None:
-        self.write(ticket, 0, 10)
-        with pytest.raises(OSError, match="gone"), ticket.flushing(FakeHolder()):
-            raise OSError("gone")
-        assert ticket.durable.pairs() == []
-
-    def test_what_is_written_while_a_flush_runs_is_not_durable_by_it(self, ticket: Ticket) -> None:
-        self.write(ticket, 0, 10)
-        with ticket.flushing(FakeHolder()):
-            self.write(ticket, 4, 6)  # anew, and complete before the flush has ended
-            self.write(ticket, 20, 30)
-        assert ticket.durable.pairs() == [(0, 4), (6, 10)]
-        with ticket.flushing(FakeHolder()):
-            pass
-        assert ticket.durable.pairs() == [(0, 10), (20, 30)]
-
-    def test_what_is_being_written_anew_is_durable_no_more(self, ticket: Ticket) -> None:
-        self.write(ticket, 0, 10)
-        with ticket.flushing(FakeHolder()):
-            pass
-        ticket.writing(2, 3)
-        assert ticket.durable.pairs() == [(0, 2), (3, 10)]
-
-    def test_where_a_flush_is_its_connections_own_it_covers_nothing_else(self, ticket: Ticket) -> None:
-        one, other = FakeHolder(), FakeHolder()
-        ticket.writing(0, 10, one)
-        ticket.wrote(0, 10)
-        with ticket.flushing(other):
-            pass
-        assert ticket.durable.pairs() == []
-        ticket.writing(20, 30, other)
-        ticket.wrote(20, 30)
-        with ticket.flushing(one):
-            pass
-        assert ticket.durable.pairs() == []
-        with ticket.flushing(other):
-            pass
-        assert ticket.durable.pairs() == [(20, 30)]
+def test_a_ticket_whose_time_is_long_over_is_revoked_and_its_idle_holders_let_go(
+    tickets: Tickets, told: list[str]
+) -> None:
+    ticket = tickets.add(replace(SPEC, timeout=1), 1)
+    holder = FakeHolder()
+    holder.ticket = ticket
+    ticket.join(holder)
+    ticket.expires = time.monotonic() - 5
+    tickets.stop_expired(60)
+    assert holder.freed.is_set()
+    assert tickets.get("id") is ticket
+    tickets.stop_expired(1)
+    assert tickets.get("id") is None
+    assert told == ["granted", "revoked"]

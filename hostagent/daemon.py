@@ -583,7 +583,9 @@ class Agent:
             **{name: getattr(config.api, name) for name in names},
         )
         app = build_app(self._service, self._bus, settings=settings, metrics=self._metrics.render)
-        policy = PeerPolicy.for_group(config.api.socket_group if self._group is not None else None)
+        # The data daemon is in the group for the exports' sake: it has strangers as clients, and no say here.
+        never = {host.data_user(config, self._group).uid} if config.data.start else set()
+        policy = PeerPolicy.for_group(config.api.socket_group if self._group is not None else None, never=never)
         self._server = Server(app, self._bus, policy=policy, settings=settings)
 
     def _retention(self) -> Retention:

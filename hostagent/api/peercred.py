@@ -19,7 +19,7 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,24 +41,28 @@ _UCRED = struct.Struct("iII")
 
 @dataclass(frozen=True, slots=True)
 class PeerPolicy:
-    """Which users may use the socket: these, and whoever is in one of these groups."""
+    """Which users may use the socket: these, and whoever is in one of these groups, but for `never`."""
 
     uids: frozenset[int]
     gids: frozenset[int]
+    never: frozenset[int] = frozenset()
 
     def allows(self, peer: Peer) -> bool:
+        if peer.uid in self.never and peer.uid not in self.uids:
+            return False
         return peer.uid in self.uids or peer.gid in self.gids or not self.gids.isdisjoint(peer.groups)
 
     @classmethod
-    def for_group(cls, group: str | None = None) -> PeerPolicy:
-        """root, the user that we run as, and the members of `group`, if there is such a group."""
+    def for_group(cls, group: str | None = None, *, never: Collection[int] = ()) -> PeerPolicy:
+        """root, the user that we run as, and the members of `group`, if there is such a group. `never`: users that are
+        in it for the sake of something else."""
         gids: set[int] = set()
         if group:
             try:
                 gids.add(grp.getgrnam(group).gr_gid)
             except KeyError:
                 log.warning("group %s does not exist: only root and uid %d may connect", group, os.geteuid())
-        return cls(uids=frozenset({0, os.geteuid()}), gids=frozenset(gids))
+        return cls(uids=frozenset({0, os.geteuid()}), gids=frozenset(gids), never=frozenset(never))
 
 
 def peer_of(sock: Any) -> Peer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
+import os
 import signal
 import socket
 import threading
@@ -43,6 +45,7 @@ from hostagent.errors import AgentError
 
 log = logging.getLogger(__name__)
 
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 STACK = 256 * 1024
 """Bytes of a thread's stack: what it needs, a thousand times."""
 
@@ -80,7 +83,7 @@ class Daemon:
         self._own = [] if theirs else [one.getsockname() for one in listeners.values() if one.family == socket.AF_UNIX]
         handlers: dict[str, Handler] = {"remote": images, "local": images, "control": control, "control-tcp": control}
         self.services = [
-            Service(name.partition("-")[0], listener, handlers[name], self._certificate if name == "remote" else None)
+            Service(name, listener, handlers[name], self._certificate if name == "remote" else None)
             for name, listener in listeners.items()
             if name in handlers
         ]
@@ -124,6 +127,7 @@ class Daemon:
 def run(config: Config, given: Mapping[str, int]) -> int:
     """Until SIGTERM or SIGINT; SIGHUP reads the certificate anew. `given` listeners are used instead of own ones."""
     threading.stack_size(STACK)
+    _keep_to_ourselves()
     daemon = Daemon(config, given)
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -140,6 +144,15 @@ def run(config: Config, given: Mapping[str, int]) -> int:
     sdnotify.notify("STOPPING=1")
     daemon.stop()
     return 0
+
+
+def _keep_to_ourselves() -> None:
+    """No program that is started here gains rights, and no other process of this user looks into this one, which has
+    tickets in memory (prctl(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_DUMPABLE, 0)):
+        if libc.prctl(option, value, 0, 0, 0):
+            log.warning("prctl failed", extra={"fields": {"option": option, "error": os.strerror(ctypes.get_errno())}})
 
 
 def registry(config: Config, descriptors: Descriptors, metrics: Metrics) -> Registry:

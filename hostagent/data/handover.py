@@ -47,7 +47,14 @@ class Descriptors:
             held = self._held.get(name)
             if held is None:
                 raise AgentError("not_found", f"no image {name!r} was handed over", field="url", value=f"fd:{name}")
-            return [os.dup(fd) for fd in held]
+            found: list[int] = []
+            try:
+                for fd in held:
+                    found.append(os.dup(fd))
+            except OSError as error:
+                _close(found)
+                raise AgentError("limit", f"no descriptors are left: {error.strerror}") from error
+            return found
 
 
 class Handover(Front):

@@ -93,11 +93,8 @@ def unix(path: Path, mode: int, group: str = "", *, kind: int = socket.SOCK_STRE
         if path.is_socket():
             _refuse_served(path, kind)
             path.unlink()
-        old = os.umask(0o777 & ~mode)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(old)
+        os.fchmod(listener.fileno(), mode)  # Linux makes the name with it: there is no moment in which it has more
+        listener.bind(str(path))
         path.chmod(mode)
         if group:
             with contextlib.suppress(KeyError):
@@ -115,8 +112,10 @@ def _refuse_served(path: Path, kind: int) -> None:
         probe.settimeout(1.0)
         try:
             probe.connect(str(path))
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return
+        except OSError:  # it is there, and does not take us now
+            pass
     remedy = "is another data daemon running? set data.*_socket or agent.runtime_dir"
     raise AgentError("conflict", f"somebody listens on {str(path)!r} already", value=str(path), remedy=remedy)
 

@@ -27,6 +27,8 @@ _DESCRIPTORS = 3
 """Of one connection: its own, and two of its image."""
 _DESCRIPTORS_APART = 512
 """Descriptors for all else: control connections, logs, images that tickets share."""
+CONTROLS = ("control", "control-tcp")
+"""Services that are counted each by itself, so that nobody shuts them, or one of them the other, out."""
 _ACCEPT_REST = 0.1  # seconds, when the process has no descriptor left for one more
 
 
@@ -156,9 +158,9 @@ class Server:
 
     def _full(self, service: str, client: str) -> str:
         with self._lock:
-            if service == "control":
-                return "control" if self._of_service["control"] >= self._house.most_control else ""
-            if sum(self._of_service.values()) - self._of_service["control"] >= self._house.most:
+            if service in CONTROLS:
+                return "control" if self._of_service[service] >= self._house.most_control else ""
+            if sum(self._of_service.values()) - sum(map(self._of_service.__getitem__, CONTROLS)) >= self._house.most:
                 return "all"
             return "client" if self._of_client[client] >= self._house.most_of_one else ""
 

@@ -58,6 +58,8 @@ class Uploads:
                 source = Upload(request.body, ticket, op, room, self._access.metrics.counted("upload", backend))
                 if backend.supports_range_write:
                     backend.write_from(source, offset, request.length)
+                    if length is not None and op.done != length:
+                        raise HttpError(400, f"Content-Range has {length} bytes, and the body {op.done}", close=True)
                 else:
                     _write_whole(backend, source, request, offset, flush=flush)
             if flush:

@@ -205,6 +205,8 @@ class Wire:
             raise HttpError(505, "HTTP/1.1 is spoken here", close=True)
         path, _, query = target.partition("?")
         chunked = "transfer-encoding" in headers
+        if chunked and "content-length" in headers:  # whom of the two another one on the way believed nobody knows
+            raise HttpError(400, "Content-Length beside Transfer-Encoding", close=True)
         if chunked and event.http_version < b"1.1":
             raise HttpError(400, "Transfer-Encoding needs HTTP/1.1", close=True)
         length = None if chunked else int(headers.get("content-length", 0))

@@ -24,6 +24,9 @@ from hostagent.transfers.control import Control
 
 log = logging.getLogger(__name__)
 
+STEADY = 30.0
+"""Seconds of life after which an end is no reason to be slow with the next start."""
+
 Launch = Callable[[list[str], list[int]], subprocess.Popen[bytes]]
 """Starts a command as the daemon's user; these descriptors keep their numbers."""
 
@@ -63,18 +66,20 @@ class Child:
 
     async def run(self) -> None:
         """Until it is cancelled: that leaves the daemon as it is (see `stop`)."""
-        retry = self._settings.retry
+        retry, now = self._settings.retry, asyncio.get_running_loop().time
         while True:
-            if await self._answers():
-                retry = self._settings.retry
-                await self._until_it_ends()
-                continue
+            began = now()
             try:
-                await self._start()
+                if not await self._answers():
+                    await self._start()
+                self._failed(await self._until_it_ends())
             except (AgentError, OSError) as error:
                 self._failed(str(error))
-                await asyncio.sleep(retry)
-                retry = min(retry * 2, self._settings.retry_max)
+            if now() - began > STEADY:
+                retry = self._settings.retry
+                continue
+            await asyncio.sleep(retry)
+            retry = min(retry * 2, self._settings.retry_max)
 
     async def stop(self) -> None:
         """End it, unless somebody has a ticket: then it goes on, and the next agent finds it."""
@@ -114,8 +119,8 @@ class Child:
             log.info("data daemon answers", extra={"fields": {"pid": self.pid}})
         return True
 
-    async def _until_it_ends(self) -> None:
-        """Or does not answer any more."""
+    async def _until_it_ends(self) -> str:
+        """Or does not answer any more; which of the two."""
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
         handle = -1
@@ -128,15 +133,16 @@ class Child:
                     await asyncio.wait_for(ended.wait(), self._settings.look)
                 except TimeoutError:
                     if not await self._answers():
-                        break
+                        return "it does not answer any more"
         except OSError:
             pass  # it ended in this moment
         finally:
             if handle >= 0:
                 loop.remove_reader(handle)
                 os.close(handle)
-        if self._process is not None:
-            self._process.poll()
+            if self._process is not None:
+                self._process.poll()
+        return "it ended, and its tickets with it; the log says why"
 
     async def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:

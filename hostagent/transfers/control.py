@@ -29,7 +29,9 @@ class Control:
 
     def health(self) -> dict[str, Any]:
         """`status`, `pid`, `version`, `tickets`. AgentError unavailable where nobody answers."""
-        found: dict[str, Any] = self._call("GET", "/healthz")
+        found = self._call("GET", "/healthz")
+        if not isinstance(found, dict) or not isinstance(found.get("pid"), int):
+            raise AgentError("unavailable", "what answers is no data daemon", remedy="see data.control_socket")
         return found
 
     def add(self, ticket: Mapping[str, Any]) -> None:
@@ -74,7 +76,10 @@ class Control:
         if response.status >= 400:
             code = {404: "not_found", 409: "conflict", 429: "limit"}.get(response.status, "invalid")
             raise AgentError(code, f"the data daemon says: {text.decode('utf-8', 'replace').strip()[:500]}")
-        return json.loads(text) if text else None
+        try:
+            return json.loads(text) if text else None
+        except ValueError as error:
+            raise AgentError("unavailable", "the data daemon answers what is no JSON", remedy="see its log") from error
 
 
 def _path(ticket_id: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from hostagent.api.peer import Peer
+from hostagent.api.peercred import PeerPolicy
 from hostagent.errors import AgentError
 from hostagent.transfers.control import Control
 from hostagent.unix_http import UnixConnection
@@ -80,6 +85,35 @@ def test_it_runs_as_nobody_and_the_agent_says_so(agent: AgentProcess) -> None:
     if os.geteuid() == 0:
         assert "Uid:\t0" not in status
         assert "CapEff:\t0000000000000000" in status
+        assert "NoNewPrivs:\t1" in status
+
+
+def test_it_has_no_say_in_the_agents_api(agent: AgentProcess) -> None:
+    """Although the group of the exports, in which it is, is that of the API."""
+    status = Path(f"/proc/{pid_of(agent)}/status").read_text()
+    if os.geteuid() != 0:
+        return
+    uid = int(re.search(r"^Uid:\s+(\d+)", status, re.MULTILINE)[1])  # type: ignore[index]
+    policy = PeerPolicy(frozenset({0}), frozenset({5}), frozenset({uid}))
+    assert not policy.allows(Peer(1, uid, uid, (5,)))
+    assert policy.allows(Peer(1, uid + 1, 7, (5,)))
+    code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
+    code += "s.sendall(b'GET /healthz HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n'); print(s.recv(100))"
+    agent.socket.chmod(0o666)  # as if its group let it
+    command = ["/usr/bin/python3", "-c", code, str(agent.socket)]
+    done = subprocess.run(command, user=uid, group=uid, extra_groups=[], capture_output=True, text=True, timeout=30)
+    assert "403" in done.stdout, done
+
+
+def test_an_end_is_told_and_so_is_the_new_begin(agent: AgentProcess) -> None:
+    pid = pid_of(agent)
+    until(lambda: agent.get("/v1/host")["data_daemon"]["running"])
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: control(agent).health()["pid"] != pid)
+    told = [event for event in agent.events() if "data-daemon" in json.dumps(event)]
+    kinds = [event["type"].split(".")[3] for event in told]
+    until(lambda: agent.get("/v1/host")["data_daemon"]["running"])
+    assert kinds[:2] == ["connected", "disconnected"], told
 
 
 def test_it_outlives_the_agent_with_its_tickets_and_is_found_again(agent: AgentProcess) -> None:

@@ -128,6 +128,7 @@ def test_100_continue_is_said_when_the_body_is_wanted_and_not_before() -> None:
         (b"x" * 10000, 414),
         (b"GET / HTTP/1.1\r\nHost: h\r\nA: " + b"x" * 20000 + b"\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\nHost: h\r\n" + b"A: bcdefgh\r\n" * 4000 + b"\r\n", 431),
+        (b"PUT / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"nonsense\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: x\r\n\r\n", 400),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostagent.data.backends.base import Extent, merged
@@ -70,6 +70,7 @@ def of_pieces(pieces: Iterator[Piece], start: int) -> list[tuple[object, ...]]:
     return found
 
 
+@settings(deadline=None)
 @given(images(), st.integers(0, 700), st.integers(0, 700))
 def test_any_range_is_where_qemu_says_that_it_is(entries: list[Entry], start: int, length: int) -> None:
     known = made(entries, SIZES, most=1000)
@@ -82,6 +83,7 @@ def test_any_range_is_where_qemu_says_that_it_is(entries: list[Entry], start: in
     assert extents == told[start : start + length]
 
 
+@settings(deadline=None)
 @given(images())
 def test_neighbours_that_follow_one_another_are_one(entries: list[Entry]) -> None:
     known, again = made(entries, SIZES, most=1000), made(split(entries), SIZES, most=1000)
@@ -97,6 +99,7 @@ def split(entries: list[Entry]) -> Iterator[Entry]:
             yield one | {"start": one["start"] + at, "length": 1} | offset
 
 
+@settings(deadline=None)
 @given(images(), st.integers(1, 60), st.integers(1, 100), st.integers(0, 400), st.integers(0, 400))
 def test_what_is_sent_together_is_all_in_order(
     entries: list[Entry], small: int, most: int, start: int, length: int
@@ -122,6 +125,7 @@ def test_what_is_sent_together_is_all_in_order(
     assert not left
 
 
+@settings(deadline=None)
 @given(images(), st.integers(1, 40))
 def test_a_list_is_read_in_blocks_of_any_size(entries: list[Entry], size: int) -> None:
     text = ("[" + ",\n".join(json.dumps(one) for one in entries) + "]\n").encode()

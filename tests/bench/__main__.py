@@ -20,6 +20,10 @@ from rich.console import Console
 from tests.bench import (
     copy_overhead,
     crowd,
+    data_file,
+    data_nbd,
+    data_requests,
+    data_upload,
     export_start,
     history,
     idle,
@@ -49,8 +53,13 @@ FIGURES: dict[str, Callable[[Stage], Figure]] = {
         live_idle,
         crowd,
         history,
+        data_file,
+        data_nbd,
+        data_upload,
+        data_requests,
     )
 }
+FIGURES[data_requests.CHECKSUM] = data_requests.checksum
 USUAL = [name for name in FIGURES if name not in (crowd.NAME, history.NAME)]
 """Without a name on the command line. The others need some minutes, and hundreds of processes."""
 

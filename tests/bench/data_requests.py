@@ -1,0 +1,74 @@
+"""Small requests: OPTIONS on a connection that is kept; and the checksum of an image, by all processors."""
+
+from __future__ import annotations
+
+import time
+
+from tests.bench import sink
+from tests.bench.arena import SIZE, Arena, Case, arena, details, faster, in_turns
+from tests.bench.figure import Figure, median
+from tests.bench.stage import Stage
+from tests.data.exports import Qsd
+from tests.harness import raw_image
+
+NAME, CHECKSUM = "data-requests", "data-checksum"
+RUNS = 7
+REQUESTS = 3000
+
+
+def measure(stage: Stage) -> Figure:
+    runs = stage.count(RUNS)
+    with arena(stage, "ours", "stock") as place:
+        image = raw_image(place.folder / "image.raw", 1 << 20)
+        found = in_turns(stage, NAME, [_options(place, name, f"file://{image}") for name in place.daemons], runs)
+    per_second = {f"{name}_per_s": REQUESTS / median([one.seconds for one in found[name]]) for name in found}
+    cpu = {f"{name}_cpu_us": 1e6 * median([one.cpu for one in found[name]]) / REQUESTS for name in found}
+    return Figure(
+        name=NAME,
+        measured=f"{REQUESTS} OPTIONS of one image, one after the other, on one connection",
+        peer="ovirt-imageio 2.5.1",
+        runs=runs,
+        results=(faster(found, "ours", "stock", 1.0, "OPTIONS"),),
+        details=per_second | cpu,
+    )
+
+
+def _options(place: Arena, name: str, url: str) -> Case:
+    daemon, where = place.daemons[name], place.where(name)
+    request = f"OPTIONS /images/{daemon.ticket(url, 1 << 20)} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
+    return Case(name, lambda: sink.requests(where, request, REQUESTS), daemon.pid)
+
+
+def checksum(stage: Stage) -> Figure:
+    runs = stage.count(RUNS)
+    with arena(stage, "ours", "stock") as place:
+        image = raw_image(place.folder / "image.raw", SIZE)
+        with Qsd(image, "raw", read_only=True) as export:
+            tickets = {name: daemon.ticket(export.url, SIZE) for name, daemon in place.daemons.items()}
+            if len({_digest(place, name, tickets[name]) for name in tickets}) != 1:
+                raise AssertionError("the daemons' checksums of the same image differ")
+            cases = [
+                Case(name, lambda name=name: _timed(place, name, tickets[name]), place.daemons[name].pid, export.pid)
+                for name in tickets
+            ]
+            found = in_turns(stage, CHECKSUM, cases, runs)
+    return Figure(
+        name=CHECKSUM,
+        measured=f"checksum of a {SIZE >> 30} GiB raw image behind a storage daemon (blake2b)",
+        peer="ovirt-imageio 2.5.1",
+        runs=runs,
+        results=(faster(found, "ours", "stock", 1.8, "checksum"),),
+        details=details(found),
+    )
+
+
+def _digest(place: Arena, name: str, ticket: str) -> str:
+    with place.daemons[name].tcp() as wire:
+        wire.socket.settimeout(sink.WAIT)
+        return str(wire.ask("GET", f"/images/{ticket}/checksum").json["checksum"])
+
+
+def _timed(place: Arena, name: str, ticket: str) -> float:
+    began = time.perf_counter()
+    _digest(place, name, ticket)
+    return time.perf_counter() - began

@@ -54,6 +54,11 @@ class RangeSet:
         """From the first byte to that after the last, in order."""
         return list(zip(self._begins, self._ends, strict=True))
 
+    @property
+    def parts(self) -> int:
+        """Ranges that it consists of."""
+        return len(self._begins)
+
     def copy(self) -> RangeSet:
         other = RangeSet(self._most)
         other._begins, other._ends = list(self._begins), list(self._ends)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -277,8 +278,8 @@ def test_a_full_disk_is_said_so(how: str, tmp_path: Path, holds: Holds) -> None:
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_failed_flush_is_told_to_all_who_wrote(image: Path, holds: Holds, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel tells it once, and takes the pages for written from then on."""
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next flush fails, and none after it."""
     failures = [OSError(5, "Input/output error")]
 
     def once(fd: int) -> None:
@@ -286,9 +287,99 @@ def test_a_failed_flush_is_told_to_all_who_wrote(image: Path, holds: Holds, monk
             raise failures.pop()
 
     monkeypatch.setattr(os, "fdatasync", once)
+
+
+def test_a_failed_flush_is_told_to_all_who_wrote(image: Path, holds: Holds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells it once, and takes the pages for written from then on."""
+    failing(monkeypatch)
     with opened(image, holds, writable=True) as one, opened(image, holds, writable=True) as two:
         one.write(b"x", 0)
         two.write(b"y", 1)
         assert code(one.flush) == "io_error"
         assert code(two.flush) == "io_error"
         assert code(one.flush) == "io_error"
+
+
+def test_what_a_failed_flush_lost_is_not_forgotten_with_its_connection(
+    image: Path, holds: Holds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch)
+    with opened(image, holds, writable=True) as backend:
+        backend.write(bytes(100), 1000)
+        backend.zero(8192, 4096)
+        assert code(backend.flush) == "io_error"
+    with opened(image, holds, writable=True) as backend:
+        assert code(backend.flush) == "io_error"
+        backend.write(bytes(99), 1000)
+        backend.write(bytes(4096), 8192)
+        assert code(backend.flush) == "io_error", "one byte is still lost"
+    with opened(image, holds, writable=True) as backend:
+        backend.write(b"x", 1099)
+        backend.flush()
+    assert not holds._files
+
+
+def test_what_is_written_while_a_flush_fails_is_lost_too(
+    image: Path, holds: Holds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch)
+    with opened(image, holds, writable=True) as one, opened(image, holds, writable=True) as two:
+        two.write(b"x", 0)
+        real = os.pwrite
+
+        def meanwhile(fd: int, data: bytes, offset: int) -> int:
+            monkeypatch.setattr(os, "pwrite", real)
+            number = real(fd, data, offset)
+            assert code(two.flush) == "io_error"
+            return number
+
+        monkeypatch.setattr(os, "pwrite", meanwhile)
+        one.write(b"abc", 100)
+        two.write(b"x", 0)
+        assert code(two.flush) == "io_error"
+        one.write(b"abc", 100)
+        two.flush()
+
+
+def test_a_long_flush_holds_up_nobody_who_closes(image: Path, holds: Holds, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(fd: int) -> None:
+        begun.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    one, two = opened(image, holds, writable=True), opened(image, holds, writable=True)
+    one.write(b"x", 0)
+    two.write(b"x", 0)
+    flush = threading.Thread(target=one.flush)
+    flush.start()
+    assert begun.wait(30)
+    try:
+        close = threading.Thread(target=two.close)
+        close.start()
+        close.join(10)
+        assert not close.is_alive()
+        assert flush.is_alive()
+    finally:
+        go_on.set()
+        flush.join(30)
+    one.close()
+
+
+def test_of_one_description_that_was_handed_over_nobody_takes_the_other_s_marks(image: Path, holds: Holds) -> None:
+    fd = os.open(image, os.O_RDWR)
+    factory = handed_over(lambda name: [os.dup(fd)], holds)
+    with (
+        factory(Opening("fd:disk", 4 * MIB, writable=True)) as writer,
+        factory(Opening("fd:disk", 4 * MIB)) as reader,
+    ):
+        assert reader.read(0, 1) == noise(1)
+        with reader.open_session():
+            assert code(lambda: writer.write(b"x", 0)) == "busy"
+            assert not writes(image)
+        writer.write(b"x", 0)
+        assert code(lambda: reader.read(0, 1)) == "busy"
+        assert not reads(image), "the upload's marks are gone"
+    assert writes(image)
+    os.close(fd)

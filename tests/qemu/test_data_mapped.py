@@ -26,7 +26,7 @@ from hostagent.data.backends.qemu_map import MapLimits
 from hostagent.data.backends.registry import Opening
 from hostagent.data.streams import PIECE, Stopped
 from hostagent.errors import AgentError
-from hostagent.qemu_locks import first_taken
+from hostagent.qemu_locks import AGENT_BYTE, first_taken
 from tests.ends import Collected, noise
 from tests.qemu_export import Export
 
@@ -426,6 +426,66 @@ def test_locks_are_held_so_long_and_then_it_goes_on_by_nbd(chain: list[Path]) ->
             assert 0 < stage.export.read_bytes <= 6 * MIB
             assert open_marks([chain[2]]) == 1, "only the export's own"
             assert session.read(5, 10) == expected[5:15]
+
+
+@pytest.fixture
+def tail(tmp_path: Path) -> Path:
+    """An image of 8 MiB whose last half is compressed."""
+    path = tmp_path / "tail.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, "8M")
+    compressed = [word for at in range(4 << 10, 8 << 10, 64) for word in ("-c", f"write -q -c -P 4 {at}k 64k")]
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 1 0 4M", *compressed, path)
+    return path
+
+
+def touched(path: Path) -> None:
+    """By somebody who heeds no marks."""
+    found = path.stat()
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+
+
+def test_a_change_is_seen_also_where_the_end_comes_by_the_export(tail: Path) -> None:
+    with staged(tail, "qcow2") as stage:
+        changes = [touched]
+        sink = Collected(before=lambda: len(sink.data) >= 6 * MIB and changes and changes.pop()(tail))
+        with pytest.raises(AgentError) as caught:
+            copied(stage.open(), 0, 8 * MIB, sink)
+        assert caught.value.code == "image_changed"
+        assert 6 * MIB <= len(sink.data) < 8 * MIB
+    assert open_marks([tail]) == 0
+
+
+def test_a_change_is_seen_before_the_marks_are_given_back(chain: list[Path]) -> None:
+    with staged(chain[0], "qcow2", limits=MapLimits(hold=0.3)) as stage:
+
+        def late() -> None:
+            if len(sink.data) == 2 * MIB:
+                touched(chain[2])
+                time.sleep(0.35)
+
+        sink = Collected(before=late)
+        with pytest.raises(AgentError) as caught:
+            copied(stage.open(), 0, 8 * MIB, sink)
+        assert caught.value.code == "image_changed"
+        assert len(sink.data) < 8 * MIB
+        assert open_marks(chain) == 0
+
+
+def test_locks_are_held_so_long_also_of_what_comes_by_the_export(tail: Path) -> None:
+    expected = converted(tail, "qcow2")
+    with staged(tail, "qcow2", limits=MapLimits(hold=0.5)) as stage:
+        seen: list[bool] = []
+
+        def late() -> None:
+            if len(sink.data) >= 6 * MIB:
+                time.sleep(0 if seen else 0.55)
+                with tail.open("rb") as file:
+                    seen.append(first_taken(file.fileno(), [AGENT_BYTE]) is not None)
+
+        sink = Collected(before=late)
+        assert copied(stage.open(), 0, 8 * MIB, sink) == expected
+        assert seen[0]
+        assert not seen[-1], "the marks stayed until the end"
 
 
 def test_a_fence_ends_what_runs(stage: Stage, chain: list[Path]) -> None:

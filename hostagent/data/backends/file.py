@@ -181,12 +181,13 @@ class FileBackend(ImageBackend):
         first = min(-(-offset // step) * step, end)
         last = max(end // step * step, first)
         try:
-            write_all(held.fd, memoryview(bytes(first - offset)), offset)
-            for _ in blocks.zero_steps(held.fd, first, last - first, sparse=self._opening.sparse):
-                self.check()
-            write_all(held.fd, memoryview(bytes(end - last)), last)
-            if length and blocks.size_of(held.fd) < end:  # its last byte is ours to write, unlike the file's length
-                os.pwrite(held.fd, b"\0", end - 1)
+            with held.writing(offset, end):
+                write_all(held.fd, memoryview(bytes(first - offset)), offset)
+                for _ in blocks.zero_steps(held.fd, first, last - first, sparse=self._opening.sparse):
+                    self.check()
+                write_all(held.fd, memoryview(bytes(end - last)), last)
+                if length and blocks.size_of(held.fd) < end:  # its last byte is ours to write, not the file's length
+                    os.pwrite(held.fd, b"\0", end - 1)
         except OSError as error:
             raise fault(error, held.name, "written") from error
 

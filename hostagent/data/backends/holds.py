@@ -3,6 +3,7 @@
 A file that is read is marked so that QEMU does not begin to write it, and one that is written so that QEMU does not
 open it at all; who has it open already refuses us. Marks belong to an open file description, and each connection has a
 backend of its own, so the description is shared: as many as like may read a file, or as many write it, but not both.
+Of files that were handed over that is seen to here: their readers and their writers may have one description.
 
 A file that we opened ourselves is marked for the agent, too (byte 150). One that was handed over it has leased itself.
 """
@@ -14,11 +15,11 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from hostagent import qemu_locks
 from hostagent.blocks import alignment
-from hostagent.data.backends.faults import fault
+from hostagent.data.backends.unflushed import Unflushed
 from hostagent.errors import AgentError
 from hostagent.qemu_locks import AGENT_BYTE, PART_WRITTEN, READERS, READING, WRITERS
 
@@ -26,10 +27,30 @@ WRITING = tuple(sorted({*READING, *WRITERS}))
 """Of who writes a file that nobody else may even read: it is not whole before it is written."""
 
 
+class _File:
+    """What is known of one file, whoever has it open."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+        self.unflushed = Unflushed()
+        self.handed: Held | None = None
+        """Which of those that were handed over bears marks."""
+        self.open = 0
+
+
 class Held:
     """An open file. `fd` is shared between threads: use calls that take an offset. Thread-safe."""
 
-    def __init__(self, fd: int, name: str, *, writable: bool, ours: bool, direct: int | None = None) -> None:
+    def __init__(
+        self,
+        fd: int,
+        name: str,
+        *,
+        writable: bool,
+        ours: bool,
+        direct: int | None = None,
+        file: _File | None = None,
+    ) -> None:
         self.fd = fd
         self.name = name
         self.writable = writable
@@ -38,12 +59,13 @@ class Held:
         self.users = 0
         self.retired = False
         """Another file has its name now."""
+        self.file = file or _File()
         self._ours = ours
         self._turn = threading.Lock()
         self._marks = 0
+        self._locked: list[int] = []
         self._direct = direct
         self._buffered = False
-        self._lost: AgentError | None = None
 
     def direct(self) -> int | None:
         """A descriptor that writes past the page cache; None where there is no such thing."""
@@ -60,17 +82,13 @@ class Held:
         """What `direct` gave does not take what is aligned to `step`."""
         self._buffered = True
 
+    def writing(self, begin: int, end: int) -> AbstractContextManager[None]:
+        """Around each write of these bytes."""
+        return self.file.unflushed.writing(begin, end)
+
     def sync(self) -> None:
-        """What was written is on stable storage. A failure is remembered: the kernel tells it once, to one of those who
-        share the description, and takes the pages for written from then on."""
-        with self._turn:
-            if self._lost is None:
-                try:
-                    os.fdatasync(self.fd)
-                except OSError as error:
-                    self._lost = fault(error, self.name, "flushed")
-            if self._lost is not None:
-                raise self._lost
+        """What was written is on stable storage. A failure is remembered until it is written again."""
+        self.file.unflushed.sync(self.fd, self.name)
 
     @contextmanager
     def marked(self) -> Iterator[None]:
@@ -82,25 +100,34 @@ class Held:
             self.unmark()
 
     def mark(self) -> None:
-        with self._turn:
+        with self.file.turn:
             if self._marks == 0:
+                self._refuse_beside()
                 try:
                     self._take()
                 except BaseException:
                     self._give_back()
                     raise
+                if not self._ours:
+                    self.file.handed = self
             self._marks += 1
 
     def unmark(self) -> None:
-        with self._turn:
+        with self.file.turn:
             self._marks -= 1
             if self._marks == 0:
                 self._give_back()
+                if self.file.handed is self:
+                    self.file.handed = None
 
     def close(self) -> None:
-        for fd in (self.fd, self._direct):
-            if fd is not None:
-                os.close(fd)
+        _close(self.fd, self._direct)
+
+    def _refuse_beside(self) -> None:
+        """A description is not refused for its own locks."""
+        other = self.file.handed
+        if not self._ours and other is not None and other is not self:
+            raise self._busy(WRITERS[0] if other.writable else READERS[0])
 
     def _take(self) -> None:
         """Ours first, the others' after: two who try at once can both be refused, never both succeed."""
@@ -123,10 +150,12 @@ class Held:
             raise AgentError("unavailable", message, value=self.name, remedy=remedy) from error
         if not taken:
             raise self._busy(byte)
+        self._locked.append(byte)
 
     def _give_back(self) -> None:
         """Unlocked, not only closed: whoever handed it over, or a child until its exec, has the description too."""
-        for byte in (AGENT_BYTE, *WRITING) if self._ours else WRITING:
+        locked, self._locked = self._locked, []
+        for byte in locked:
             qemu_locks.take(self.fd, fcntl.F_UNLCK, byte)
 
     def _busy(self, byte: int) -> AgentError:
@@ -147,6 +176,7 @@ class Holds:
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._held: dict[tuple[int, int, bool, bool], Held] = {}
+        self._files: dict[tuple[int, int], _File] = {}
 
     def join(self, fd: int, name: str, *, writable: bool, ours: bool, direct: int | None = None) -> Held:
         """Takes `fd` over, and `direct`, which writes the same file past the page cache. Give it back with `leave`.
@@ -155,14 +185,15 @@ class Holds:
         key = found.st_dev, found.st_ino, writable, ours
         with self._turn:
             held = self._held.get(key)
+            known = held is not None
             if held is None:
-                held = self._held[key] = Held(fd, name, writable=writable, ours=ours, direct=direct)
-            else:
-                os.close(fd)
-                if direct is not None:
-                    os.close(direct)
+                file = self._files.setdefault(key[:2], _File())
+                held = self._held[key] = Held(fd, name, writable=writable, ours=ours, direct=direct, file=file)
+                file.open += 1
             held.users += 1
-            return held
+        if known:
+            _close(fd, direct)
+        return held
 
     @contextmanager
     def used(self, held: Held) -> Iterator[None]:
@@ -184,6 +215,16 @@ class Holds:
     def leave(self, held: Held) -> None:
         with self._turn:
             held.users -= 1
-            if held.users == 0:
-                self._held = {key: one for key, one in self._held.items() if one is not held}
-                held.close()
+            if held.users:
+                return
+            self._held = {key: one for key, one in self._held.items() if one is not held}
+            held.file.open -= 1
+            if not held.file.open and not held.file.unflushed.lost:
+                self._files = {key: one for key, one in self._files.items() if one is not held.file}
+        held.close()  # may take long where it has something to write
+
+
+def _close(*fds: int | None) -> None:
+    for fd in fds:
+        if fd is not None:
+            os.close(fd)

@@ -214,11 +214,31 @@ class _Session(BackendSession):
             raise beyond(self.size())
 
     def _may(self) -> bool:
-        """Whether the files may still be read."""
+        """Whether the files may still be read. What was read by then was the image."""
         if self._direct and time.monotonic() > self._use.until:
             self._direct = False
-            self._held.close()
+            try:
+                self._use.layers.refuse_changed()
+            finally:
+                self._held.close()
         return self._direct
+
+    def _refuse_before(self, at: int, end: int) -> None:
+        """Who gets less than was announced knows that it is wrong."""
+        if at == end:
+            self._use.layers.refuse_changed()
+
+    def _watch(self, start: int, end: int) -> Callable[[int], None]:
+        """To be called before each of the pieces that come by the export from `start` on."""
+        at = start
+
+        def before(number: int) -> None:
+            nonlocal at
+            at += number
+            if self._may():
+                self._refuse_before(at, end)
+
+        return before
 
     def _send(self, sink: Sink, batch: Batch, end: int) -> int:
         """The bytes of it that were sent: less when the time is over for which its files may be read."""
@@ -228,14 +248,15 @@ class _Session(BackendSession):
             if not self._may():
                 return done
             if not batch.pieces:
-                self._export().copy_to(sink, batch.start, batch.length)
+                self._export().copy_to(_Watched(sink, self._watch(batch.start, end)), batch.start, batch.length)
+                return batch.length
+            if len(batch.pieces) > 1:
+                gathered = self._gathered(batch)
+                self._refuse_before(batch.start + batch.length, end)
+                sink.write(gathered)
                 return batch.length
             number = min(PIECE, batch.length - done)
-            if batch.start + done + number == end:  # who gets less than was announced knows that it is wrong
-                self._use.layers.refuse_changed()
-            if len(batch.pieces) > 1:
-                sink.write(self._gathered(batch))
-                return batch.length
+            self._refuse_before(batch.start + done + number, end)
             piece = batch.pieces[0]
             if piece.where is Where.ZEROS:
                 sink.send_file(_zeros(), 0, number)
@@ -273,6 +294,22 @@ class _Session(BackendSession):
         if self._elsewhere is None:
             self._elsewhere = self._backend.export_session()
         return self._elsewhere
+
+
+class _Watched:
+    """A Sink; `before` hears of each piece."""
+
+    def __init__(self, sink: Sink, before: Callable[[int], None]) -> None:
+        self._sink = sink
+        self._before = before
+
+    def write(self, data: memoryview | bytes | bytearray) -> None:
+        self._before(len(data))
+        self._sink.write(data)
+
+    def send_file(self, fd: int, offset: int, length: int) -> None:
+        self._before(length)
+        self._sink.send_file(fd, offset, length)
 
 
 _made = threading.Lock()

@@ -54,9 +54,10 @@ def put(held: Held, data: memoryview, offset: int) -> None:
     first = min(-offset % held.step, len(data))
     last = max(first, len(data) - (offset + len(data)) % held.step)
     try:
-        write_all(held.fd, data[:first], offset)
-        done = _write_directly(held, data[first:last], offset + first)
-        write_all(held.fd, data[first + done :], offset + first + done)
+        with held.writing(offset, offset + len(data)):
+            write_all(held.fd, data[:first], offset)
+            done = _write_directly(held, data[first:last], offset + first)
+            write_all(held.fd, data[first + done :], offset + first + done)
     except OSError as error:
         raise fault(error, held.name, "written") from error
 

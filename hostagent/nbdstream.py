@@ -42,6 +42,10 @@ class Facts:
     bitmap: str | None
 
 
+def _unheard(_: int) -> None:
+    """Nobody wants to know."""
+
+
 class _Slot:
     """A buffer that is used again and again, on whole pages."""
 
@@ -103,7 +107,7 @@ class Stream:
             while offset < end or self._flying:
                 while offset < end and len(self._flying) < IN_FLIGHT:
                     number = min(PIECE, end - offset)
-                    slot = self._slot()
+                    slot = self._slot(_unheard)
                     self._fly(self._connection.pread(slot.buffer(number), offset), slot, number)
                     offset += number
                 slot, number = self._land()
@@ -114,15 +118,24 @@ class Stream:
             self.close()
             raise
 
-    def write(self, fill: Callable[[memoryview], int], offset: int, length: int | None) -> int:
+    def write(
+        self,
+        fill: Callable[[memoryview], int],
+        offset: int,
+        length: int | None,
+        landed: Callable[[int], object] = _unheard,
+    ) -> int:
         """Write what `fill` puts into buffers, `length` bytes or until it puts none; the bytes written.
 
-        Nothing is in flight when this returns or raises, unless the stream is `broken`."""
-        written = 0
+        `landed` hears of the bytes that the server has acknowledged, in order. Nothing is in flight when this returns
+        or raises, unless the stream is `broken`. A write that failed is told even when `fill` failed first."""
+        written, filling = 0, False
         try:
             while length is None or written < length:
-                slot = self._slot()
+                slot = self._slot(landed)
+                filling = True
                 number = fill(slot.view if length is None else slot.view[: length - written])
+                filling = False
                 if number == 0:
                     self._slots.append(slot)
                     break
@@ -131,9 +144,13 @@ class Stream:
                 written += number
                 self._connection.serve(0)  # while the next piece comes, this one goes
             while self._flying:
-                self._slots.append(self._land()[0])
-        except BaseException:
-            self._settle()
+                self._slots.append(self._written(landed))
+        except BaseException as first:
+            whole, failure = self._settle()
+            if filling and failure is not None:
+                raise failure from first
+            if filling:
+                landed(whole)
             raise
         return written
 
@@ -180,12 +197,12 @@ class Stream:
         ]
         return itemgetter(0, *places)
 
-    def _slot(self) -> _Slot:
+    def _slot(self, landed: Callable[[int], object]) -> _Slot:
         if self._slots:
             return self._slots.pop()
         if len(self._flying) < IN_FLIGHT:
             return _Slot()
-        return self._land()[0]
+        return self._written(landed)
 
     def _fly(self, cookie: int, slot: _Slot, number: int) -> None:
         self._flying.append((cookie, slot, number))
@@ -197,11 +214,21 @@ class Stream:
             self._connection.wait(cookie)
         return slot, number
 
-    def _settle(self) -> None:
-        """After a failure: wait for what is still in flight, so that nothing is written later on."""
+    def _written(self, landed: Callable[[int], object]) -> _Slot:
+        slot, number = self._land()
+        landed(number)
+        return slot
+
+    def _settle(self) -> tuple[int, Exception | None]:
+        """After a failure: wait for what is still in flight, so that nothing is written later on. The bytes that were
+        written, and the first failure among them."""
+        whole, failure = 0, None
         while self._flying and not self.broken:
-            with contextlib.suppress(AgentError, Fenced):  # the first failure is told
-                self._slots.append(self._land()[0])
+            try:
+                whole += self._land()[1]
+            except (AgentError, Fenced) as error:
+                failure = failure or error
+        return whole, failure
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:

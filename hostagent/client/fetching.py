@@ -67,11 +67,10 @@ class StreamFetcher(_Fetcher):
         with self._remote.get(begin, end - begin) as body:
 
             def fill(view: memoryview) -> int:
-                number = self._fill(body, view)
-                passed(number)
-                return number
+                passed(0)
+                return self._fill(body, view)
 
-            self._stream.write(fill, begin, end - begin)
+            self._stream.write(fill, begin, end - begin, passed)  # what is in flight may still fail
 
     def zero(self, begin: int, end: int) -> None:
         self._stream.zero(begin, end - begin, sparse=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hostagent.data.backends.base import BackendSession, Extent, ImageBackend
-from hostagent.data.streams import PIECE, Stopped
+from hostagent.data.streams import PIECE, Stopped, unreadable
 from hostagent.errors import AgentError
 
 ALGORITHM = "blake2b"
@@ -216,7 +216,10 @@ class _Block:
     def send_file(self, fd: int, offset: int, length: int) -> None:
         buffer = memoryview(bytearray(min(PIECE, length)))
         while length:
-            number = os.preadv(fd, [buffer[: min(len(buffer), length)]], offset)
+            try:
+                number = os.preadv(fd, [buffer[: min(len(buffer), length)]], offset)
+            except OSError as error:
+                raise unreadable(error) from error
             if number == 0:
                 raise AgentError("image_changed", f"the image's file ends at byte {offset}")
             self.write(buffer[:number])

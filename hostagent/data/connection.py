@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _LINGER = 1.0  # seconds in which a client that is answered and cut may read the answer
 _LINGER_MOST = 1 << 20
+_FAULT = "Server failed to perform the request, check logs"
 
 
 class Handler(Protocol):
@@ -117,6 +118,11 @@ class Connection:
                 keep = self._refuse(error, request)
             except AgentError as error:
                 keep = self._refuse(from_agent(error), request)
+            except (PeerGone, Stopped, ssl.SSLError):
+                raise
+            except Exception:
+                log.exception("a fault of the data daemon", extra={"fields": {"peer": self.peer}})
+                keep = self._refuse(HttpError(500, _FAULT, close=True), request)
             if not keep:
                 self._linger()
                 return

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from hostagent.errors import AgentError
+
 PIECE = 1 << 20
 """Bytes of one piece. Measured: 512 KiB to 2 MiB is the plateau, 8 MiB costs caches (docs/data.md)."""
 
@@ -20,6 +22,11 @@ class Stopped(Exception):
 
 class PeerGone(Exception):
     """The client has closed its end, or made no progress for as long as it may."""
+
+
+def unreadable(error: OSError) -> AgentError:
+    """What the kernel says of an image's file, in the middle of a download."""
+    return AgentError("io_error", f"the image cannot be read: {error.strerror}", remedy="look at its storage (dmesg)")
 
 
 class Sink(Protocol):

@@ -16,7 +16,7 @@ import struct
 import time
 from typing import Protocol
 
-from hostagent.data.streams import PIECE, PeerGone
+from hostagent.data.streams import PIECE, PeerGone, unreadable
 from hostagent.errors import AgentError
 
 _UNSENT = 128 * 1024
@@ -159,7 +159,10 @@ class Tls:
             self._pieces = bytearray(_TLS_SEND)
         view, end = memoryview(self._pieces), offset + length
         while offset < end:
-            number = os.preadv(fd, [view[: min(len(view), end - offset)]], offset)
+            try:
+                number = os.preadv(fd, [view[: min(len(view), end - offset)]], offset)
+            except OSError as error:
+                raise unreadable(error) from error
             if number == 0:
                 raise shorter(offset, end)
             self.send(view[:number])
@@ -201,4 +204,4 @@ def _broken(error: OSError, out: int) -> Exception:
     """sendfile fails for the file, too: what the socket does not say is an error of the file."""
     if isinstance(error, BlockingIOError | ConnectionError | BrokenPipeError) or out < 0:
         return PeerGone(str(error))
-    return AgentError("io_error", f"the image cannot be read: {error.strerror}", remedy="look at its storage (dmesg)")
+    return unreadable(error)

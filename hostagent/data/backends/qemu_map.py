@@ -39,25 +39,37 @@ def entries(
     """What it says, as it says it. `described` gives the image as QEMU's options, for descriptors in the child. `check`
     raises when nobody waits any more. Unmappable when it fails."""
     with contextlib.ExitStack() as stack:
-        # O_PATH: what a child inherits would keep our locks until its end.
-        handles = [os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC) for fd in fds]
-        for handle in handles:
-            stack.callback(os.close, handle)
-        bounds = [f"--cpu={limits.cpu}", f"--as={limits.memory}", "--core=0"]
-        command = [_found("prlimit"), *bounds, "--", _found(limits.qemu_img)]
-        command += ["map", "--output=json", "--", described(handles)]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=handles,
-            cwd="/",
-            env={"PATH": os.defpath, "LC_ALL": "C"},
-            start_new_session=True,
-        )
-        stack.callback(_end, process)
+        try:
+            process = _started(stack, described, fds, limits)
+        except OSError as error:  # no descriptor left, no memory, no process: NBD may still do
+            raise Unmappable(f"qemu-img map cannot be started: {error.strerror}", lasting=False) from error
         yield from parsed(_output(process, limits, check))
+
+
+def _started(
+    stack: contextlib.ExitStack, described: Callable[[Sequence[int]], str], fds: Sequence[int], limits: MapLimits
+) -> subprocess.Popen[bytes]:
+    """What it has open and runs ends with `stack`."""
+    handles = []
+    for fd in fds:
+        # O_PATH: what a child inherits would keep our locks until its end.
+        handles.append(os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC))
+        stack.callback(os.close, handles[-1])
+    bounds = [f"--cpu={limits.cpu}", f"--as={limits.memory}", "--core=0"]
+    command = [_found("prlimit"), *bounds, "--", _found(limits.qemu_img)]
+    command += ["map", "--output=json", "--", described(handles)]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=handles,
+        cwd="/",
+        env={"PATH": os.defpath, "LC_ALL": "C"},
+        start_new_session=True,
+    )
+    stack.callback(_end, process)
+    return process
 
 
 def parsed(blocks: Iterator[bytes]) -> Iterator[Mapping[str, Any]]:

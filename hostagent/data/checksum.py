@@ -25,6 +25,8 @@ from hostagent.errors import AgentError
 
 ALGORITHM = "blake2b"
 BLOCK, LEAST, MOST, GRAIN = 4 << 20, 1 << 20, 16 << 20, 4096
+WORKERS = 3
+"""For two processors: one may wait for its storage while the others hash."""
 RUN_MOST = 4096
 """Digests of zeros that are joined at a time."""
 _ZEROS = bytes(PIECE)
@@ -72,22 +74,33 @@ def checksum(
     size: int,
     method: Method,
     *,
-    workers: int = 2,
+    workers: int = WORKERS,
     done: Callable[[int], None] = lambda number: None,
 ) -> str:
     """The digest of the image's first `size` bytes, in hexadecimal.
 
-    `workers` threads and this one have a backend each, or this one alone where the backend has not that many readers.
+    `workers` threads and this one have a backend each; fewer, or this one alone, where not so many may read.
     `done` hears of the bytes of each block, read or known to be zeros, in order; what it raises ends the work.
     """
     with ExitStack() as stack:
         backend = stack.enter_context(open_backend())
         readers = min(workers, backend.max_readers - 1)
         blocks = _Blocks(method, size, done)
-        if readers < 2:
+        others = list(_readers(open_backend, readers, stack)) if readers > 1 else []
+        if len(others) < 2:
             return blocks.here(backend, stack.enter_context(backend.open_session()))
-        others = [stack.enter_context(open_backend()) for _ in range(readers)]
         return blocks.shared(backend, others)
+
+
+def _readers(open_backend: Callable[[], ImageBackend], most: int, stack: ExitStack) -> Iterator[ImageBackend]:
+    """As many as the storage lets in: an NBD server may say that it has room for several, and have less."""
+    for _ in range(most):
+        another = stack.enter_context(open_backend())
+        try:
+            another.size()
+        except AgentError:
+            return
+        yield another
 
 
 class _Blocks:

@@ -107,6 +107,17 @@ def test_a_checksum_over_several_connections_is_that_of_the_bytes(folder: Path) 
             assert found == defined(content, MIB)
 
 
+def test_a_checksum_needs_no_more_connections_than_there_are(folder: Path) -> None:
+    """qemu-nbd says that it takes several, and not how many."""
+    image = chain(folder)
+    content = content_of(image, "qcow2")
+    few = NbdSettings(connect_timeout=1)
+    for shared in (2, 3):
+        with qemu_nbd(image, "qcow2", "--read-only", f"--shared={shared}") as serving:
+            found = checksum(lambda serving=serving: opened(serving, settings=few), SIZE, Method(block_size=MIB))
+            assert found == defined(content, MIB)
+
+
 def test_a_checksum_is_ended_by_a_fence_while_its_server_hangs(folder: Path) -> None:
     image = raw_image(folder / "disk.raw", 64 * MIB)
     backends: list[ImageBackend] = []

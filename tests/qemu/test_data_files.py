@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +92,22 @@ def test_a_file_is_not_written_while_it_is_downloaded_and_may_be_right_after(ima
             assert reads(image)
             assert first.read(0, 10) == noise(10)
         assert writes(image)
+
+
+def test_a_ticket_that_reads_does_not_mix_two_images(image: Path, holds: Holds) -> None:
+    shared: dict[str, Any] = {}
+    factory = files([str(image.parent)], holds)
+    with factory(Opening(f"file://{image}", 1 << 40, shared=shared)) as backend:
+        assert backend.read(0, 10) == noise(10)
+        assert backend.read(10, 10) == noise(20)[10:]
+        assert writes(image)
+        assert code(lambda: backend.read(20, 10)) == "image_changed"
+        assert code(lambda: list(backend.extents(0, 10))) == "image_changed"
+    with factory(Opening(f"file://{image}", 1 << 40, shared=shared)) as backend:
+        assert code(lambda: backend.read(20, 10)) == "image_changed"
+    assert writes(image), "the refusal left its marks"
+    with opened(image, holds) as another:
+        assert another.read(0, 1) == b"\7"
 
 
 def test_a_file_that_qemu_writes_is_not_served(image: Path, holds: Holds) -> None:

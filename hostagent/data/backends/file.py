@@ -23,10 +23,13 @@ from hostagent.data.backends.faults import fault
 from hostagent.data.backends.holds import Held, Holds
 from hostagent.data.backends.places import check_usable, open_below, path_of
 from hostagent.data.backends.registry import Factory, Opening
+from hostagent.data.backends.same import Same
 from hostagent.data.backends.writing import Writer, write_all
 from hostagent.data.streams import PIECE, Sink, Source, Stopped
 from hostagent.errors import AgentError
 
+FIRST = "first"
+"""Its name in Opening.shared."""
 Claim = Callable[[str], list[int]]
 """Duplicates of the descriptors that were handed over by that name, for the caller to close; AgentError not_found."""
 
@@ -204,6 +207,7 @@ class FileBackend(ImageBackend):
         held = self.held()
         with self._holds.used(held):
             try:
+                self.refuse_changed(held)
                 for one in blocks.data_and_holes(held.fd, start, length):
                     self.check()
                     yield Extent(one.start, one.length, one.zero)
@@ -228,6 +232,14 @@ class FileBackend(ImageBackend):
     def check(self) -> None:
         if self._fenced:
             raise Stopped
+
+    def refuse_changed(self, held: Held) -> None:
+        """AgentError image_changed when a ticket that only reads has read another image before: they have one ETag."""
+        if self._opening.writable or held.device:
+            return
+        found = os.fstat(held.fd)
+        first = self._opening.shared.setdefault(FIRST, Same())
+        first.refuse_other(held.name, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
 
     def held(self) -> Held:
         self.check()
@@ -269,8 +281,10 @@ class _Session(BackendSession):
     def __init__(self, backend: FileBackend, holds: Holds, held: Held) -> None:
         self._backend = backend
         self._held = held
-        self._use = contextlib.ExitStack()
-        self._use.enter_context(holds.used(held))
+        with contextlib.ExitStack() as use:
+            use.enter_context(holds.used(held))
+            backend.refuse_changed(held)
+            self._use = use.pop_all()
         with contextlib.suppress(OSError):
             os.posix_fadvise(held.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
@@ -297,6 +311,8 @@ class _Session(BackendSession):
         while offset < end:
             self._backend.check()
             number = min(PIECE, end - offset)
+            if offset + number == end:  # who gets less than was announced knows that it is wrong
+                self._backend.refuse_changed(self._held)
             sink.send_file(self._held.fd, offset, number)
             offset += number
 

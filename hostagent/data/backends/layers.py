@@ -58,6 +58,8 @@ class Layers:
         files = not any(layer.held.device for layer in layers)
         now = time.clock_gettime_ns(_CLOCK)  # a change within its tick could leave the times as they are
         settled = all(max(layer.stamp[-2:]) < now for layer in layers)
+        self.written = tuple(layer.stamp[:4] for layer in layers if not layer.held.device)
+        """What only a write to them changes."""
         self.stamp = tuple(layer.stamp for layer in layers) if files and settled else None
         """Equal to that of another time only if nothing was written meanwhile; None where that cannot be told."""
 

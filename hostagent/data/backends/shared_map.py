@@ -1,8 +1,8 @@
 """One image's map and open layers, shared by the connections of a ticket.
 
 The files are open, and bear their marks, while at least one transfer uses them and no longer, nor longer than
-`MapLimits.hold` in one go. Between transfers anybody may write them; the map is then kept only where it can be told
-that nobody did.
+`MapLimits.hold` in one go. Between transfers anybody may write them: the map is then kept only where it can be told
+that nobody did, and if somebody did, the ticket reads no more of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from hostagent.data.backends.layers import Layers, Stamp
 from hostagent.data.backends.mapping import Map, Unmappable
 from hostagent.data.backends.qemu_map import MapLimits
+from hostagent.data.backends.same import Same
 
 _TICK = 0.05
 
@@ -40,13 +41,14 @@ class SharedMap:
         self._users = 0
         self._now: Use | None = None
         self._kept: tuple[tuple[Stamp, ...], Map] | None = None
+        self._same = Same()
         self._never: Unmappable | None = None
         self._why = ""
 
     @contextlib.contextmanager
     def use(self, size: Callable[[], int], check: Callable[[], None]) -> Iterator[Use]:
-        """Unmappable when it cannot be had, or not now. `size` is what the image must have; `check` raises when nobody
-        waits for it any more."""
+        """Unmappable when it cannot be had, or not now; AgentError image_changed when it was another one before. `size`
+        is what the image must have; `check` raises when nobody waits for it any more."""
         now = self._join(size, check)
         try:
             yield now
@@ -93,6 +95,7 @@ class SharedMap:
     def _made(self, size: Callable[[], int], check: Callable[[], None]) -> Use:
         layers = self._opened()
         try:
+            self._same.refuse_other(layers.all[0].held.name, layers.written)
             kept = self._kept
             if kept is not None and kept[0] == layers.stamp:
                 known = kept[1]

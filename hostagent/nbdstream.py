@@ -50,11 +50,16 @@ class _Slot:
     """A buffer that is used again and again, on whole pages."""
 
     def __init__(self) -> None:
-        self.view = memoryview(mmap.mmap(-1, PIECE))
+        self._memory = mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self._memory)
         self._whole = nbd.Buffer.from_buffer(self.view)
 
     def buffer(self, length: int) -> Any:
         return self._whole if length == PIECE else nbd.Buffer.from_buffer(self.view[:length])
+
+    def forget(self) -> None:
+        """Give the pages back: libnbd's binding (1.14) never lets go of a buffer, not even with its connection."""
+        self._memory.madvise(mmap.MADV_DONTNEED)
 
 
 class Stream:
@@ -88,6 +93,9 @@ class Stream:
         """Idempotent."""
         self.broken = True
         self._connection.close()
+        for _, slot, _ in self._flying:
+            slot.forget()
+        self._rest()
 
     def alive(self) -> bool:
         """Whether the server is still there, as far as its socket tells."""
@@ -117,6 +125,8 @@ class Stream:
             # What is still to come would have to be read: a new connection is cheaper.
             self.close()
             raise
+        finally:
+            self._rest()
 
     def write(
         self,
@@ -152,6 +162,8 @@ class Stream:
             if filling:
                 landed(whole)
             raise
+        finally:
+            self._rest()
         return written
 
     def zero(self, offset: int, length: int, *, sparse: bool) -> None:
@@ -187,6 +199,11 @@ class Stream:
                 start += size
 
     # Parts
+
+    def _rest(self) -> None:
+        """An idle connection keeps no memory of its own."""
+        for slot in self._slots:
+            slot.forget()
 
     def _picked(self) -> Callable[[tuple[int, ...]], tuple[int, int, int, int]]:
         """Makes an answer with UNTOLD behind it complete, whichever contexts it tells of."""
@@ -225,7 +242,9 @@ class Stream:
         whole, failure = 0, None
         while self._flying and not self.broken:
             try:
-                whole += self._land()[1]
+                slot, number = self._land()
+                self._slots.append(slot)
+                whole += number
             except (AgentError, Fenced) as error:
                 failure = failure or error
         return whole, failure

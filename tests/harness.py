@@ -42,7 +42,7 @@ def start_ours(
     arguments: Sequence[str], *, environment: Mapping[str, str], log: Path
 ) -> subprocess.Popen[bytes] | Spawned:
     """`hostagent ARGUMENTS` in the background."""
-    if zygote is not None:
+    if zygote is not None and zygote.began_like(environment):
         return zygote.spawn(arguments, environment=environment, log=log)
     command = [sys.executable, "-m", "hostagent.cli.main", *arguments]
     with log.open("ab") as output:

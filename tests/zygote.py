@@ -70,8 +70,14 @@ class Zygote:
             root = Path(__file__).parents[1]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=root, start_new_session=True)
         self._sock = ours
+        self._began_with = _of_the_start(os.environ)
         self._lock = threading.Lock()
         self._ended: dict[int, int] = {}
+
+    def began_like(self, environment: Mapping[str, str]) -> bool:
+        """Whether a process of this environment would have begun as this one has: what a loader or an interpreter takes
+        from it counts at the start alone."""
+        return _of_the_start(environment) == self._began_with
 
     def spawn(self, arguments: Sequence[str], *, environment: Mapping[str, str], log: Path) -> Spawned:
         """`hostagent ARGUMENTS`, with all it says appended to `log`."""
@@ -96,6 +102,10 @@ class Zygote:
         if "ended" in told:
             self._ended[told["ended"]] = told["status"]
         return told
+
+
+def _of_the_start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(("PYTHON", "LD_", "MALLOC_"))}
 
 
 def main(sock: socket.socket) -> None:

@@ -52,6 +52,7 @@ from hostagent.data import listeners
 from hostagent.drain import Drain
 from hostagent.drivers import process, qsd_process
 from hostagent.gauges import Gauges
+from hostagent.guests.blank import Blank
 from hostagent.guests.committing import GuestCommit
 from hostagent.guests.copying import GuestCopy
 from hostagent.guests.disks import Disks
@@ -67,6 +68,8 @@ from hostagent.guests.lookout import Lookout
 from hostagent.guests.lookout import Settings as LookoutSettings
 from hostagent.guests.mirrors import Mirrors
 from hostagent.guests.mirrors import Settings as MirrorSettings
+from hostagent.guests.nbd_copying import NbdCopy
+from hostagent.guests.nbd_copying import Settings as NbdCopySettings
 from hostagent.guests.proof import Proof
 from hostagent.guests.pulling import Pulling
 from hostagent.guests.router import Router
@@ -94,6 +97,7 @@ from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.nbd.space import Space
 from hostagent.nbd.tls import TlsSettings
+from hostagent.nbd.uri import is_uri
 from hostagent.nbd.watch import Watch
 from hostagent.records import ExportRecord
 from hostagent.retention import Retention, keep_house
@@ -340,13 +344,20 @@ class Agent:
     def _make_mirrors(self) -> Mirrors:
         config, live = self._config, self._live
         limits, timeout = ChainLimits(tuple(config.images.pools)), config.libvirt.file_timeout
-        copy = GuestCopy(self._disks, self._finder, self._copy, FileLease, limits=limits, file_timeout=timeout)
+        user, tools = self._tools()
+        blank = Blank(Tool(user=user, limits=tools, binary=config.images.qemu_img), self._ledger, timeout)
+        copy = GuestCopy(self._disks, self._finder, self._copy, blank, FileLease, limits=limits, file_timeout=timeout)
         commit = GuestCommit(self._disks, self._finder, self._commit, self._chains, self._durable, file_timeout=timeout)
+        nbd = NbdCopy(
+            self._disks,
+            self._chains.uris,
+            NbdCopySettings(config.exports.nbd_timeout, config.jobs.abort_timeout, self._user.name),
+        )
         mirrors = Mirrors(
             self._disks,
             live.hypervisor.claims,
             self._finder,
-            {Operation.COPY: copy, Operation.COMMIT: commit},
+            lambda spec: commit if spec.operation is Operation.COMMIT else nbd if is_uri(spec.dest or "") else copy,
             settings=MirrorSettings(
                 limits,
                 timeout,

@@ -55,6 +55,7 @@ class Drain:
         self._clock = clock
         self._later = later
         self._lock = asyncio.Lock()
+        self._unpausable: set[str] = set()
         self.record = DrainRecord()
         self.beginning = 0
         """Requests that were let in and whose job or export is not there yet."""
@@ -103,22 +104,32 @@ class Drain:
             self._later(self.settle())
 
     def _wants(self, job: Job) -> bool:
-        return self.record.pause and job.state is State.RUNNING and not job.external
+        running = job.state is State.RUNNING and not job.external
+        return self.record.pause and running and job.id not in self._unpausable
 
     async def _pause(self) -> None:
-        running = [job.id for job in self._jobs.active() if self._wants(job)]
+        """What can never be paused is asked once, and waited for as if nobody paused."""
+        active = self._jobs.active()
+        self._unpausable &= {job.id for job in active}
+        running = [job.id for job in active if self._wants(job)]
         if new := [job_id for job_id in running if job_id not in self.record.paused]:
             await self._save(replace(self.record, paused=(*self.record.paused, *new)))
-        await self._each(self._jobs.pause, running)
+        refused = await self._each(self._jobs.pause, running)
+        if never := {job_id for job_id, error in refused.items() if error.code == "not_supported"}:
+            self._unpausable |= never
+            await self._save(replace(self.record, paused=tuple(one for one in self.record.paused if one not in never)))
 
-    async def _each(self, ask: Callable[[str], Awaitable[Job]], job_ids: Sequence[str]) -> None:
-        """One that cannot be asked now, or has ended meanwhile, keeps no other from it."""
+    async def _each(self, ask: Callable[[str], Awaitable[Job]], job_ids: Sequence[str]) -> dict[str, JobError]:
+        """One that cannot be asked now, or has ended meanwhile, keeps no other from it: what each of these said."""
         replies = await asyncio.gather(*(ask(job_id) for job_id in job_ids), return_exceptions=True)
+        refused = {}
         for job_id, reply in zip(job_ids, replies, strict=True):
             if isinstance(reply, JobError):
+                refused[job_id] = reply
                 log.warning("draining could not change a job", extra={"fields": {"job": job_id, "why": reply.message}})
             elif isinstance(reply, BaseException):
                 raise reply
+        return refused
 
     async def _save(self, record: DrainRecord) -> None:
         await self._store.set_fact(FACT, json.dumps(encode(record)))

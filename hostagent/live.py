@@ -27,9 +27,10 @@ from hostagent.config import Libvirt
 from hostagent.drivers import domains, hypervisor
 from hostagent.drivers.domains import Domains, Use
 from hostagent.drivers.hypervisor import Hypervisor, Observe, Status
-from hostagent.drivers.libvirt import Versions, absent
+from hostagent.drivers.libvirt import PACKAGE, Versions, absent
+from hostagent.guests.network_disks import uri_of
 from jobs.errors import JobError
-from jobs.model import FileId
+from jobs.model import Drive, FileId
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +128,16 @@ class Live:
         """For /readyz. It is never what keeps the agent from being ready: images without guests can be worked on."""
         if self.off is not None:
             return {"ok": True, "detail": self.off}
+        connected = f"connected to {self._config.uri}, version {self.version}"
+        if self.status.connected and self.status.deaf is not None:
+            return {
+                "ok": True,
+                "detail": f"{connected}; QEMU's own events are not heard ({self.status.deaf}): copies and commits of "
+                "guests' disks that leave the chain as it is cannot be proven, and are refused",
+                "remedy": f"install {PACKAGE} with its module libvirt_qemu, and start the agent again",
+            }
         if self.status.connected:
-            return {"ok": True, "detail": f"connected to {self._config.uri}, version {self.version}"}
+            return {"ok": True, "detail": connected}
         return {
             "ok": True,
             "detail": f"not connected: {self.status.reason}",
@@ -151,6 +160,19 @@ class Live:
         in_use = [use for use in uses if use.writes or whole_chain]
         if in_use:
             raise _busy(path, in_use)
+
+    def refuse_served(self, uri: str, *, besides: Drive | None = None) -> None:
+        """A JobError `busy` when a disk of a guest, running or defined, is this NBD export, or is being copied into it;
+        `besides` a copy of that one."""
+        for ref, domain in self.domains.known():
+            for disk in domain.disks:
+                own = besides is not None and (ref.uuid, disk.target) == (besides.uuid, besides.target)
+                mirror = [disk.mirror.layer] if disk.mirror and disk.mirror.layer and not own else []
+                if uri in [uri_of(layer) for layer in (*disk.layers, *mirror)]:
+                    use = Use(ref, disk.target, 0, True)
+                    remedy = f"see `virsh domblklist {ref.name}`; copy somewhere else"
+                    what = f"{uri!r} is used by {use}"
+                    raise JobError("busy", what, field="dest", value=uri, remedy=remedy, holders=[str(use)])
 
     # What libvirt tells
 

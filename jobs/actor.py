@@ -222,7 +222,7 @@ class Actor:
 
     async def _complete(self, completion: Completion) -> None:
         """Decided and stored before it is asked for: what ends well after this may not be called aborted."""
-        await self._audit()
+        await self._audit(completion)
         if self._group is not None:  # all of it is decided together, when each result is safe
             await self._w.driver.harden(self.job)
             await self._keeper.move(Signal.ENDED, sealed=completion)
@@ -230,9 +230,9 @@ class Actor:
         after = self.job.before if completion is Completion.FINISH else self.job.after
         await self._keeper.move(Signal.ENDED, completion=completion, after=after)
 
-    async def _audit(self) -> None:
+    async def _audit(self, completion: Completion | None = None) -> None:
         """Before the end is asked for, while it can still be refused: QEMU takes what a file has lost for zeros."""
-        await self._keeper.warn(await self._w.driver.audit(self.job))
+        await self._keeper.warn(await self._w.driver.audit(replace(self.job, completion=completion)))
 
     async def _warn_early(self) -> None:
         """What would stand in the way of its end its user can still clear away."""

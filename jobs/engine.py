@@ -225,6 +225,9 @@ class Engine:
                 field="completion",
                 remedy="say which: --pivot (the disk goes over) or --finish (it stays)",
             )
+        if completion is Completion.PIVOT and job.target is not None and job.target.network:
+            message = f"job {job_id} fills an NBD export, and nothing goes over to that"
+            raise JobError("invalid", message, field="completion", value="pivot", remedy="end it with --finish")
         return await actor.ask(Ask.COMPLETE, completion)
 
     async def set_speed(self, job_id: str, bandwidth: int) -> Job:

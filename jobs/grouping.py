@@ -34,7 +34,7 @@ def refuse_overlap(specs: Sequence[JobSpec], plans: Sequence[Plan]) -> None:
     """Raise when two of the copies are of one disk, or one writes what another reads or writes."""
     if guests := [plan.drive for plan in plans if plan.drive is not None]:
         message = f"{guests[0]} is a guest's disk: a group is of images that no guest uses"
-        raise JobError("not_supported", message, field="disks", remedy="copy each disk alone")
+        raise JobError("not_supported", message, field="disks", remedy="copy each disk alone: they wait for each other")
     pairs = list(zip(specs, plans, strict=True))
     for (_, one), (other, plan) in itertools.combinations(pairs, 2):
         if one.before.top.file == plan.before.top.file:

@@ -184,6 +184,11 @@ class Target:
     device: bool = False
     fresh: bool = False
 
+    @property
+    def network(self) -> bool:
+        """It is a URI: what is there is its server's."""
+        return not self.made and self.file is None
+
 
 @dataclass(frozen=True, slots=True)
 class Drive:
@@ -200,7 +205,8 @@ class Drive:
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """What the caller asks. `increment` (bytes) makes a pull incremental; `bandwidth` 0 is no limit; `anywhere` says
-    that this caller may name an image outside the pools. `completion` None lets a job stay ready until it is asked."""
+    that this caller may name an image outside the pools. `completion` None lets a job stay ready until it is asked;
+    with `synchronous_writes` a guest's write is done when the copy has it, too."""
 
     operation: Operation
     target: str
@@ -211,6 +217,7 @@ class JobSpec:
     source_format: str | None = None
     shallow: bool = False
     reuse_external: bool = False
+    synchronous_writes: bool = False
     completion: Completion | None = None
     delete: bool = False
     prune_bitmaps: bool = False

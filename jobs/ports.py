@@ -125,8 +125,9 @@ class BlockDriver(Protocol):
         """Look at the job and the image; never raises for what it sees."""
 
     async def audit(self, job: Job) -> tuple[str, ...]:
-        """Whether the files that the job works on are what they were when it was planned, and its target can have its
-        name: warnings where its result is right all the same, a JobError image_changed or conflict where it is not."""
+        """Whether the files that the job works on are what they were when it was planned, its target can have its name,
+        and it can end as `job.completion` says, which is about to be asked for, or not decided yet (None): warnings
+        where its result is right all the same, a JobError where it is not."""
 
     async def finalize(self, job: Job) -> None:
         """Make all data durable, then let a pending job end. Idempotent."""

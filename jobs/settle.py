@@ -112,7 +112,8 @@ def classify(job: Job, text: str) -> Failure:
         remedy = f"make space on the file system of {where[job.spec.operation]}; {again(job)}"
         return Failure("no_space", f"no space left: {text}", remedy)
     if any(words in lower for words in STORAGE):
-        return Failure("io_error", text, "look at the storage below the chain (dmesg); then " + again(job))
+        server = ", and at the target's server" if job.target is not None and job.target.network else ""
+        return Failure("io_error", text, f"look at the storage below the chain (dmesg){server}; then {again(job)}")
     if "different sizes" in lower:
         size = job.before.top.virtual_size
         return Failure(

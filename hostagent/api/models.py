@@ -68,6 +68,10 @@ class JobCreate(Request):
     source_format: Annotated[Literal["raw", "qcow2"] | None, Field(description="Copy: needed for a raw image.")] = None
     shallow: Annotated[bool | None, Field(description="Copy: the top layer alone; the backing file is shared.")] = None
     reuse_external: Annotated[bool | None, Field(description="Copy: write over what exists.")] = None
+    synchronous_writes: Annotated[
+        bool | None,
+        Field(description="Copy of a guest's disk: each of its writes waits for the copy, too."),
+    ] = None
     top: Annotated[Text | None, Field(description="Commit: the highest layer that goes down. Default: the image.")] = (
         None
     )
@@ -248,6 +252,7 @@ class Job(Answer):
     base: str | None
     increment: int | None
     dest: Target | None
+    synchronous_writes: Annotated[bool, Field(description="Whether a guest's writes wait for the copy, too.")]
     completion: Literal["pivot", "finish"] | None
     group: Annotated[GroupOf | None, Field(description="Those that it completes with, or not at all.")]
     check: str

@@ -45,10 +45,15 @@ def job_spec(spec: Json, anywhere: bool) -> JobSpec:
     if operation is Operation.COPY and not spec.get("dest"):
         remedy = "say where the copy goes: an absolute path"
         raise JobError("invalid", "a copy without dest", field="dest", remedy=remedy)
+    target = _target(spec["target"])
+    if spec.get("synchronous_writes") and not is_guests(target):
+        remedy = "leave it out; it is for the disk of a running guest (DOMAIN/DISK)"
+        message = "nobody writes an image while it is copied, so there are no writes to wait for"
+        raise JobError("invalid", message, field="synchronous_writes", value=True, remedy=remedy)
     completion = spec.get("completion")
     return JobSpec(
         operation=operation,
-        target=_target(spec["target"]),
+        target=target,
         base=spec.get("base"),
         top=spec.get("top"),
         dest=_dest(spec["dest"]) if spec.get("dest") else None,
@@ -56,6 +61,7 @@ def job_spec(spec: Json, anywhere: bool) -> JobSpec:
         source_format=spec.get("source_format"),
         shallow=bool(spec.get("shallow")),
         reuse_external=bool(spec.get("reuse_external")),
+        synchronous_writes=bool(spec.get("synchronous_writes")),
         completion=Completion(completion) if completion else None,
         delete=bool(spec.get("delete")),
         prune_bitmaps=bool(spec.get("prune_bitmaps")),
@@ -98,7 +104,9 @@ def _dest(dest: str) -> str:
 
 _FIELDS_OF = {
     Operation.PULL: {"base", "increment"},
-    Operation.COPY: {"dest", "format", "source_format", "shallow", "reuse_external", "completion"},
+    Operation.COPY: {
+        *("dest", "format", "source_format", "shallow", "reuse_external", "synchronous_writes", "completion")
+    },
     Operation.COMMIT: {"base", "top", "delete", "prune_bitmaps", "completion"},
 }
 _FIELDS = set().union(*_FIELDS_OF.values())

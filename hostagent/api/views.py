@@ -33,6 +33,7 @@ def job(value: Job, view: View | None = None) -> Json:
         "base": value.spec.base,
         "increment": value.spec.increment,
         "dest": _target(value),
+        "synchronous_writes": value.spec.synchronous_writes,
         "completion": value.completion or value.sealed or value.spec.completion,
         "group": {"id": value.group.id, "jobs": list(value.group.jobs)} if value.group else None,
         "check": value.spec.check,

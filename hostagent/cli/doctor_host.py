@@ -18,7 +18,7 @@ from pathlib import Path
 from hostagent.access import acl, owner
 from hostagent.cli.finding import Finding, fail, ok, warn
 from hostagent.config import Config
-from hostagent.drivers.libvirt import absent
+from hostagent.drivers.libvirt import PACKAGE, absent, deaf
 from jobs.errors import JobError
 
 VERSION_TIMEOUT = 5.0  # seconds for `--version`; a program on a dead network mount never answers
@@ -95,6 +95,9 @@ def _libvirt(config: Config) -> Finding:
         return ok("libvirt", "libvirt.uri is empty: live disks are not looked after")
     if (missing := absent()) is not None:
         return warn("libvirt", f"{missing}: live disks are not looked after", 'install it, or set libvirt.uri to ""')
+    if (lacks := deaf()) is not None:
+        text = f"{lacks}: copies and commits of guests' disks with --finish or --keep-overlay are refused"
+        return warn("libvirt", text, f"install {PACKAGE} whole: QEMU's own word, which only that hears, is their proof")
     return ok("libvirt", f"the Python binding is there, for {config.libvirt.uri}")
 
 

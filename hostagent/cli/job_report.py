@@ -51,6 +51,7 @@ def whole(terminal: Terminal, job: Json) -> None:
             ("state", str(job["state"])),
             ("since", _ago(job.get("since"))),
             ("progress", _progress(job)),
+            ("writes", "synchronous: the guest's wait for the copy" if job.get("synchronous_writes") else ""),
             ("bandwidth", format_rate(job["bandwidth"]) if job.get("bandwidth") else ""),
             ("created", _ago(job.get("created"))),
             ("took", _took(job) if job.get("finished") else ""),

@@ -95,6 +95,11 @@ def _register_copy(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write over DEST, which exists (a block device: whatever it holds)",
     )
+    parser.add_argument(
+        "--synchronous-writes",
+        action="store_true",
+        help="of a guest's disk: each of its writes waits for the copy, too, so that the copy keeps up with them",
+    )
     end = parser.add_mutually_exclusive_group()
     end.add_argument("--pivot", action="store_true", help="in the end exports and chain go over to the copy")
     end.add_argument("--finish", action="store_true", help="in the end the copy is closed; the image stays")
@@ -193,7 +198,7 @@ def _request(args: argparse.Namespace) -> Json:
 
 _FIELDS = (
     "target", "base", "top", "increment", "dest", "format", "source_format",
-    "shallow", "reuse_external", "delete", "prune_bitmaps", "bandwidth", "check",
+    "shallow", "reuse_external", "synchronous_writes", "delete", "prune_bitmaps", "bandwidth", "check",
 )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class DacLabel:
 class LiveLayer:
     """One layer. `index` is QEMU's number for it (vda[3]), None while the domain does not run. `path` is a file or a
     device; of a network image its name, and `protocol` and `hosts` (host:port, or a socket's path) say where. `dac` is
-    what is said of this layer alone."""
+    what is said of this layer alone, `size` the bytes of it that are the disk's, if not all."""
 
     type: SourceType
     path: str | None
@@ -51,6 +51,7 @@ class LiveLayer:
     protocol: str | None = None
     hosts: tuple[str, ...] = ()
     dac: DacLabel | None = None
+    size: int | None = None
 
     @property
     def local(self) -> bool:
@@ -163,7 +164,15 @@ def _layer(element: ElementTree.Element) -> LiveLayer | None:
         protocol=source.get("protocol"),
         hosts=tuple(_host(host) for host in source.iterfind("host")),
         dac=_dac(source),
+        size=_part(source),
     )
+
+
+def _part(source: ElementTree.Element) -> int | None:
+    """The bytes of <slice type='storage'>."""
+    part = source.find("slices/slice[@type='storage']")
+    size = part.get("size", "") if part is not None else ""
+    return int(size) if size.isdecimal() and len(size) < 20 else None
 
 
 def _dac(element: ElementTree.Element) -> DacLabel | None:

@@ -121,9 +121,13 @@ class Domains:
 
         return await self._hypervisor.call("describe", describe, domain=domain)
 
+    def known(self) -> list[tuple[DomainRef, Domain]]:
+        """All domains, as they were when they were last read."""
+        return list(self._described.values())
+
     def running(self) -> list[tuple[DomainRef, Domain]]:
-        """The domains that run, as they were when they were last read."""
-        return [(ref, described) for ref, described in self._described.values() if ref.active]
+        """Those of them that run."""
+        return [(ref, described) for ref, described in self.known() if ref.active]
 
     def forget(self, uuid: str) -> None:
         """What the domain was says nothing of what it is now: read it anew."""

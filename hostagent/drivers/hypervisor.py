@@ -65,12 +65,14 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """`reason` says why there is no connection; `since` when that began, or the connection."""
+    """`reason` says why there is no connection; `since` when that began, or the connection; `deaf` why QEMU's own
+    events are not heard over it."""
 
     connected: bool
     since: datetime
     versions: Versions | None = None
     reason: str | None = None
+    deaf: str | None = None
 
 
 Observe = Callable[[str, str, float], None]
@@ -194,7 +196,7 @@ class Hypervisor:
         session, versions = await self._attempts(thread, lambda: self._link(handover.put, on_close))
         try:
             self._handover = handover
-            self._up(versions)
+            self._up(versions, session.deaf)
             handover.start()
             reason = await closed
             self._down(f"the connection ended: {reason}")
@@ -232,8 +234,8 @@ class Hypervisor:
             session.close()
             raise
 
-    def _up(self, versions: Versions) -> None:
-        self.status = Status(True, now(), versions)
+    def _up(self, versions: Versions, deaf: str | None) -> None:
+        self.status = Status(True, now(), versions, deaf=deaf)
         log.info("libvirt connected", extra={"fields": {"uri": self._settings.uri, "version": versions.libvirt}})
         self._sink.libvirt_connected(versions)
         self._sink.libvirt_resync()

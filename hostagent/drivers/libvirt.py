@@ -22,6 +22,11 @@ from jobs.errors import JobError
 
 PACKAGE = "python3-libvirt"
 
+SYNCHRONOUS_WRITES = 8
+"""VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES, which a libvirt-python before 8.0 does not name."""
+SYNCHRONOUS_SINCE = (8, 0)
+"""libvirtd's version."""
+
 
 class Lost(JobError):
     """The connection broke, before the call or in the middle of it: then nobody knows whether it was carried out."""
@@ -49,6 +54,16 @@ def _libvirt() -> ModuleType:
         raise JobError("not_supported", what, remedy=f"install {PACKAGE} and start the agent again") from None
     found: ModuleType = libvirt
     return found
+
+
+@functools.cache
+def deaf() -> str | None:
+    """Why QEMU's own events cannot be heard; None when they can, as far as that is known without a connection."""
+    try:
+        import libvirt_qemu  # noqa: F401
+    except ImportError:
+        return f"the Python module libvirt_qemu, a part of {PACKAGE}, is not installed"
+    return None
 
 
 # The event loop of the process
@@ -91,12 +106,13 @@ class BlockJobInfo:
 
 @dataclass(frozen=True, slots=True)
 class CopyCall:
-    """virDomainBlockCopy: `xml` is the target as a disk; `reuse` that it is written over as it is; `bandwidth` in
-    bytes/s, 0 is no limit."""
+    """virDomainBlockCopy: `xml` is the target as a disk; `reuse` that it is written over as it is; `synchronous` that
+    the guest's writes wait for it; `bandwidth` in bytes/s, 0 is no limit."""
 
     xml: str
     shallow: bool
     reuse: bool
+    synchronous: bool
     bandwidth: int
 
 
@@ -137,6 +153,8 @@ class Session:
         start_event_loop()
         self._callbacks: list[int] = []
         self._monitor: int | None = None
+        self.deaf: str | None = "it was not asked for QEMU's events"
+        """Why QEMU's own events are not heard here; None when they are."""
         self._watched = False
         with translated(f"connect to {uri}"):
             self._connection: Any = _libvirt().open(uri)
@@ -170,14 +188,19 @@ class Session:
         def call(_: Any, domain: Any, event: str, seconds: int, micros: int, details: str, __: Any) -> None:
             on_event(RawEvent("monitor", domain.UUIDString(), domain.name(), (event, details or "")))
 
-        with contextlib.suppress(ImportError, _libvirt().libvirtError):  # a hypervisor that is not QEMU
-            import libvirt_qemu
+        self.deaf = deaf()
+        if self.deaf is not None:
+            return
+        import libvirt_qemu
 
-            everyone: Any = None
-            flags = libvirt_qemu.VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
+        everyone: Any = None
+        flags = libvirt_qemu.VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX
+        try:
             self._monitor = libvirt_qemu.qemuMonitorEventRegister(
                 self._connection, everyone, "^BLOCK_JOB_(COMPLETED|CANCELLED)$", call, None, flags
             )
+        except _libvirt().libvirtError as error:  # a hypervisor that is not QEMU, or one who may not
+            self.deaf = f"libvirt does not pass on QEMU's events: {error.get_error_message() or error}"
 
     @property
     def alive(self) -> bool:
@@ -284,6 +307,7 @@ class Session:
         flags = _libvirt().VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB  # of a defined domain there is no other
         flags |= _libvirt().VIR_DOMAIN_BLOCK_COPY_SHALLOW if wanted.shallow else 0
         flags |= _libvirt().VIR_DOMAIN_BLOCK_COPY_REUSE_EXT if wanted.reuse else 0
+        flags |= SYNCHRONOUS_WRITES if wanted.synchronous else 0
         speed = {_libvirt().VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: wanted.bandwidth} if wanted.bandwidth else {}
         with translated(f"copy {domain}/{disk}"):
             self._domain(domain).blockCopy(disk, wanted.xml, speed, flags)

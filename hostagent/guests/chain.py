@@ -26,7 +26,7 @@ def read_chain(disk: Disk, limits: ChainLimits) -> Chain:
     """The chain, top first. `virtual_size` is the disk's in each layer; `backing` is not read. A JobError for what is
     no file or device of this host, or is gone."""
     layers = [_layer(layer) for layer in disk.layers]
-    size = _virtual_size(layers[0], limits)
+    size = _virtual_size(layers[0], disk.layers[0].size, limits)
     if not limits.top_anywhere:
         for above, below in itertools.pairwise(layers):
             os.close(_opened(Wanted(below.path, below.format, above), below, limits))
@@ -94,11 +94,12 @@ def _layer(live: LiveLayer) -> Layer:
     )
 
 
-def _virtual_size(top: Layer, limits: ChainLimits) -> int:
+def _virtual_size(top: Layer, part: int | None, limits: ChainLimits) -> int:
+    """`part` are the bytes of a raw one that the guest sees, if not all."""
     fd = _opened(Wanted(top.path, top.format), top, limits)
     try:
         header = read_header(fd) if top.format == "qcow2" else None
-        return os.lseek(fd, 0, os.SEEK_END) if header is None else header.virtual_size
+        return (part or os.lseek(fd, 0, os.SEEK_END)) if header is None else header.virtual_size
     finally:
         os.close(fd)
 

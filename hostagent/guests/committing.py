@@ -23,6 +23,7 @@ from hostagent.guests import chain
 from hostagent.guests.disks import ACTIVE_COMMIT, COMMIT, Disks, drive_of
 from hostagent.guests.durable import Durable, grasp
 from hostagent.guests.finding import Finder, Found
+from hostagent.guests.work import Work
 from hostagent.images.header import read_backing, read_header
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import Commit, refuse_devices
@@ -34,7 +35,7 @@ from jobs.model import Chain, Drive, FileId, Job, JobSpec, Layer, Plan
 T = TypeVar("T")
 
 
-class GuestCommit:
+class GuestCommit(Work):
     """`offline` finds who stands on a layer; `file_timeout` in seconds."""
 
     types: tuple[int, ...] = (COMMIT, ACTIVE_COMMIT)

@@ -11,10 +11,18 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from hostagent.drivers.domain_xml import Disk
+from hostagent.drivers.domain_xml import Disk, Domain
 from hostagent.drivers.domains import Domains
 from hostagent.drivers.hypervisor import Hypervisor
-from hostagent.drivers.libvirt import BlockJobInfo, CommitCall, CopyCall, DomainRef, Session
+from hostagent.drivers.libvirt import (
+    PACKAGE,
+    SYNCHRONOUS_SINCE,
+    BlockJobInfo,
+    CommitCall,
+    CopyCall,
+    DomainRef,
+    Session,
+)
 from jobs.errors import JobError
 from jobs.model import Drive, Job
 
@@ -49,6 +57,25 @@ class Disks:
     def reconnected(self) -> None:
         self._up.set()
 
+    def refuse_deaf(self) -> None:
+        """A JobError where QEMU's own word on a job cannot be heard, which alone proves one that changes no chain."""
+        if (deaf := self._hypervisor.status.deaf) is not None:
+            raise JobError(
+                "not_supported",
+                f"nothing would prove that it ended well: QEMU's own events are not heard ({deaf})",
+                field="completion",
+                value="finish",
+                remedy=f"install {PACKAGE} with its module libvirt_qemu, and start the agent again; or let it pivot",
+            )
+
+    def refuse_asynchronous(self) -> None:
+        """A JobError where libvirt is too old for synchronous writes."""
+        versions = self._hypervisor.status.versions
+        if versions is not None and tuple(map(int, versions.libvirt.split("."))) < SYNCHRONOUS_SINCE:
+            since = ".".join(map(str, SYNCHRONOUS_SINCE))
+            message = f"libvirt {versions.libvirt} has no synchronous writes; {since} has"
+            raise JobError("not_supported", message, field="synchronous_writes", value=True, remedy="leave it out")
+
     async def contact(self) -> bool:
         """Whether there is a connection, now or soon."""
         if not self.connected:
@@ -75,6 +102,10 @@ class Disks:
             if disk.target == drive.target and disk.top is not None:
                 return disk
         raise JobError("not_found", f"domain {drive.name} has no disk {drive.target} any more")
+
+    def known(self, drive: Drive) -> Domain | None:
+        """The domain as it was when it was last read, for when libvirt does not answer."""
+        return next((domain for ref, domain in self._domains.known() if ref.uuid == drive.uuid), None)
 
     async def pull(self, drive: Drive, base: str | None, bandwidth: int) -> None:
         await self._call("pull", lambda session: session.block_pull(drive.uuid, drive.target, base, bandwidth), drive)

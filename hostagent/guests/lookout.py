@@ -21,6 +21,7 @@ from hostagent.drivers.domains import Domains
 from hostagent.drivers.hypervisor import Hypervisor
 from hostagent.drivers.libvirt import BlockJobInfo, DomainRef
 from hostagent.guests import chain
+from hostagent.guests.network_disks import uri_of
 from hostagent.images.member import ChainLimits
 from jobs.errors import JobError
 from jobs.model import EXTERNAL, Cursor, Drive, Job, JobSpec, Operation, State
@@ -176,7 +177,8 @@ class Lookout:
         if known or not self._room():
             return
         now, operation = self._clock.now(), Operation(OPERATIONS[info.type])
-        dest = disk.mirror.layer.path if disk.mirror and disk.mirror.layer else None
+        mirror = disk.mirror.layer if disk.mirror else None
+        dest = (uri_of(mirror) or mirror.path) if mirror is not None else None
         spec = JobSpec(operation, target=str(drive), dest=dest, bandwidth=info.bandwidth)
         job = Job(
             id=str(uuid.uuid4()),

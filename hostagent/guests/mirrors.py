@@ -15,7 +15,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HypervisorEvent, QemuJobEvent
 from hostagent.drivers.domain_claims import DomainClaims
@@ -23,8 +23,9 @@ from hostagent.drivers.domain_xml import Disk
 from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests import chain
 from hostagent.guests.disks import Disks, drive_of, stopped
-from hostagent.guests.finding import Finder, Found, claimant, look_at
+from hostagent.guests.finding import Finder, claimant, look_at
 from hostagent.guests.holding import Holding
+from hostagent.guests.work import Work
 from hostagent.images.member import ChainLimits
 from jobs.errors import JobError
 from jobs.model import Chain, Completion, Cursor, Drive, FileId, Holder, Job, JobSpec, Operation, Plan, State
@@ -33,36 +34,6 @@ from jobs.ports import Contact, Observation, Phase
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Work(Protocol):
-    """What is special about one operation. `types` are libvirt's numbers of its block jobs."""
-
-    types: tuple[int, ...]
-
-    async def plan(self, spec: JobSpec, found: Found, before: Chain) -> Plan: ...
-
-    async def make_ready(self, job: Job) -> Mapping[str, Any]:
-        """What comes before the block job; changes to the job. Idempotent."""
-
-    async def begin(self, job: Job, disk: Disk) -> None: ...
-
-    def is_ours(self, job: Job, disk: Disk) -> bool:
-        """Whether the block job of our type that runs on the disk may be this one."""
-
-    async def proven(self, job: Job, disk: Disk) -> bool:
-        """Whether the disk, as it is described now, or the files show that all is done."""
-
-    async def named(self, job: Job) -> bool:
-        """Whether the result has the name that it only gets when it is whole."""
-
-    async def audit(self, job: Job) -> tuple[str, ...]: ...
-
-    async def seal(self, job: Job) -> None: ...
-
-    async def discard(self, job: Job, disk: Disk | None, *, over: bool) -> bool: ...
-
-    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +64,14 @@ class _Known:
 
 
 class Mirrors:
-    """`hint` is told which job to look at."""
+    """`works` knows what a job does; `hint` is told which job to look at."""
 
     def __init__(
         self,
         disks: Disks,
         claims: DomainClaims,
         finder: Finder,
-        works: Mapping[Operation, Work],
+        works: Callable[[JobSpec], Work],
         *,
         settings: Settings,
         holding: Holding,
@@ -109,7 +80,7 @@ class Mirrors:
         self._disks = disks
         self._claims = claims
         self._finder = finder
-        self._works = works
+        self._work = works
         self._settings = settings
         self._holding = holding
         self._hint = hint
@@ -122,7 +93,12 @@ class Mirrors:
         limits = replace(self._settings.limits, top_anywhere=spec.anywhere)
         look = asyncio.to_thread(chain.read_chain, found.disk, limits)
         before = await _within(look, self._settings.file_timeout)
-        return await self._works[spec.operation].plan(spec, found, before)
+        if spec.synchronous_writes:
+            self._disks.refuse_asynchronous()
+        plan = await self._work(spec).plan(spec, found, before)
+        if spec.completion is Completion.FINISH and plan.after == plan.before:
+            self._disks.refuse_deaf()
+        return plan
 
     async def turn(self, job: Job) -> None:
         await self._claims.take(drive_of(job).uuid, claimant(job))
@@ -136,11 +112,11 @@ class Mirrors:
             remedy = f"start libvirtd, then start the {job.spec.operation} again"
             raise JobError("unavailable", "libvirt is not connected", remedy=remedy)
         disk = await self._disks.describe(drive)
-        if not await self._shows(disk, job.before) and not await self._works[job.spec.operation].proven(job, disk):
+        if not await self._shows(disk, job.before) and not await self._work(job.spec).proven(job, disk):
             message = f"the chain of {drive} is not what it was when the job was planned"
             raise JobError("image_changed", message, remedy=f"look at it, and start the {job.spec.operation} again")
         await self._holding.begin(job)
-        return await self._works[job.spec.operation].make_ready(job)
+        return await self._work(job.spec).make_ready(job)
 
     async def check(self, job: Job) -> tuple[str, ...]:
         """Nothing: the tables of an image that a guest writes cannot be checked."""
@@ -149,7 +125,7 @@ class Mirrors:
     # The job
 
     async def start(self, job: Job) -> None:
-        known, drive, work = self._jobs[job.id], drive_of(job), self._works[job.spec.operation]
+        known, drive, work = self._jobs[job.id], drive_of(job), self._work(job.spec)
         runs, found = await self._disks.look(drive)
         if runs is None:
             raise stopped(drive)
@@ -170,6 +146,7 @@ class Mirrors:
 
     async def observe(self, job: Job) -> Observation:
         drive, known = drive_of(job), self._of(job)
+        await self._work(job.spec).hasten(job)
         try:
             runs, found = await self._disks.look(drive)
             disk = await self._describe(drive)
@@ -186,7 +163,9 @@ class Mirrors:
         if proven:
             return Observation(Contact.ALIVE, proven=True)
         gone = runs is None or known.run not in (None, runs)
-        word = known.word if gone and job.completion is not Completion.FINISH else await self._word(known)
+        never = job.started is None and not known.ours  # nobody will say anything of it
+        told = never or (gone and job.completion is not Completion.FINISH)
+        word = known.word if told else await self._word(known)
         if word is not None and word.good and job.completion is Completion.FINISH:
             return Observation(Contact.ALIVE, Phase.CONCLUDED)
         if gone:
@@ -195,7 +174,7 @@ class Mirrors:
 
     async def _proven(self, job: Job, disk: Disk | None) -> bool | None:
         """A file that is gone or replaced says no. None when it cannot be asked now."""
-        work = self._works[job.spec.operation]
+        work = self._work(job.spec)
         try:
             return await work.named(job) if disk is None else await work.proven(job, disk)
         except JobError as error:
@@ -209,7 +188,7 @@ class Mirrors:
         if disk is None or disk.mirror is None or not disk.mirror.ready:
             return
         if job.completion is Completion.FINISH:
-            await self._disks.abort(drive)
+            await self._work(job.spec).end(job, self._disks.abort(drive))
         elif (now := asyncio.get_running_loop().time()) >= known.again:
             try:
                 await self._disks.pivot(drive)
@@ -231,15 +210,15 @@ class Mirrors:
     async def cancel(self, job: Job, *, force: bool = False) -> None:
         """Asked for, and not waited for: a look tells when it is gone. The QEMU of a guest is never killed."""
         if force:
-            remedy = "wait; or end the guest itself, which loses what it has not flushed"
-            raise JobError("not_supported", "a guest is not killed for a job", remedy=remedy)
+            await self._work(job.spec).cut(job)
+            return
         known, drive = self._jobs.get(job.id), drive_of(job)
         if known is None or not (known.ours or job.started):
             return
         _, found = await self._disks.look(drive)
         disk = await self._describe(drive)
         if found is not None and disk is not None and self._is_ours(job, found, disk):
-            await self._disks.abort(drive)
+            await self._work(job.spec).end(job, self._disks.abort(drive))
 
     async def pause(self, job: Job) -> None:
         remedy = f"slow it down: hostagent job speed {job.id} 1MiB/s"
@@ -257,10 +236,12 @@ class Mirrors:
                 raise
 
     async def audit(self, job: Job) -> tuple[str, ...]:
-        return await self._works[job.spec.operation].audit(job)
+        if job.completion is Completion.FINISH:
+            self._disks.refuse_deaf()
+        return await self._work(job.spec).audit(job)
 
     async def seal(self, job: Job) -> None:
-        await self._works[job.spec.operation].seal(job)
+        await self._work(job.spec).seal(job)
 
     async def discard(self, job: Job) -> bool:
         """`over`: a pivot was asked for, and QEMU said that it was done, or the run that could tell has ended."""
@@ -269,7 +250,7 @@ class Mirrors:
         disk = await self._describe(drive) if job.started else None
         untold = runs is None or runs != known.run or (known.word is not None and known.word.good)
         over = job.completion is Completion.PIVOT and untold
-        return await self._works[job.spec.operation].discard(job, disk, over=over)
+        return await self._work(job.spec).discard(job, disk, over=over)
 
     # Nothing: increments are pulls, groups are of images, and QEMU ends these jobs without a finalize
 
@@ -285,11 +266,12 @@ class Mirrors:
     async def name(self, job: Job) -> None: ...
 
     async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
-        return await self._works[job.spec.operation].delete_dropped(job, needed)
+        return await self._work(job.spec).delete_dropped(job, needed)
 
     # After the job
 
     async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
+        self._work(job.spec).release(job)  # who sees that it has ended may use its target
         await self.drop(await record(()))
 
     async def drop(self, job: Job) -> None:
@@ -297,6 +279,7 @@ class Mirrors:
         await self._holding.end(job)
 
     async def leave(self, job: Job) -> None:
+        self._work(job.spec).release(job)
         self._jobs.pop(job.id, None)
         self._claims.release(drive_of(job).uuid, claimant(job))
 
@@ -304,6 +287,10 @@ class Mirrors:
         """After a restart: of a job that has begun, a block job that runs on the disk is its own."""
         if job.state is not State.QUEUED and not job.state.terminal:
             self._claim(job).ours = True
+            try:
+                self._work(job.spec).claim(job)
+            except JobError as error:
+                log.warning("a lease was lost", extra={"fields": {"job": job.id, "error": error.message}})
 
     def _claim(self, job: Job) -> _Known:
         drive = drive_of(job)
@@ -347,7 +334,7 @@ class Mirrors:
             raise
 
     def _is_ours(self, job: Job, found: BlockJobInfo, disk: Disk) -> bool:
-        work = self._works[job.spec.operation]
+        work = self._work(job.spec)
         return found.type in work.types and work.is_ours(job, disk)
 
     async def _shows(self, disk: Disk, wanted: Chain) -> bool:

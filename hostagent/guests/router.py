@@ -30,9 +30,11 @@ class External(BlockDriver, Protocol):
 
 
 class Live(Protocol):
-    """Who knows which domain, running or defined, uses a file."""
+    """Who knows which domain, running or defined, uses a file, or an NBD export."""
 
     async def refuse_guests(self, path: str, *, whole_chain: bool) -> None: ...
+
+    def refuse_served(self, uri: str, *, besides: Drive | None = None) -> None: ...
 
 
 class Router:
@@ -58,7 +60,9 @@ class Router:
 
     async def plan(self, spec: JobSpec, *, preview: bool = False) -> Plan:
         if is_guests(spec.target):
-            return await self._of_guests(spec).plan(spec, preview=preview)
+            plan = await self._of_guests(spec).plan(spec, preview=preview)
+            self._refuse_served(plan.target)
+            return plan
         plan = await self._offline.plan(spec, preview=preview)
         await self._refuse_guests(spec, plan.before, plan.target)
         return plan
@@ -69,12 +73,20 @@ class Router:
         if spec.operation is Operation.COMMIT:
             for layer in commit.touched(before, spec):
                 await self._live.refuse_guests(layer.path, whole_chain=True)
-        elif target is not None and not target.made and not is_uri(target.path):
+        elif target is not None and not target.made:
+            self._refuse_served(target)
+            if is_uri(target.path):
+                return
             try:
                 await self._live.refuse_guests(target.path, whole_chain=True)
             except JobError as error:
                 error.field = "dest"
                 raise
+
+    def _refuse_served(self, target: Target | None, besides: Drive | None = None) -> None:
+        """NBD has no locks: who fills an export does so alone, as far as is known here."""
+        if target is not None and is_uri(target.path):
+            self._live.refuse_served(target.path, besides=besides)
 
     async def turn(self, job: Job) -> None:
         await self._of(job).turn(job)
@@ -83,6 +95,7 @@ class Router:
         if job.started is None:  # again: somebody may have come while ours was queued
             if job.drive is not None:
                 self._external.refuse(job.drive)
+                self._refuse_served(job.target, job.drive)
             else:
                 await self._refuse_guests(job.spec, job.before, job.target)
         return await self._of(job).prepare(job)

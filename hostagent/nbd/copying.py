@@ -52,8 +52,8 @@ class Copy:
             remedy = "copy into qcow2, or without --shallow"
             raise JobError("invalid", "a raw image cannot have a backing file", field="format", remedy=remedy)
         if is_uri(spec.dest):
-            target = _remote(spec)
-            self._chains.uris.refuse(_remote_layer(target.path, source.top.virtual_size), exclusive=True)
+            target = remote_target(spec)
+            self._chains.uris.refuse(remote_layer(target.path, source.top.virtual_size), exclusive=True)
             return Plan(source, source, 0, (), {"space": {}}, target)
         layers = source.layers[: 1 if spec.shallow else None]
         if device:
@@ -158,7 +158,7 @@ class Copy:
         """Lease the target, again after a restart: what we have of it is what gets its name."""
         assert job.target is not None
         if is_uri(job.target.path):
-            await chain.take_server(_remote_layer(job.target.path, _size(job)))
+            await chain.take_server(remote_layer(job.target.path, _size(job)))
         chain.keeps_target |= job.sealed is not None
         if job.target.file is not None and chain.descriptor(job.target.file) is None:
             self._chains.kept.release(job.target.file)
@@ -175,7 +175,7 @@ class Copy:
         path, new = job.target.part or job.target.path, job.target.made or job.target.fresh
         try:
             if job.target.file is None:
-                node = await chain.open_remote(_remote_layer(path, _size(job)), self._timeout)
+                node = await chain.open_remote(remote_layer(path, _size(job)), self._timeout)
             else:
                 node = await chain.open_target(path, below=below, new=new, backing=backing)
         except JobError as error:
@@ -286,7 +286,7 @@ class Copy:
             raise JobError("timeout", "the target's storage does not answer", remedy="see whether it hangs") from None
 
 
-def _remote(spec: JobSpec) -> Target:
+def remote_target(spec: JobSpec) -> Target:
     """An export of another host or program. Nothing can go over to it, and nobody but the hypervisor proves it."""
     assert spec.dest is not None
     if spec.completion is Completion.PIVOT or spec.shallow or spec.format not in (None, "raw"):
@@ -297,7 +297,8 @@ def _remote(spec: JobSpec) -> Target:
     return Target(normal(spec.dest), "raw", made=False, state=TargetState.UNTOUCHED)
 
 
-def _remote_layer(uri: str, size: int) -> Layer:
+def remote_layer(uri: str, size: int) -> Layer:
+    """What stands for the export in leases."""
     return Layer(normal(uri), "raw", file_of(uri), size, 0)
 
 

@@ -17,10 +17,11 @@ from jobs.model import FileId, Layer
 class UriLease:
     """One of them; like access.leases.Lease to who has it. Thread-safe, and waits for nothing."""
 
-    def __init__(self, leases: UriLeases, layer: Layer, *, exclusive: bool) -> None:
+    def __init__(self, leases: UriLeases, layer: Layer, *, exclusive: bool, holder: str = "") -> None:
         """Made by `UriLeases.take`."""
         self._leases = leases
         self.layer = layer
+        self.holder = holder
         self.is_exclusive = exclusive
 
     def exclude(self, *, ours: Sequence[int]) -> None:
@@ -38,16 +39,16 @@ class UriLease:
 
 class UriLeases:
     def __init__(self, users: Callable[[FileId], list[str]]) -> None:
-        """`users` are who uses the image, for people."""
+        """`users` are who uses the image, for people, beside those that a lease names as its holder."""
         self._users = users
         self.guard = threading.RLock()
         self._held: dict[FileId, list[UriLease]] = {}
 
-    def take(self, layer: Layer, *, exclusive: bool) -> UriLease:
+    def take(self, layer: Layer, *, exclusive: bool, holder: str = "") -> UriLease:
         """A lease, or a JobError busy."""
         with self.guard:
             self.refuse(layer, exclusive=exclusive)
-            lease = UriLease(self, layer, exclusive=exclusive)
+            lease = UriLease(self, layer, exclusive=exclusive, holder=holder)
             self._held.setdefault(layer.file, []).append(lease)
             return lease
 
@@ -57,7 +58,7 @@ class UriLeases:
             others = [lease for lease in self._held.get(layer.file, ()) if lease is not besides]
         if any(exclusive or lease.is_exclusive for lease in others):
             written = any(lease.is_exclusive for lease in others)
-            users = self._users(layer.file)
+            users = sorted({*self._users(layer.file), *(lease.holder for lease in others if lease.holder)})
             raise JobError(
                 "busy",
                 f"{layer.path!r} is being {'written' if written else 'read'} by {', '.join(users) or 'somebody here'}",

@@ -15,7 +15,8 @@ METHOD = r"(?:GET|POST|PUT|PATCH|DELETE)"
 LATER = ("/v1/backups", "/v1/domains", "/v1/transfers")
 
 JOB = """id operation target path domain disk state cursor upto bandwidth base increment check labels origin revision
-created since started finished error revocation chain rate eta stalled_seconds warnings dest completion group"""
+created since started finished error revocation chain rate eta stalled_seconds warnings dest completion group
+synchronous_writes"""
 EXPORT = """id image uri socket name format size offset shallow writable max_clients bitmaps tls port state reason
 created stopped expires ttl idle_timeout clients daemon pid labels revision"""
 OBJECTS = {
@@ -34,7 +35,7 @@ OBJECTS = {
 }
 REQUESTS = {
     "JobCreate": "id operation target base increment bandwidth check labels dry_run dest format "
-    "source_format shallow reuse_external top delete prune_bitmaps completion",
+    "source_format shallow reuse_external synchronous_writes top delete prune_bitmaps completion",
     "GroupCreate": "id disks bandwidth check labels dry_run shallow reuse_external completion",
     "Disk": "target dest format source_format",
     "JobPatch": "bandwidth",

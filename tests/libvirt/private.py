@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,7 +54,7 @@ unix_sock_dir = "{socket}"
 auth_unix_ro = "none"
 auth_unix_rw = "none"
 log_outputs = "1:file:{log}"
-log_filters = "3:util 3:object 3:event 3:rpc 3:qemu"
+log_filters = "{monitor}3:util 3:object 3:event 3:rpc 3:qemu"
 """
 _QEMU = """
 user = "{user}"
@@ -97,14 +99,16 @@ def until(done: Callable[[], Any], what: str, timeout: float = WAIT) -> Any:
 
 
 class PrivateLibvirt:
-    """`folder` keeps its state and logs. Guests, and libvirtd itself, may be killed and started again at will."""
+    """`folder` keeps its state and logs; with `monitor` also what QEMU is told (`asked`). Guests, and libvirtd itself,
+    may be killed and started again at will."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, monitor: bool = False) -> None:
         # Socket names have 107 bytes, and pytest's folders are deep.
         self.runtime = Path(tempfile.mkdtemp(prefix="lv-"))
         self.runtime.chmod(0o755)
         self.root = folder / "root"
         self.log = folder / "libvirtd.log"
+        self._monitor = monitor
         self.initramfs = folder / "initramfs"
         self.user = ensure_user()
         self._holder: subprocess.Popen[bytes] | None = None
@@ -133,7 +137,7 @@ class PrivateLibvirt:
     def start(self) -> None:
         """Start libvirtd, also again after `kill`; it answers when this returns."""
         command = ["libvirtd", "-d", "-p", f"{self.runtime}/libvirtd.pid", "-f", "/etc/libvirt/libvirtd.conf"]
-        done = subprocess.run(self._inside(command), capture_output=True, text=True, timeout=WAIT)
+        done = subprocess.run(self.inside(command), capture_output=True, text=True, timeout=WAIT)
         assert done.returncode == 0, done.stderr
         until(self._answers, "libvirtd answers")
 
@@ -163,6 +167,17 @@ class PrivateLibvirt:
             until(lambda: not self.processes(""), "the namespace is empty")
             self._holder = None
         shutil.rmtree(self.runtime, ignore_errors=True)
+
+    def asked(self, command: str) -> list[dict[str, Any]]:
+        """The arguments of each such command that libvirtd has sent to a QEMU."""
+        assert self._monitor, "it does not log them"
+        sent = re.findall(r"QEMU_MONITOR_SEND_MSG: mon=\S+ msg=(\{.*\})$", self.log.read_text(), re.MULTILINE)
+        messages = [json.loads(message) for message in sent]
+        return [message.get("arguments", {}) for message in messages if message["execute"] == command]
+
+    def inside(self, command: list[str]) -> list[str]:
+        """The command, in the namespaces: their network is not ours."""
+        return ["nsenter", "-t", str(self._init), "-m", "-n", "-p", "--", *command]
 
     # Guests
 
@@ -223,7 +238,8 @@ class PrivateLibvirt:
             text = Path("/etc", name).read_text()
             (self.root / "etc" / name).write_text(text if "\nlibvirt-qemu:" in text else f"{text}{line}\n")
         (self.root / "kvm").touch(mode=0)
-        config = _LIBVIRTD.format(socket=self.runtime, log=self.log)
+        monitor = "2:qemu.qemu_monitor " if self._monitor else ""
+        config = _LIBVIRTD.format(socket=self.runtime, log=self.log, monitor=monitor)
         (self.root / "etc/libvirt/libvirtd.conf").write_text(config)
         (self.root / "etc/libvirt/qemu.conf").write_text(_QEMU.format(user=self.user))
         self.initramfs.write_bytes(initramfs())
@@ -237,9 +253,6 @@ class PrivateLibvirt:
         children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text().split()
         self._init = int(children[0])
         self._namespace = os.readlink(f"/proc/{self._init}/ns/pid")
-
-    def _inside(self, command: list[str]) -> list[str]:
-        return ["nsenter", "-t", str(self._init), "-m", "-n", "-p", "--", *command]
 
     def _answers(self) -> bool:
         import libvirt

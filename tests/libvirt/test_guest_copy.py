@@ -119,29 +119,6 @@ def test_an_image_that_is_there_is_written_over_when_it_fits(agent: AgentProcess
     assert same_content(disk.copy, disk.truth, first="qcow2")
 
 
-def test_a_guest_goes_over_to_a_device(agent: AgentProcess, disk: Disk, paused: Guest) -> None:
-    file = disk.copy.with_name("device.img")
-    with file.open("wb") as stream:
-        stream.truncate(SIZE)
-    made = subprocess.run(["losetup", "--show", "--find", str(file)], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no loop device: {made.stderr.strip()}")
-    device = Path(made.stdout.strip())
-    try:
-        assert error_of(agent, operation="copy", dest=str(device), format="qcow2")["code"] == "not_supported"
-        job = agent.until_ended(copy(agent, device, completion="pivot")["id"])
-        assert job["state"] == "completed", job["error"]
-        assert live_paths(paused) == [str(device)]
-        assert same_content(device, disk.truth, first="raw", running=True)
-        paused.destroy()
-        assert same_content(device, disk.truth, first="raw")
-        full = error_of(agent, operation="copy", dest=str(device), target=str(disk.top))
-        assert full["field"] == "dest", "it is nobody's to write over"
-    finally:
-        paused.remove()
-        subprocess.run(["losetup", "--detach", str(device)], check=True)
-
-
 def test_the_disk_of_a_guest_that_writes_goes_over(agent: AgentProcess, libvirt: PrivateLibvirt, disk: Disk) -> None:
     guest = libvirt.guest("web1", disk.top)
     guest.start()

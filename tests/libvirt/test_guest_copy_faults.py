@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, Json, overlay, raw_image, reachable, same_content, sound
+from tests.harness import MIB, AgentProcess, ApiError, Json, overlay, raw_image, reachable, same_content, sound
 from tests.libvirt.guest import Guest
-from tests.libvirt.jobs import abort, block_job, live_paths, pivot, terminal_events
+from tests.libvirt.jobs import abort, block_job, command, live_paths, pivot, terminal_events
 from tests.libvirt.private import PrivateLibvirt, until
 from tests.libvirt.test_guest_copy import Disk, copy, left_over, ready
 from tests.qemu.faults import Tmpfs
@@ -182,6 +182,15 @@ def test_two_disks_of_a_guest_take_turns(agent: AgentProcess, libvirt: PrivateLi
     second = overlay(folder / "second.qcow2", raw_image(folder / "second.raw", 4 * MIB), "raw")
     guest = libvirt.guest("web1", disk.top, disks={"vdb": second})
     guest.start(paused=True)
+    copies = [("web1/vda", disk.copy), ("web1/vdb", folder / "second.copy")]
+    with pytest.raises(ApiError) as refused:
+        disks = [{"target": target, "dest": str(dest)} for target, dest in copies]
+        agent.post("/v1/groups", {"disks": disks, "completion": "finish"})
+    assert (refused.value.code, refused.value.body["field"]) == ("not_supported", "disks")
+    assert "copy each disk alone" in refused.value.body["remedy"], "which is what follows"
+    words = [str(word) for pair in copies for word in pair]
+    done = command(agent, "job", "copy", *words, "--finish")
+    assert done.returncode == 1 and "copy each disk alone" in done.stderr
     first = under_way(agent, disk, completion="finish")
     waits = copy(agent, folder / "second.copy", "web1/vdb", completion="finish")
     assert waits["state"] == "queued" and any(first["id"] in warning for warning in waits["warnings"])

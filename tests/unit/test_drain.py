@@ -26,6 +26,7 @@ class Host:
         self.jobs = {name: replace(JOB, id=name, state=state) for name, state in jobs.items()}
         self.admits = True
         self.stubborn: set[str] = set()
+        self.steady: set[str] = set()
         self.seen: list[str] = []
         self.drain = self.restarted()
 
@@ -55,6 +56,9 @@ class Host:
 
     async def pause(self, job_id: str) -> Job:
         assert job_id in json.loads(self.facts[FACT])["paused"], "it was not stored before it was done"
+        if job_id in self.steady:
+            self.seen.append(job_id)
+            raise JobError("not_supported", "libvirt cannot pause a copy")
         return self._move(job_id, State.PAUSED)
 
     async def resume(self, job_id: str) -> Job:
@@ -106,6 +110,29 @@ def test_only_what_draining_has_paused_is_resumed_when_it_is_lifted() -> None:
         await host.settled()
         assert host.states() == {"theirs": "paused", "a": "running", "b": "running", "q": "queued"}
         assert json.loads(host.facts[FACT]) == {"since": None, "pause": False, "paused": []}
+
+    run(scenario)
+
+
+def test_a_job_that_cannot_be_paused_is_asked_once_and_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        host = Host(a=State.RUNNING, copy=State.RUNNING)
+        host.steady = {"copy"}
+        await host.drain.begin(pause=True)
+        await host.settled()
+        for _ in range(3):
+            host.drain.job_changed(host.jobs["copy"])
+            await host.settled()
+        await host.drain.settle()
+        assert host.states() == {"a": "paused", "copy": "running"}
+        assert host.seen.count("copy") == 1 and len(caplog.records) == 1
+        assert [job.id for job in host.drain.holding()] == ["copy"]
+        assert host.drain.record.paused == ("a",), "of which the list is for those that were"
+        host.jobs["copy"] = replace(host.jobs["copy"], state=State.COMPLETED)
+        await host.drain.settle()
+        host.jobs["copy"] = replace(host.jobs["copy"], state=State.RUNNING)  # another one
+        await host.drain.settle()
+        assert host.seen.count("copy") == 2
 
     run(scenario)
 

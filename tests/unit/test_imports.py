@@ -21,7 +21,7 @@ LEAVES = {
     f"hostagent.{name}"
     for name in (
         *("config", "config_data", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify"),
-        *("nbdclient", "nbdconnection", "nbddial", "nbdstream"),
+        *("nbdclient", "nbdconnection", "nbddial", "nbdoffer", "nbdstream"),
         *("locks", "schema", "selection", "turns", "unix_http"),
         *("blocks", "inodes", "qcow2", "qemu_locks", "rangeset"),
     )
@@ -40,7 +40,7 @@ HOMES = {
     "qemu": ("hostagent/drivers/",),
     "libvirt": ("hostagent/drivers/libvirt.py",),
     "libvirt_qemu": ("hostagent/drivers/libvirt.py",),
-    "nbd": ("hostagent/nbdconnection.py",),
+    "nbd": ("hostagent/nbdconnection.py", "hostagent/nbdoffer.py"),
     "fastapi": ("hostagent/api/",),
     "starlette": ("hostagent/api/",),
     "uvicorn": ("hostagent/api/", "hostagent/daemon.py"),

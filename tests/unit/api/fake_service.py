@@ -46,6 +46,7 @@ def job_json(id: str, spec: Json) -> Json:
         "stalled_seconds": 0.0,
         "warnings": [],
         "dest": None,
+        "synchronous_writes": False,
         "completion": None,
         "group": None,
     }

@@ -38,6 +38,22 @@ def test_a_running_domains_chain() -> None:
     assert [layer.local for layer in disk.layers] == [True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("slices", "size"),
+    [
+        ("<slice type='storage' offset='0' size='512'/>", 512),
+        ("<slice type='format' offset='0' size='7'/><slice type='storage' offset='8' size='9'/>", 9),
+        ("<slice type='format' offset='0' size='7'/>", None),
+        ("<slice type='storage' offset='0' size='-1'/>", None),
+        ("", None),
+    ],
+)
+def test_a_disk_may_be_a_part_of_what_is_there(slices: str, size: int | None) -> None:
+    source = f"<source dev='/dev/a'><slices>{slices}</slices></source>"
+    disk = only_disk(f"<disk type='block'><driver type='raw'/>{source}<target dev='vda'/></disk>")
+    assert disk.layers == (LiveLayer(SourceType.BLOCK, "/dev/a", "raw", size=size),)
+
+
 def test_of_a_stopped_domain_the_chain_is_not_known() -> None:
     disk = only_disk(
         "<disk type='file' device='disk'><driver type='qcow2'/><source file='/a'/><target dev='vda'/></disk>"

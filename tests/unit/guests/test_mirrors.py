@@ -14,6 +14,7 @@ from hostagent.drivers.domain_claims import DomainClaims
 from hostagent.drivers.domain_xml import Disk, LiveLayer, Mirror, SourceType
 from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests.mirrors import Mirrors, Settings
+from hostagent.guests.work import Work
 from hostagent.images.member import ChainLimits
 from jobs.errors import JobError
 from jobs.machine import Signal
@@ -33,6 +34,7 @@ class FakeDisks:
         self.job: BlockJobInfo | None = None
         self.ready = False
         self.refuses: JobError | None = None
+        self.deaf = False
         self.calls: list[str] = []
 
     async def look(self, drive: object) -> tuple[int | None, BlockJobInfo | None]:
@@ -47,6 +49,10 @@ class FakeDisks:
     async def contact(self) -> bool:
         return True
 
+    def refuse_deaf(self) -> None:
+        if self.deaf:
+            raise JobError("not_supported", "not heard")
+
     async def abort(self, drive: object) -> None:
         self.calls.append("abort")
 
@@ -56,7 +62,7 @@ class FakeDisks:
             raise self.refuses
 
 
-class FakeWork:
+class FakeWork(Work):
     """A copy. `over`: the guest has gone over to it; `deleted` what it was told at its end."""
 
     types: tuple[int, ...] = (2,)
@@ -71,6 +77,9 @@ class FakeWork:
     def is_ours(self, job: Job, disk: Disk) -> bool:
         return disk.mirror is not None
 
+    async def audit(self, job: Job) -> tuple[str, ...]:
+        return ()
+
     async def proven(self, job: Job, disk: Disk) -> bool:
         return self.over
 
@@ -83,17 +92,16 @@ class FakeWork:
 
 
 class Host:
-    def __init__(self) -> None:
+    def __init__(self, agree_timeout: float = 0.1) -> None:
         self.disks, self.work = FakeDisks(), FakeWork()
-        settings = Settings(ChainLimits(), 10, agree_timeout=0.1, pivot_attempts=3, pivot_wait=0.0)
+        settings = Settings(ChainLimits(), 10, agree_timeout=agree_timeout, pivot_attempts=3, pivot_wait=0.0)
         disks: Any = self.disks
         work: Any = self.work
         finder: Any = None
         holding: Any = self
-        works = {Operation.COPY: work}
         self.asked: list[str] = []
         self.driver = Mirrors(
-            disks, DomainClaims(), finder, works, settings=settings, holding=holding, hint=lambda job: None
+            disks, DomainClaims(), finder, lambda _: work, settings=settings, holding=holding, hint=lambda _: None
         )
 
     async def begin(self, job: Job) -> None:
@@ -240,3 +248,23 @@ async def test_nobody_pauses_it_or_kills_a_guest_for_it(host: Host) -> None:
     assert host.disks.calls == []
     await asyncio.wait_for(host.driver.cancel(job), 5)
     assert host.disks.calls == ["abort"]
+
+
+@on_a_host
+async def test_only_a_finish_needs_qemus_word(host: Host) -> None:
+    job = host.job(None)
+    host.disks.deaf = True
+    assert await host.driver.audit(job) == await host.driver.audit(replace(job, completion=Completion.PIVOT)) == ()
+    with pytest.raises(JobError, match="not heard"):
+        await host.driver.audit(replace(job, completion=Completion.FINISH))
+
+
+def test_of_what_never_began_no_word_is_awaited() -> None:
+    async def story() -> None:
+        host = Host(agree_timeout=60)
+        job = replace(host.job(Completion.FINISH), id="4712", started=None)
+        host.disks.job = None
+        seen = await asyncio.wait_for(host.driver.observe(job), 20)
+        assert seen.phase is Phase.ABSENT
+
+    play(story())

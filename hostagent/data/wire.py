@@ -156,7 +156,8 @@ class Wire:
             try:
                 event = parser.next_event()
             except h11.RemoteProtocolError as error:
-                raise HttpError(error.error_status_hint, str(error)[:200], close=True) from error
+                what = str(error).partition(":")[0][:100]  # behind it are the bytes, which may name a ticket
+                raise HttpError(error.error_status_hint, what, close=True) from error
             if event is not h11.NEED_DATA:
                 return event  # type: ignore[return-value]
             if not self._fill(piece):

@@ -165,6 +165,7 @@ class Ours(Daemon):
     """`settings`: those of the configuration's section [data]."""
 
     name = "ours"
+    level = "info"
 
     def spawn(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Spawned:
         settings: dict[str, Any] = {"listen": "127.0.0.1", "port": self.port}
@@ -173,7 +174,8 @@ class Ours(Daemon):
         settings |= {"control_socket": self.control_path, "local_socket": self.local_path, "allow_paths": ["/"]}
         settings |= self.settings
         file = self.folder / "hostagent.toml"
-        file.write_text("[data]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+        file.write_text("".join(["[data]\n", *lines, f'[logs]\nlevel = "{self.level}"\n']))
         return start_ours(["data", "--config", str(file)], environment=environment, log=self.log)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.data.both import only_ours
-from tests.data.daemons import Daemon
+from tests.data.daemons import Daemon, Ours
 from tests.data.exports import QemuNbd
 from tests.data.table import Answer, compare, refused
 from tests.data.wire import PATIENCE, Reply
@@ -242,9 +242,10 @@ def test_all_tickets_are_listed_with_their_transfers(daemon: Daemon, export: Qem
     assert ask(daemon, "GET", f"/tickets/?after={last}").json == []
 
 
-@only_ours
-def test_ids_reach_no_log(tmp_path: Path, daemon: Daemon, export: QemuNbd, image: Path) -> None:
-    with type(daemon)(tmp_path) as fresh:
+def test_ids_reach_no_log(tmp_path: Path, export: QemuNbd, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is logged."""
+    monkeypatch.setattr(Ours, "level", "debug")
+    with Ours(tmp_path) as fresh:
         one = fresh.ticket(export.url, SIZE, "read", "write", transfer_id="seen")
         gone = f"{uuid.uuid4()}"
         with fresh.tcp() as wire:
@@ -252,6 +253,8 @@ def test_ids_reach_no_log(tmp_path: Path, daemon: Daemon, export: QemuNbd, image
             wire.ask("PUT", f"/images/{one}", {"Content-Range": "junk"}, b"x")
             wire.ask("GET", f"/images/{one}/extents")
             wire.ask("GET", f"/images/{one}/checksum?algorithm=no")
+            wire.send(f"GET /images/{one} junk HTTP/1.1\r\n\r\n".encode())
+            assert wire.reply().status == 400
         with fresh.tcp() as wire:
             wire.ask("GET", f"/images/{gone}")
         fresh.put({"uuid": gone, "size": "x"})

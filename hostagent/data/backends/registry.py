@@ -43,7 +43,11 @@ class Registry:
         self.factories[scheme] = factory
 
     def open(self, opening: Opening) -> ImageBackend:
-        scheme = urlsplit(opening.url).scheme
+        try:
+            scheme = urlsplit(opening.url).scheme
+        except ValueError as error:
+            remedy = "write it as file:///path or nbd:unix:/path"
+            raise AgentError("invalid", str(error), field="url", value=opening.url, remedy=remedy) from error
         factory = self.factories.get(scheme)
         if factory is None:
             known = ", ".join(sorted(self.factories))

@@ -20,9 +20,12 @@ from rich.console import Console
 from tests.bench import (
     copy_overhead,
     crowd,
+    data_crowd,
+    data_extents,
     data_file,
     data_nbd,
     data_requests,
+    data_revocation,
     data_upload,
     export_start,
     history,
@@ -57,6 +60,9 @@ FIGURES: dict[str, Callable[[Stage], Figure]] = {
         data_nbd,
         data_upload,
         data_requests,
+        data_revocation,
+        data_crowd,
+        data_extents,
     )
 }
 FIGURES[data_requests.CHECKSUM] = data_requests.checksum

@@ -45,7 +45,9 @@ class NbdServer(ABC):
 
     def start(self) -> None:
         Path(self.socket).unlink(missing_ok=True)
-        self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, start_new_session=True)
+        self.process = subprocess.Popen(
+            self.command(), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         deadline = time.monotonic() + START
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError), unix(self.socket) as probe:
@@ -128,7 +130,7 @@ class Qsd(NbdServer):
         address = {"type": "unix", "path": self.socket}
         export = {"type": "nbd", "id": "e", "node-name": "n", "name": self.NAME, "writable": not self.read_only}
         export |= {"bitmaps": self.bitmaps, "allocation-depth": self.format != "raw"}
-        server = {"addr": address, "max-connections": 64}
+        server = {"addr": address, "max-connections": 512}
         words = ["--blockdev", node, "--nbd-server", server, "--export", export]
         return ["qemu-storage-daemon", *(word if isinstance(word, str) else json.dumps(word) for word in words)]
 

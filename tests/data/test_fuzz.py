@@ -97,9 +97,7 @@ FINE = {200, 206}
 
 # Heads
 
-tokens = st.sampled_from(
-    ["GET", "PUT", "PATCH", "POST", "DELETE", "OPTIONS", "TRACE", "CONNECT", "get", "G\0T", ""]
-)
+tokens = st.sampled_from(["GET", "PUT", "PATCH", "POST", "DELETE", "OPTIONS", "TRACE", "CONNECT", "get", "G\0T", ""])
 texts = st.text(st.characters(max_codepoint=255), max_size=40)
 paths = st.one_of(
     st.sampled_from(["/", "/info/", "/images/", "/images/TICKET", "/images/TICKET/extents", "/images/TICKET/checksum",

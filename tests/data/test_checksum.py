@@ -51,8 +51,9 @@ def test_the_digest_of_the_blocks_digests(daemon: Daemon, ticket: str, content: 
     assert said == {"algorithm": "blake2b", "block_size": BLOCK, "checksum": expected(content)}
 
 
-@pytest.mark.parametrize("block_size", [MIB, MIB + 4096, 16 * MIB])
-@pytest.mark.parametrize("algorithm", ["blake2b", "sha256", "blake2s", "md5"])
+@pytest.mark.parametrize(
+    ("algorithm", "block_size"), [("blake2b", MIB), ("sha256", MIB + 4096), ("blake2s", 16 * MIB), ("md5", BLOCK)]
+)
 def test_other_blocks_and_algorithms(
     daemon: Daemon, ticket: str, content: bytes, block_size: int, algorithm: str
 ) -> None:

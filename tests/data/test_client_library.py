@@ -18,7 +18,7 @@ from tests.data.pki import Pki
 
 MIB = 1 << 20
 SIZE = 40 * MIB
-WORKERS = [1, 4]
+WORKERS = [pytest.param(1, marks=pytest.mark.slow), 4]
 
 
 @pytest.fixture(

@@ -52,6 +52,11 @@ class Waits:
     flush_setting: str = ""
 
 
+SEND_BUFFER = 512 * 1024
+"""Bytes that a unix socket may queue; the kernel's 208 KiB let a write of 1 MiB wait for its server five times, each
+for a change of processes. Measured: a third more throughput of uploads (docs/data.md)."""
+
+
 class Fenced(Exception):
     """The fence was closed: this connection ends, and no other may begin."""
 
@@ -119,6 +124,7 @@ def dial(server: Server, waits: Waits, fence: Fence) -> socket.socket:
 def _to_path(path: str, deadline: float, fence: Fence) -> socket.socket:
     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     with _closed_on_error(one):
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         while True:
             try:
                 one.connect(path)

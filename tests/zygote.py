@@ -81,6 +81,7 @@ class Zygote:
 
     def spawn(self, arguments: Sequence[str], *, environment: Mapping[str, str], log: Path) -> Spawned:
         """`hostagent ARGUMENTS`, with all it says appended to `log`."""
+        log.touch()  # readers need not wait for the child to come so far
         with self._lock:
             order = {"arguments": list(arguments), "environment": dict(environment), "log": str(log)}
             self._sock.sendall(json.dumps(order).encode())

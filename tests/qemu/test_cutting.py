@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,13 +64,12 @@ class Client:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
+def path() -> Iterator[Path]:
     """A unix socket that listens, and whose owner reads nothing."""
-    os.chdir(tmp_path)  # names of sockets are short
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "s")[:100])
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:  # their names are short
+        listener.bind(f"{folder}/s")
         listener.listen()
-        yield tmp_path / "s"
+        yield Path(folder, "s")
 
 
 def hangs(pid: int) -> bool:

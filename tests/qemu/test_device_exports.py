@@ -15,7 +15,7 @@ import pytest
 
 from hostagent.access.leases import Lease, LeaseMode
 from jobs.errors import JobError
-from tests.harness import MIB, AgentProcess, raw_image
+from tests.harness import MIB, AgentProcess, Json, raw_image
 from tests.qemu.faults import HASTE, PATIENCE, ROOT, eventually, permissions
 from tests.qemu.test_exports import refusal, show, stop
 
@@ -61,11 +61,15 @@ def node(device: Path) -> tuple[Any, ...]:
     return found.st_mode, found.st_uid, found.st_gid, permissions(device)
 
 
+def grants_of(agent: AgentProcess, device: Path) -> list[Json]:
+    return [grant for grant in agent.get("/v1/grants")["items"] if grant["path"] == str(device)]
+
+
 def test_a_block_device_is_served_and_its_node_is_as_before(agent: AgentProcess, device: Path, tmp_path: Path) -> None:
     before, content = node(device), device.read_bytes()
     export = agent.export(device, format="raw")
     assert (export["size"], export["path"]) == (SIZE, str(device))
-    assert [grant["mode"] for grant in agent.get("/v1/grants")["items"] if grant["path"] == str(device)] == ["r"]
+    assert [grant["mode"] for grant in grants_of(agent, device)] == ["r"]
     copy = tmp_path / "copy.raw"
     subprocess.run(["nbdcopy", export["uri"], str(copy)], check=True, timeout=PATIENCE)
     assert copy.read_bytes() == content
@@ -77,7 +81,7 @@ def test_a_block_device_is_served_and_its_node_is_as_before(agent: AgentProcess,
     stop(agent, part)
     stop(agent, export)
     assert eventually(lambda: node(device) == before)
-    assert not [grant for grant in agent.get("/v1/grants")["items"] if grant["path"] == str(device)]
+    assert eventually(lambda: not grants_of(agent, device))
 
 
 def test_a_block_device_is_written_and_the_agent_may_be_killed_meanwhile(tmp_path: Path, device: Path) -> None:

@@ -14,7 +14,7 @@ from hostagent.access.leases import Lease, LeaseMode
 from jobs.errors import JobError
 from tests.harness import MIB, AgentProcess, Json, overlay, raw_image, same_content
 from tests.qemu.faults import HASTE, PATIENCE, ROOT, eventually, storage_daemons
-from tests.qemu.test_device_exports import loop, node
+from tests.qemu.test_device_exports import grants_of, loop, node
 from tests.qemu.test_exports import refusal, stop
 
 pytestmark = [
@@ -98,7 +98,7 @@ def test_an_image_is_copied_to_an_empty_device(agent: AgentProcess, image: Path,
     ), job
     assert device.read_bytes() == content(image, folder)
     assert eventually(lambda: node(device) == before)
-    assert not [grant for grant in agent.get("/v1/grants")["items"] if grant["path"] == str(device)]
+    assert eventually(lambda: not grants_of(agent, device))
 
 
 def test_a_device_with_content_needs_a_sign_of_will(agent: AgentProcess, image: Path, used: Path, folder: Path) -> None:

@@ -102,6 +102,8 @@ class Zygote:
         told: dict[str, Any] = json.loads(message)
         if "ended" in told:
             self._ended[told["ended"]] = told["status"]
+        else:
+            self._ended.pop(told["began"], None)  # of another process that had this pid before
         return told
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Iterator
 
 
 class RangeSet:
-    """A union of ranges, kept in order and apart; of more than `most` the shortest are forgotten, so it may be too
-    little, and never too much."""
+    """A union of ranges, kept in order and apart. Of more than `most` the shortest are forgotten, so that it may be too
+    little and is never too much; or, where `whole` is asked for, all between the first and the last counts, so that it
+    may be too much and is never too little."""
 
-    def __init__(self, most: int = 65536) -> None:
+    def __init__(self, most: int = 65536, *, whole: bool = False) -> None:
         self._most = most
+        self._whole = whole
         self._begins: list[int] = []
         self._ends: list[int] = []
 
@@ -24,8 +27,16 @@ class RangeSet:
             begin, end = min(begin, self._begins[first]), max(end, self._ends[last - 1])
         self._begins[first:last], self._ends[first:last] = [begin], [end]
         if len(self._begins) > self._most:
-            shortest = min(range(len(self._begins)), key=lambda i: self._ends[i] - self._begins[i])
-            del self._begins[shortest], self._ends[shortest]
+            if self._whole:
+                self._begins, self._ends = self._begins[:1], self._ends[-1:]
+            else:
+                self._forget(self._most // 16 + 1)  # many at once, for each look at all costs
+
+    def _forget(self, number: int) -> None:
+        pairs = self.pairs()
+        shortest = set(heapq.nsmallest(number, range(len(pairs)), key=lambda at: pairs[at][1] - pairs[at][0]))
+        kept = [pair for at, pair in enumerate(pairs) if at not in shortest]
+        self._begins, self._ends = [begin for begin, _ in kept], [end for _, end in kept]
 
     def update(self, other: RangeSet) -> None:
         for begin, end in other.pairs():
@@ -60,7 +71,7 @@ class RangeSet:
         return len(self._begins)
 
     def copy(self) -> RangeSet:
-        other = RangeSet(self._most)
+        other = RangeSet(self._most, whole=self._whole)
         other._begins, other._ends = list(self._begins), list(self._ends)
         return other
 

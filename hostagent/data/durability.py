@@ -10,21 +10,43 @@ flush succeeds before it is written again: nobody may take a later flush for the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from hostagent.errors import AgentError
 from hostagent.rangeset import RangeSet
+
+
+class _Written:
+    """By one writer, and in no flush yet: what is there for sure, and all that may be lost."""
+
+    def __init__(self) -> None:
+        self.sure = RangeSet()
+        self.at_risk = RangeSet(whole=True)
+
+    def add(self, begin: int, end: int) -> None:
+        self.sure.add(begin, end)
+        self.at_risk.add(begin, end)
+
+    def discard(self, begin: int, end: int) -> None:
+        self.sure.discard(begin, end)
+        self.at_risk.discard(begin, end)
+
+    def copy(self) -> _Written:
+        other = _Written()
+        other.sure, other.at_risk = self.sure.copy(), self.at_risk.copy()
+        return other
 
 
 class Durability:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._durable = RangeSet()
-        self._lost = RangeSet()
-        self._pending: dict[object, RangeSet] = {}
+        self._lost = RangeSet(whole=True)
+        self._pending: dict[object, _Written] = {}
         self._writing: dict[object, tuple[object, int, int]] = {}
-        self._flushes: list[dict[object, RangeSet]] = []
+        self._flushes: list[dict[object, _Written]] = []
 
     def durable(self) -> list[tuple[int, int]]:
         """From the first byte to that after the last, in order."""
@@ -34,7 +56,10 @@ class Durability:
     def pending(self, writer: object) -> bool:
         """Whether it has written what no flush has covered."""
         with self._lock:
-            return bool(self._pending.get(writer)) or any(owner is writer for owner, _, _ in self._writing.values())
+            written = self._pending.get(writer)
+            return (written is not None and written.at_risk.parts > 0) or any(
+                owner is writer for owner, _, _ in self._writing.values()
+            )
 
     @contextlib.contextmanager
     def writing(self, writer: object, op: object, begin: int, end: int, done: Callable[[], int]) -> Iterator[None]:
@@ -43,12 +68,13 @@ class Durability:
         Not durable any more, from now on and whatever comes, nor made so by a flush that has begun."""
         with self._lock:
             self._writing[op] = writer, begin, end
-            for known in (self._durable, *self._pending.values(), *(s for f in self._flushes for s in f.values())):
-                known.discard(begin, end)
+            self._durable.discard(begin, end)
+            for written in itertools.chain(self._pending.values(), *(flush.values() for flush in self._flushes)):
+                written.discard(begin, end)
         try:
             yield
             with self._lock:
-                mine = self._pending.setdefault(writer, RangeSet())
+                mine = self._pending.setdefault(writer, _Written())
                 last = begin + done()
                 mine.add(begin, last)
                 self._lost.discard(begin, last)
@@ -67,8 +93,8 @@ class Durability:
         AgentError io_error while something is lost, and after a flush in which something was."""
         with self._lock:
             self._refuse_lost()
-            chosen = self._pending if shared else {writer: self._pending.get(writer, RangeSet())}
-            covered = {one: ranges.copy() for one, ranges in chosen.items()}
+            chosen = self._pending if shared else {writer: self._pending.get(writer, _Written())}
+            covered = {one: written.copy() for one, written in chosen.items()}
             self._flushes.append(covered)
         try:
             yield
@@ -76,12 +102,14 @@ class Durability:
             self._lose(covered)
             raise
         else:
-            self._lose([one for one in covered if one is not writer and not intact(one)])
             with self._lock:
-                for one, ranges in covered.items():
+                others = [one for one in covered if one is not writer]
+            self._lose([one for one in others if not intact(one)])
+            with self._lock:
+                for one, written in covered.items():
                     if one in self._pending:
-                        self._durable.update(ranges)
-                        for begin, end in ranges.pairs():
+                        self._durable.update(written.sure)
+                        for begin, end in written.at_risk.pairs():
                             self._pending[one].discard(begin, end)
                 self._refuse_lost()
         finally:
@@ -92,13 +120,12 @@ class Durability:
         """It has no connection any more; what it wrote and no flush covered is lost."""
         self._lose([writer])
 
-    def _lose(self, writers: object) -> None:
-        assert isinstance(writers, dict | list)
+    def _lose(self, writers: Iterable[object]) -> None:
         with self._lock:
             for one in list(writers):
-                ranges = self._pending.pop(one, None)
-                if ranges is not None:
-                    self._lost.update(ranges)
+                written = self._pending.pop(one, None)
+                if written is not None:
+                    self._lost.update(written.at_risk)
                 for flush in self._flushes:
                     flush.pop(one, None)
 

@@ -36,11 +36,13 @@ def loop(image: Path) -> Iterator[Path]:
     if made.returncode:
         pytest.skip(f"no loop device: {made.stderr}")
     device = Path(made.stdout.strip())
+    before = device.stat()
     try:
         forget_grants(device)
         yield device
     finally:
         forget_grants(device)
+        os.chown(device, before.st_uid, before.st_gid)
         subprocess.run(["losetup", "--detach", str(device)], check=True)
 
 

@@ -98,7 +98,7 @@ def test_an_image_is_copied_to_an_empty_device(agent: AgentProcess, image: Path,
     ), job
     assert device.read_bytes() == content(image, folder)
     assert eventually(lambda: node(device) == before)
-    assert eventually(lambda: not grants_of(agent, device))
+    assert eventually(lambda: not grants_of(agent, device)), grants_of(agent, device)
 
 
 def test_a_device_with_content_needs_a_sign_of_will(agent: AgentProcess, image: Path, used: Path, folder: Path) -> None:

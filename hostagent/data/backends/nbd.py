@@ -157,12 +157,12 @@ class NbdBackend(ImageBackend):
                 self._lost, self._flushing = self._unflushed, True  # a second flush would prove nothing
                 try:
                     stream.flush()
+                    self._lost = self._unflushed = False
                 finally:
                     self._flushing = False
             elif self._unflushed:
                 message = f"{self._server} cannot flush: nothing tells when what was written is on stable storage"
                 raise AgentError("not_supported", message, remedy="write without flush, or to a server that can")
-            self._lost = self._unflushed = False
 
     # Extents
 

@@ -17,8 +17,6 @@ from hostagent.data.backends.faults import fault
 from hostagent.errors import AgentError
 from hostagent.rangeset import RangeSet
 
-PARTS = 65536
-"""Ranges that are told apart; of more the whole stretch counts: it may be too much, and never too little."""
 _END = sys.maxsize
 
 
@@ -29,8 +27,8 @@ class Unflushed:
         self._turn = threading.Lock()
         self._syncing = threading.Lock()
         self._failures = 0
-        self._written = RangeSet(_END)
-        self._lost = RangeSet(_END)
+        self._written = RangeSet(whole=True)
+        self._lost = RangeSet(whole=True)
         self._error: OSError | None = None
 
     @property
@@ -46,9 +44,9 @@ class Unflushed:
             done = True
         finally:
             with self._turn:
-                _add(self._written, begin, end)
+                self._written.add(begin, end)
                 if self._failures != before:
-                    _add(self._lost, begin, end)
+                    self._lost.add(begin, end)
                 elif done:
                     self._lost.discard(begin, end)
 
@@ -56,7 +54,7 @@ class Unflushed:
         """What was written is on stable storage; AgentError when it is not, or when something was lost before."""
         with self._syncing:
             with self._turn:
-                covered, self._written = self._written, RangeSet(_END)
+                covered, self._written = self._written, RangeSet(whole=True)
             try:
                 os.fdatasync(fd)
             except OSError as error:
@@ -75,15 +73,7 @@ class Unflushed:
             self._written.clear()
             if not len(covered):  # written by somebody before us
                 covered.add(0, size)
-            for begin, end in covered.pairs():
-                _add(self._lost, begin, end)
-
-
-def _add(ranges: RangeSet, begin: int, end: int) -> None:
-    ranges.add(begin, end)
-    if ranges.parts > PARTS:
-        pairs = ranges.pairs()
-        ranges.add(pairs[0][0], pairs[-1][1])
+            self._lost.update(covered)
 
 
 def _refusal(error: OSError, name: str) -> AgentError:

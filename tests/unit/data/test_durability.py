@@ -126,6 +126,36 @@ def test_of_two_writes_to_one_place_the_later_one_counts(image: Image) -> None:
     assert image.of.durable() == [(0, 10)]
 
 
+def test_others_come_and_go_while_a_flush_ends(image: Image) -> None:
+    for number in range(4):
+        image.write(str(number), number, number + 1)
+
+    def intact(_: object) -> bool:
+        image.of.left("0")
+        image.write("new", 20, 30)
+        return True
+
+    image.write(ONE, 0, 10)
+    with image.of.flushing(ONE, shared=True, intact=intact):
+        pass
+    assert image.of.durable() == [(0, 10)]
+
+
+def test_of_too_many_ranges_none_is_called_durable_that_was_not_written_and_none_is_lost_unsaid(image: Image) -> None:
+    """More than are told apart."""
+    many = 66_000
+    for number in range(many):
+        image.write(ONE, number * 10, number * 10 + 1)
+    image.of.left(ONE)
+    image.refused(OTHER)
+    for number in range(0, many, 2):
+        image.write(OTHER, number * 10, number * 10 + 1)
+    image.refused(OTHER)
+    image.write(OTHER, 0, many * 10)
+    image.flush(OTHER)
+    assert image.of.durable() == [(0, many * 10)]
+
+
 def test_a_body_that_was_shorter_counts_as_far_as_it_came(image: Image) -> None:
     image.write(ONE, 0, 100, done=7)
     image.flush(ONE)

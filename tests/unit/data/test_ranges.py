@@ -105,3 +105,16 @@ def test_a_full_set_forgets_and_never_invents(begins: list[int]) -> None:
         model |= set(range(begin * 10, begin * 10 + 3))
         assert len(ranges.pairs()) <= 5
         assert {byte for b, e in ranges.pairs() for byte in range(b, e)} <= model
+
+
+@given(pairs)
+def test_a_full_set_that_must_be_whole_invents_and_never_forgets(steps: list[tuple[bool, int, int]]) -> None:
+    ranges, model = RangeSet(most=3, whole=True), set[int]()
+    for add, begin, end in steps:
+        if add:
+            ranges.add(begin, end)
+            model |= set(range(begin, end))
+        else:
+            ranges.discard(begin, end)
+            model -= set(range(begin, end))
+        assert {byte for b, e in ranges.pairs() for byte in range(b, e)} >= model

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import harness
 from tests.harness import AgentProcess, reachable
@@ -13,6 +14,8 @@ from tests.zygote import Zygote
 # Started in the background of a shell, we would hand an ignored SIGINT down to every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # as machines are
+settings.load_profile("busy")
 
 SLOWEST_FIRST = ("libvirt", "qemu")
 """Folders of tests, whose files keep one of several workers for minutes: begun last, they would keep it alone."""

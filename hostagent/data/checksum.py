@@ -76,16 +76,18 @@ def checksum(
     *,
     workers: int = WORKERS,
     done: Callable[[int], None] = lambda number: None,
+    pace: Callable[[int], None] = lambda number: None,
 ) -> str:
     """The digest of the image's first `size` bytes, in hexadecimal.
 
     `workers` threads and this one have a backend each; fewer, or this one alone, where not so many may read.
-    `done` hears of the bytes of each block, read or known to be zeros, in order; what it raises ends the work.
+    `done` hears of the bytes of each block, read or known to be zeros, in order; `pace` of what was read, as it comes,
+    and may keep it waiting. What either raises ends the work.
     """
     with ExitStack() as stack:
         backend = stack.enter_context(open_backend())
         readers = min(workers, backend.max_readers - 1)
-        blocks = _Blocks(method, size, done)
+        blocks = _Blocks(method, size, done, pace)
         others = list(_readers(open_backend, readers, stack)) if readers > 1 else []
         if len(others) < 2:
             return blocks.here(backend, stack.enter_context(backend.open_session()))
@@ -104,10 +106,11 @@ def _readers(open_backend: Callable[[], ImageBackend], most: int, stack: ExitSta
 
 
 class _Blocks:
-    def __init__(self, method: Method, size: int, done: Callable[[int], None]) -> None:
+    def __init__(self, method: Method, size: int, done: Callable[[int], None], pace: Callable[[int], None]) -> None:
         self._method = method
         self._size = size
         self._done = done
+        self._pace = pace
         self._joined = method.new()
         self._stop = threading.Event()
         self._digest_of_zeros = functools.cache(self._hash_zeros)
@@ -196,7 +199,7 @@ class _Blocks:
             self._done(rest)
 
     def _hash(self, session: BackendSession, offset: int, length: int) -> bytes:
-        block = _Block(self._method, self._stop)
+        block = _Block(self._method, self._stop, self._pace)
         session.copy_to(block, offset, length)
         return self._digest_of_zeros(length) if block.hash is None else block.hash.digest()
 
@@ -209,15 +212,17 @@ class _Blocks:
 class _Block:
     """A Sink that hashes. `hash` is None as long as all was zeros, which is looked at faster than it is hashed."""
 
-    def __init__(self, method: Method, stop: threading.Event) -> None:
+    def __init__(self, method: Method, stop: threading.Event, pace: Callable[[int], None]) -> None:
         self._method = method
         self._stop = stop
+        self._pace = pace
         self._zeros = 0
         self.hash: Hash | None = None
 
     def write(self, data: memoryview | bytes | bytearray) -> None:
         if self._stop.is_set():
             raise Stopped
+        self._pace(len(data))
         if self.hash is None:
             if _is_zero(data):
                 self._zeros += len(data)

@@ -91,7 +91,11 @@ class Downloads:
             size = access.size(ticket, backend)
             with self._access.looking(ticket, connection), connection.further() as keep:
                 digest = checksum.checksum(
-                    lambda: keep(self._access.another(ticket)), size, method, done=lambda _: ticket.check()
+                    lambda: keep(self._access.another(ticket)),
+                    size,
+                    method,
+                    done=lambda _: ticket.check(),
+                    pace=lambda number: ticket.lane.take(number, ticket.check),
                 )
         ticket.succeeded()
         found = {"algorithm": method.algorithm, "block_size": method.block_size, "checksum": digest}

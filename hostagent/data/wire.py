@@ -7,6 +7,7 @@ byte of a body is ever taken for a request.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http
 import time
@@ -103,27 +104,33 @@ class Body:
         if self._expects or self._left is None or self._left > DRAIN_MOST:
             return False
         rest = memoryview(bytearray(self._left))
-        return self.read_into(rest) == len(rest)
+        try:
+            with self._wire.hurry("body"):
+                return self.read_into(rest) == len(rest)
+        except HttpError:
+            return False
 
     def all(self, most: int) -> bytes:
-        """The whole body; HttpError 413 of one with more than `most` bytes."""
+        """The whole body; HttpError 413 of one with more than `most` bytes, 408 of one that comes too slowly."""
         if self._left is not None and self._left > most:
             raise HttpError(413, f"The body has {self._left} bytes, and may have {most}", close=True)
         buffer = memoryview(bytearray(most + 1))
-        number = self.read_into(buffer)
+        with self._wire.hurry("body"):
+            number = self.read_into(buffer)
         if number > most:
             raise HttpError(413, f"The body has more than {most} bytes", close=True)
         return bytes(buffer[:number])
 
 
 class Wire:
-    """`header_timeout`: seconds that a request's head may take from its first byte."""
+    """`header_timeout`: seconds that a request's head may take from its first byte, and a body that is no image's."""
 
     def __init__(self, transport: Transport, *, header_timeout: float) -> None:
         self.transport = transport
         self._header_timeout = header_timeout
         self._received = bytearray()
         self._deadline: float | None = None
+        self._part = "head"
 
     def request(self, idle: float) -> Request | None:
         """The next one; None when the peer ends, or is silent for `idle` seconds, before its first byte."""
@@ -131,9 +138,10 @@ class Wire:
             self.transport.patience(idle)
             if not self._fill():
                 return None
-        self._deadline = time.monotonic() + self._header_timeout
         parser = h11.Connection(h11.SERVER, max_incomplete_event_size=HEADERS_MOST)
-        try:
+        with self.hurry("head"):
+            if self._received.startswith(b"\r\n"):  # what some send behind a body (RFC 9112, 2.2)
+                del self._received[:2]
             while b"\n" not in self._received[: LINE_MOST + 2]:
                 if len(self._received) > LINE_MOST:
                     raise HttpError(414, "The request line is too long", close=True)
@@ -142,13 +150,21 @@ class Wire:
             parser.receive_data(bytes(self._received))
             self._received.clear()
             event = self.event(parser)
-        finally:
-            self._deadline = None
         if not isinstance(event, h11.Request):
             raise PeerGone("the request ends early")
         if sum(len(name) + len(value) for name, value in event.headers) > HEADERS_MOST:
             raise HttpError(431, "The request's headers are too long", close=True)  # and yet came in one piece
         return self._understood(event, parser)
+
+    @contextlib.contextmanager
+    def hurry(self, part: str) -> Iterator[None]:
+        """For what is received here there is one time in all; HttpError 408 after it. Who moves an image's bytes is
+        judged by his progress, but only a ticket makes him one who does."""
+        self._deadline, self._part = time.monotonic() + self._header_timeout, part
+        try:
+            yield
+        finally:
+            self._deadline = None
 
     def event(self, parser: h11.Connection, piece: int = HEAD) -> h11.Event | type[h11.PAUSED]:
         """The next one of this parser, from the peer as needed, `piece` bytes at a time."""
@@ -172,6 +188,8 @@ class Wire:
             buffer[:number] = self._received[:number]
             del self._received[:number]
             return number
+        if self._deadline is not None:
+            return self._receive(buffer)
         return self.transport.receive(buffer, whole=True)
 
     def leftover(self, parser: h11.Connection) -> None:
@@ -179,20 +197,26 @@ class Wire:
         self._received += parser.trailing_data[0]
 
     def _fill(self, piece: int = HEAD) -> int:
+        buffer = bytearray(piece)
+        number = self._receive(memoryview(buffer))
+        self._received += memoryview(buffer)[:number]
+        return number
+
+    def _receive(self, buffer: memoryview) -> int:
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             if left <= 0:
-                raise HttpError(408, "The request's head did not come in time", close=True)
+                raise self._late()
             self.transport.patience(left)
-        buffer = bytearray(piece)
         try:
-            number = self.transport.receive(memoryview(buffer))
+            return self.transport.receive(buffer)
         except PeerGone:
             if self._deadline is not None and time.monotonic() >= self._deadline:
-                raise HttpError(408, "The request's head did not come in time", close=True) from None
+                raise self._late() from None
             raise
-        self._received += memoryview(buffer)[:number]
-        return number
+
+    def _late(self) -> HttpError:
+        return HttpError(408, f"The request's {self._part} did not come in time", close=True)
 
     def _understood(self, event: h11.Request, parser: h11.Connection) -> Request:
         headers: dict[str, str] = {}

@@ -141,6 +141,29 @@ def test_a_head_that_never_ends_is_cut_off(daemon: Daemon) -> None:
         assert reply is None or reply.status == 408
 
 
+@pytest.mark.parametrize("kind", ["plain", "tls"])
+@pytest.mark.parametrize("request_line", ["GET /nothing", "PATCH /images/nobody"])
+def test_a_body_that_is_no_images_and_trickles_has_one_deadline(
+    daemon: Daemon, secure: Daemon, request_line: str, kind: str
+) -> None:
+    """A ticket makes a slow client one who moves an image."""
+    with (daemon if kind == "plain" else secure).tcp() as wire:
+        wire.send(f"{request_line} HTTP/1.1\r\nHost: a\r\nContent-Length: 65000\r\n\r\n".encode())
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            while True:
+                wire.send(b"x")
+                time.sleep(0.1)
+                assert time.monotonic() - began < LIMIT, "each byte buys it more time"
+
+
+def test_an_empty_line_before_a_request_is_nothing(daemon: Daemon, ticket: str) -> None:
+    with daemon.tcp() as wire:
+        for empty in (b"", b"\r\n", b""):
+            wire.send(empty + f"OPTIONS /images/{ticket} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            assert wire.reply().status == 200
+
+
 def test_a_client_that_is_silent_is_cut_off(daemon: Daemon, ticket: str) -> None:
     with daemon.tcp() as silent, daemon.tcp() as once:
         in_step(once)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,3 +97,14 @@ def test_a_ticket_shorter_than_its_image(daemon: Daemon, home: Path, content: by
     with daemon.tcp() as wire:
         said = wire.ask("GET", f"/images/{short}/checksum").json
     assert said["checksum"] == expected(content[: 5 * MIB] if daemon.name == "ours" else content)
+
+
+def test_a_tickets_rate_holds_for_what_a_checksum_reads(daemon: Daemon, home: Path, content: bytes, ticket: str) -> None:
+    if daemon.name != "ours":
+        pytest.skip("no rates there")
+    slow = daemon.ticket(f"file://{home / 'image.raw'}", SIZE, rate=8 * MIB)
+    begin = time.monotonic()
+    with daemon.tcp() as wire:
+        said = wire.ask("GET", f"/images/{slow}/checksum").json
+    assert said["checksum"] == expected(content)
+    assert time.monotonic() - begin > 0.3  # of 4 MiB and more, but for the first ones

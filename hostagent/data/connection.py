@@ -75,6 +75,9 @@ class Connection:
         self.summary = Summary()
         self.transport: Transport = Plain(sock)
         self.answered = False
+        self.began = time.monotonic()
+        self.stranger = True
+        """Has shown no ticket yet."""
         self._sock = sock
         self._tls = tls
         self._handler = handler
@@ -159,7 +162,7 @@ class Connection:
                 self._give_back()
             if self._backend is None:
                 ticket.join(self)
-                self._ticket = ticket
+                self._ticket, self.stranger = ticket, False
                 self._backend = opened()
                 if self._stopped:
                     self._backend.fence()

@@ -1,7 +1,8 @@
 """Listeners: who connects gets a thread, unless the house is full. A handshake, a header or a body is its thread's.
 
 Full is a number of connections, in all and for one client (an address, or a user of a unix socket). A further one is
-closed at once: it costs nothing, and it hinders nobody.
+closed at once: it costs nothing, and it hinders nobody. But who has shown no ticket for longer than a request's head
+may take makes room for a new one, the oldest first: whoever has many addresses does not fill the house for good.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Server:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             client = str(address[0]) if isinstance(address, tuple) else ""
         full = self._full(service.name, client)
-        if full:
+        if full and not (full == "all" and self._room_made()):
             self._metrics.count("data_connections_refused_total", full)
             sock.close()
             return
@@ -163,6 +164,22 @@ class Server:
             if sum(self._of_service.values()) - sum(map(self._of_service.__getitem__, CONTROLS)) >= self._house.most:
                 return "all"
             return "client" if self._of_client[client] >= self._house.most_of_one else ""
+
+    def _room_made(self) -> bool:
+        latest = time.monotonic() - self._patience.header
+        with self._lock:
+            strangers = (
+                one
+                for one, (service, _) in self._open.items()
+                if one.stranger and one.began < latest and service not in CONTROLS
+            )
+            gone = next(strangers, None)  # they are in the order in which they came
+            if gone is None:
+                return False
+            gone.stranger = False  # nobody takes it for another one's room, too
+        self._metrics.count("data_connections_refused_total", "stranger")
+        gone.stop()
+        return True
 
     def _run(self, connection: Connection) -> None:
         try:

@@ -389,6 +389,25 @@ def test_a_full_house_closes_the_door_and_keeps_its_guests(tmp_path: Path, image
     raise AssertionError("no room, though a guest has left")
 
 
+def test_strangers_of_many_addresses_make_room_and_guests_stay(tmp_path: Path, image: Path, content: bytes) -> None:
+    settings = {"max_connections": 40, "header_timeout": 0.5}
+    with Ours(tmp_path, settings=settings) as daemon, contextlib.ExitStack() as open_:
+        ticket = daemon.ticket(f"file://{image}", SIZE)
+        guests = [open_.enter_context(daemon.tcp()) for _ in range(10)]
+        for guest in guests:
+            assert guest.ask("GET", f"/images/{ticket}", {"Range": "bytes=0-9"}).status == 206
+        for number in range(30):
+            stranger = open_.enter_context(socket.socket())
+            stranger.bind((f"127.0.1.{number + 1}", 0))
+            stranger.connect(("127.0.0.1", daemon.port))
+        time.sleep(1)
+        for _ in range(3):
+            with daemon.tcp() as newcomer:
+                assert newcomer.ask("GET", f"/images/{ticket}").body == content
+        for guest in guests:
+            assert guest.ask("GET", f"/images/{ticket}").body == content
+
+
 def test_no_client_fills_the_house_alone(tmp_path: Path) -> None:
     settings = {"max_client_connections": 10}
     with Ours(tmp_path, settings=settings) as daemon, contextlib.ExitStack() as open_:

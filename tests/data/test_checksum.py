@@ -99,7 +99,9 @@ def test_a_ticket_shorter_than_its_image(daemon: Daemon, home: Path, content: by
     assert said["checksum"] == expected(content[: 5 * MIB] if daemon.name == "ours" else content)
 
 
-def test_a_tickets_rate_holds_for_what_a_checksum_reads(daemon: Daemon, home: Path, content: bytes, ticket: str) -> None:
+def test_a_tickets_rate_holds_for_what_a_checksum_reads(
+    daemon: Daemon, home: Path, content: bytes, ticket: str
+) -> None:
     if daemon.name != "ours":
         pytest.skip("no rates there")
     slow = daemon.ticket(f"file://{home / 'image.raw'}", SIZE, rate=8 * MIB)

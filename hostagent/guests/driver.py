@@ -57,7 +57,8 @@ class Settings:
 
 @dataclass(slots=True)
 class _Known:
-    """What is remembered of a job while it lives: `ours` says that a pull on its disk is this job's, `pausing` that we
+    """What is remembered of a job while it lives: `ours` says that a pull on its disk is this job's, `sure` that what
+    runs there now was begun by us or had the chain that ours has, and has not been heard to end, `pausing` that we
     have ended it to go on later, `said` what libvirt told of its end or of a failed request, `ended` how the guest did;
     `run` is the guest's run that it works in. `waits` says why it is not done although QEMU's part is, `since` when,
     and `again` when to look anew."""
@@ -68,6 +69,7 @@ class _Known:
     since: float = 0.0
     again: float = 0.0
     ours: bool = False
+    sure: bool = False
     pausing: bool = False
     said: str | None = None
     ended: str | None = None
@@ -147,8 +149,9 @@ class GuestDriver:
             raise stopped(drive)
         known.run = known.run or runs
         if found is not None:
-            if found.type != PULL or not (known.ours or job.started):
-                raise JobError("busy", f"{drive} has a block job of somebody else's", remedy=look_at(drive))
+            mine = found.type == PULL and (known.ours or job.started is not None) and await self._is_ours(job)
+            if not mine and (job.started is None or job.incremental):
+                raise _somebodys(drive)
         elif (job.started is None or job.incremental) and not await self._proof.of_running(job):
             await self._begin(job)
 
@@ -160,9 +163,12 @@ class GuestDriver:
         except JobError as error:
             known.ours = known.ours or error.code == "unresponsive"  # it may have begun
             raise
-        known.ours = True
+        known.ours = known.sure = True
 
     async def advance(self, job: Job, stop: asyncio.Event) -> int:
+        _, found = await self._disks.look(drive_of(job))
+        if found is not None and not (self._jobs[job.id].ours and await self._is_ours(job)):
+            raise _somebodys(drive_of(job))
         self._jobs[job.id].ours = True
         self._jobs[job.id].said = None
         return await self._pulling.advance(job, stop)
@@ -170,6 +176,7 @@ class GuestDriver:
     async def rest(self, job: Job) -> None:
         """Nothing runs, and nothing is open for the job; the domain stays its own between two increments."""
         self._claim(job)
+        self._jobs[job.id].ours = False
 
     async def observe(self, job: Job) -> Observation:
         drive, known = drive_of(job), self._jobs.get(job.id)
@@ -177,11 +184,12 @@ class GuestDriver:
             return Observation(Contact.ALIVE)  # it never ran: what runs there is somebody else's
         try:
             runs, found = await self._disks.look(drive)
+            mine = found is not None and found.type == PULL and await self._is_ours(job)
         except JobError:
             # Of a paused job nothing runs, so nothing of it is unknown while libvirt is away.
             paused = job.state is State.PAUSED
             return Observation(Contact.ALIVE, Phase.PAUSED) if paused else Observation(Contact.UNRESPONSIVE)
-        if found is not None and found.type == PULL:
+        if found is not None and mine:
             return Observation(Contact.ALIVE, Phase.RUNNING, None if job.incremental else Cursor(found.cur, found.end))
         if runs is None or (known is not None and known.run not in (None, runs)):
             return await self._without_guest(job)
@@ -196,6 +204,19 @@ class GuestDriver:
             proven = False
         error = None if proven else await self._why(job)
         return Observation(Contact.ALIVE, Phase.ABSENT, None, error, proven)
+
+    async def _is_ours(self, job: Job) -> bool:
+        """Of a pull that runs on the disk. While one runs the chain stays what it is: where it is not what ours has,
+        ours has ended. One that somebody else began on the same chain when ours had failed, while we were away, looks
+        no different: libvirt says of a block job neither who began it nor when."""
+        known = self._jobs.get(job.id)
+        if known is not None and known.sure:
+            return True
+        disk = await self._disks.describe(drive_of(job))
+        found = await self._files(lambda: chain.files_of(disk)) == [layer.file for layer in job.before.layers]
+        if known is not None:
+            known.sure = found
+        return found
 
     async def _without_guest(self, job: Job) -> Observation:
         """The QEMU that pulled is gone, in order or not: the file tells."""
@@ -281,7 +302,7 @@ class GuestDriver:
         if known is None or not (known.ours or job.started):
             return
         _, found = await self._disks.look(drive)
-        if found is not None and found.type == PULL:
+        if found is not None and found.type == PULL and await self._is_ours(job):
             await self._disks.abort(drive)
 
     async def pause(self, job: Job) -> None:
@@ -344,10 +365,11 @@ class GuestDriver:
         self._claims.release(drive_of(job).uuid, claimant(job))
 
     def recover(self, job: Job) -> None:
-        """After a restart: of a job that has begun, a pull that runs on the disk is its own."""
+        """After a restart: of a job that has begun, a pull that runs on the disk is its own, unless the chain says
+        otherwise. Between two increments none is."""
         if job.state is not State.QUEUED and not job.state.terminal:
             self._claim(job)
-            self._jobs[job.id].ours = True
+            self._jobs[job.id].ours = job.state is not State.WAITING
 
     def _claim(self, job: Job) -> None:
         drive = drive_of(job)
@@ -390,10 +412,14 @@ def _refuse(found: Found) -> None:
         raise JobError("invalid", message, field="target", value=value, remedy="there is nothing to pull")
 
 
+def _somebodys(drive: Drive) -> JobError:
+    return JobError("busy", f"{drive} has a block job of somebody else's", remedy=look_at(drive))
+
+
 def _note(known: _Known, event: HypervisorEvent) -> None:
     known.ended = ends.said(event) or known.ended
     if isinstance(event, DiskJobEvent) and event.disk == known.drive.target:
-        known.said = event.reason or known.said
+        known.said, known.sure = event.reason or known.said, False
     elif isinstance(event, DiskErrorEvent):
         known.said = f"a request of the guest failed ({event.reason or 'input/output error'}) on {event.path}"
 

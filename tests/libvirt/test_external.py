@@ -10,7 +10,18 @@ import pytest
 from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, reachable, same_content
 from tests.libvirt.guest import Guest
 from tests.libvirt.private import PrivateLibvirt, until
-from tests.libvirt.test_guest_pull import SLOW, Disk, abort, block_job, command, error_of, index_of, pull, speed_up
+from tests.libvirt.test_guest_pull import (
+    SLOW,
+    Disk,
+    abort,
+    block_job,
+    command,
+    error_of,
+    index_of,
+    pull,
+    running,
+    speed_up,
+)
 from tests.qemu.faults import HASTE
 
 
@@ -145,6 +156,27 @@ def test_ours_that_waits_for_a_slot_is_told_of_it_when_it_begins(
     ours = agent.until_ended(ours["id"])
     assert (ours["state"], ours["error"]["code"]) == ("failed", "busy") and job["id"] in ours["error"]["message"]
     assert block_job(paused)["bandwidth"] == SLOW and agent.job(job["id"])["state"] == "running"
+
+
+def test_a_pull_that_came_after_ours_while_the_agent_was_away_is_theirs(
+    agent: AgentProcess, chain: Disk, paused: Guest
+) -> None:
+    ours = running(agent, pull(agent, base=str(chain.base), bandwidth=SLOW // 16), least=0)
+    agent.kill()
+    speed_up(paused)
+    until(lambda: block_job(paused) is None, "ours is done")
+    theirs(paused)
+    agent.start()
+    agent.post(f"/v1/jobs/{ours['id']}/abort")
+    ours = agent.until_ended(ours["id"])
+    assert ours["state"] == "aborted", "what it has pulled is in QEMU's memory only"
+    job = found(agent)
+    assert (block_job(paused) or {})["bandwidth"] == SLOW and job["path"] == str(chain.top)
+    speed_up(paused)
+    until(lambda: block_job(paused) is None, "theirs is done")
+    paused.destroy()
+    assert agent.until_ended(job["id"])["state"] == "completed"
+    assert chain.whole()
 
 
 def test_what_became_of_it_while_the_agent_was_away_is_told_by_the_chain(

@@ -17,7 +17,7 @@ from jobs.machine import Signal
 from jobs.model import Cursor, Failure, Holder, Job, State
 from jobs.ports import Contact, Observation, Phase
 from jobs.settle import decide
-from tests.unit.guests.fake_libvirt import DRIVE, END, NOW, Host, play
+from tests.unit.guests.fake_libvirt import DRIVE, END, NOW, RUNNING, Host, play
 
 
 def on_a_host(test: Callable[[Host], Awaitable[None]]) -> Callable[[Path], None]:
@@ -348,3 +348,40 @@ async def test_files_that_are_taken_from_qemus_user_just_now_are_looked_at_again
     host.disks.run, host.file.error = None, JobError("denied", "Permission denied")
     asyncio.get_running_loop().call_later(driver.TRY_AGAIN / 2, lambda: setattr(host.file, "error", None))
     assert (await host.driver.observe(job)).proven
+
+
+@on_a_host
+async def test_a_pull_on_another_chain_than_ours_is_somebody_elses(host: Host) -> None:
+    """Ours has ended while nobody looked: the chain is what it was to leave."""
+    job = await host.started()
+    host.driver.recover(job)
+    host.disks.job = RUNNING
+    assert (await host.driver.observe(job)).phase is Phase.RUNNING
+    paths, host.disks.paths = host.disks.paths, host.disks.paths[:2]
+    assert (await host.driver.observe(job)).phase is Phase.RUNNING, "nothing was heard, so it is the one that it was"
+    host.driver.event(DiskJobEvent(DiskJobKind.COMPLETED, DRIVE.uuid, DRIVE.name, DRIVE.target, "pull"))
+    seen = await host.driver.observe(job)
+    assert seen.phase is Phase.ABSENT
+    await host.driver.cancel(job)
+    await host.driver.start(job)
+    assert host.disks.job is RUNNING and "abort" not in host.disks.calls
+    with pytest.raises(JobError) as busy:
+        await host.driver.advance(job, asyncio.Event())
+    assert busy.value.code == "busy" and "abort" not in host.disks.calls
+    host.disks.paths = paths
+    assert (await host.driver.observe(job)).phase is Phase.RUNNING
+    await host.driver.cancel(job)
+    assert host.disks.calls[-1] == "abort"
+
+
+@on_a_host
+async def test_between_two_increments_no_pull_is_ours(host: Host) -> None:
+    job = replace(await host.started(), state=State.WAITING)
+    host.disks.job = RUNNING
+    await host.driver.rest(job)
+    with pytest.raises(JobError, match="somebody else"):
+        await host.driver.advance(job, asyncio.Event())
+    host.driver.recover(job)
+    with pytest.raises(JobError, match="somebody else"):
+        await host.driver.advance(job, asyncio.Event())
+    assert "abort" not in host.disks.calls

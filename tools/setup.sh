@@ -19,6 +19,7 @@ case $purpose in
   run) ;;
   develop)
     programs+=([mkfs.xfs]=xfsprogs [mkfs.ext4]=e2fsprogs [gcc]=gcc [openssl]=openssl)
+    programs+=([virsh]=libvirt-clients)  # the figures' peer
     programs+=([libvirtd]=libvirt-daemon [qemu-system-x86_64]=qemu-system-x86 [busybox]=busybox-static)
     extra='[test]'
     ;;

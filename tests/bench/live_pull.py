@@ -1,81 +1,58 @@
 """What the agent adds to the pull of a running guest's disk, beside `virsh blockpull --wait`.
 
 One guest runs and writes all the time; each pull is of a new overlay, which a snapshot has put on all that the guest
-has. Both sides pull at the same `speed`, in turn. virsh is done when libvirt's job is gone, and looks every half
+has. Both sides pull at the same speed, in turn. virsh is done when libvirt's job is gone, and looks every half
 second; the agent is done when the data are on the file, which takes the guest's next flush, and its access is settled.
 """
 
 from __future__ import annotations
 
-import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tests.bench.figure import Figure, Result, median
+from tests.bench.live import SIZE, SPEED, Told, live, missing
 from tests.bench.stage import Stage, alternate, pull
-from tests.harness import MIB, overlay, raw_image
+from tests.harness import MIB
 from tests.libvirt.guest import Guest
-from tests.libvirt.private import PrivateLibvirt, missing
 
 NAME = "live-pull"
 RUNS = 5
-SIZE = 64 * MIB
-SPEED = 64 * MIB
 TARGET_MS, TARGET_EVENT_MS = 150.0, 1000.0
 WHAT = "added by the agent, median"
 TOLD = "from libvirt's event to the settled end, median"
-WAIT = 120.0
-SETTLE = 1.0
-"""Seconds in which the agent is done with somebody else's pull, too: it has seen and followed it."""
 
 
 def measure(stage: Stage) -> Figure:
     runs = stage.count(RUNS)
     if (why := missing()) is not None:
         return _figure(runs, None, None, why=why)
-    base = raw_image(stage.folder / "base.raw", SIZE)
     seconds: dict[str, list[float]] = {"agent": [], "virsh": [], "told": []}
-    home = stage.folder / "libvirt"
-    home.mkdir(mode=0o755)
-    stage.folder.chmod(0o755)
-    with PrivateLibvirt(home) as libvirt, stage.agent({"LIBVIRT_URI": libvirt.uri}) as agent:
-        guest = libvirt.guest("web1", overlay(stage.folder / "0.qcow2", base))
-        guest.start()
-        guest.until_flushed(3)
+    with live(stage) as at:
 
         def ours() -> None:
-            with Told(libvirt) as told:
+            with Told(at.libvirt) as told:
                 began = time.perf_counter()
-                pull(agent, f"{guest.name}/vda", bandwidth=SPEED)
+                pull(at.agent, Path(f"{at.guest.name}/vda"), bandwidth=SPEED)
                 ended = time.perf_counter()
                 seconds["agent"].append(ended - began)
                 seconds["told"].append(ended - told.when())
 
         def theirs() -> None:
-            words = ["virsh", "-q", "-c", libvirt.uri, "blockpull", guest.name, "vda", "--wait"]
-            began = time.perf_counter()
-            subprocess.run(
-                [*words, "--bytes", "--bandwidth", str(SPEED)], check=True, timeout=WAIT, capture_output=True
-            )
-            seconds["virsh"].append(time.perf_counter() - began)
-            time.sleep(SETTLE)
+            seconds["virsh"].append(at.virsh("blockpull", "--wait"))
 
-        tops = [stage.folder / f"{number}.qcow2" for number in range(2 * runs + 1)]
+        tops = [at.disk.with_name(f"{number}.qcow2") for number in range(2 * runs + 1)]
 
         def on_a_snapshot(side: Callable[[], None]) -> None:
             old, top = tops.pop(0), tops[0]
-            snapshot(guest, top)
+            snapshot(at.guest, top)
             side()
             old.unlink()
 
         for run in range(runs):
             stage.say(f"{NAME}: run {run + 1} of {runs}")
             alternate(run, lambda: on_a_snapshot(ours), lambda: on_a_snapshot(theirs))
-        libvirt.remove_guests()
-    base.unlink()
     added = [1000 * (a - b) for a, b in zip(seconds["agent"], seconds["virsh"], strict=True)]
     details = {
         "agent_ms": 1000 * median(seconds["agent"]),
@@ -109,31 +86,3 @@ def snapshot(guest: Guest, top: Path) -> None:
     flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
     with guest.domain() as domain:
         domain.snapshotCreateXML(xml, flags)
-
-
-class Told:
-    """Hears of the end of a block job, as anybody can."""
-
-    def __init__(self, libvirt: PrivateLibvirt) -> None:
-        self._connection = libvirt.connection()
-        self._when: float | None = None
-        self._heard = threading.Event()
-
-    def __enter__(self) -> Told:
-        import libvirt
-
-        found = self._connection.__enter__()
-        found.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2, self._hear, None)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._connection.__exit__(*error)
-
-    def _hear(self, *_: Any) -> None:
-        self._when = self._when or time.perf_counter()
-        self._heard.set()
-
-    def when(self) -> float:
-        assert self._heard.wait(WAIT), "libvirt told of no end"
-        assert self._when is not None
-        return self._when

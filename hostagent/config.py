@@ -227,7 +227,11 @@ class Jobs:
     )
     progress_interval: float = setting(0.5, "Seconds between two readings of the cursor.", low=0.05, high=60)
     abort_timeout: float = setting(
-        30.0, "Seconds until a cancelled job must have ended; after that `abort --force` may kill.", low=0.1, high=3600
+        30.0,
+        "Seconds until a cancelled job must have ended. After that `abort --force` may kill its storage daemon; and "
+        "the connections of a guest's QEMU to the NBD server that it copies to are cut.",
+        low=0.1,
+        high=3600,
     )
     start_timeout: float = setting(30.0, "Seconds to start a job, storage daemon included.", low=1, high=3600)
     retention_days: int = setting(14, "Days that a finished job is kept.", low=0, high=3650)
@@ -300,7 +304,13 @@ class Access:
 class Exports:
     idle_check: float = setting(1.0, "Seconds between two looks for clients and run-out times.", low=0.1, high=60)
     limit: int = setting(2000, "Exports at a time. One more is refused with `limit`.", low=1, high=100000)
-    nbd_timeout: float = setting(10.0, "Seconds for the agent's own NBD calls.", low=0.1, high=600)
+    nbd_timeout: float = setting(
+        10.0,
+        "Seconds for the agent's own NBD calls, and for a guest's QEMU to be let in by the server that it copies to: "
+        "the guest stands still meanwhile, and then the connection is cut.",
+        low=0.1,
+        high=600,
+    )
     merge_timeout: float = setting(
         30.0,
         "Seconds to compare an export's bitmaps of several layers with what these have allocated: some 4 for a million "

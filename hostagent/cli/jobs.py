@@ -55,7 +55,8 @@ def _add_own_options(verb: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--force",
             action="store_true",
-            help="after jobs.abort_timeout kill the job's storage daemon, if it serves no writable export",
+            help="after jobs.abort_timeout kill the job's storage daemon, if it serves no writable export; "
+            "of a guest's copy into NBD, cut its connection to the server",
         )
     elif verb == "complete":
         end = parser.add_mutually_exclusive_group()
@@ -248,7 +249,8 @@ def _abort_and_wait(client: Client, job: Json, display: Display) -> Json | None:
     try:
         return follow.abort_to_the_end(client, job, display)
     except follow.TimeIsUp as late:
-        remark(f"the job has not ended yet; `hostagent job abort --force {job['id']}` ends its storage daemon")
+        kills = "" if late.job.get("domain") else f"; `hostagent job abort --force {job['id']}` ends its storage daemon"
+        remark(f"the job has not ended yet{kills}")
         return late.job
     except CliError as error:
         if error.code != "not_found":

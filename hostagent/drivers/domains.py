@@ -115,11 +115,15 @@ class Domains:
 
     async def describe(self, domain: DomainRef) -> Domain:
         """All disks of it; the live chains while it runs."""
+        return await self._hypervisor.call("describe", self._describing(domain), domain=domain)
 
-        def describe(session: Session) -> Domain:
-            return domain_xml.parse(session.describe(domain.uuid), size=self._settings.xml_size)
+    async def describe_aside(self, domain: DomainRef) -> Domain:
+        """The same beside a call for this domain that waits for its QEMU."""
+        describe, timeout = self._describing(domain), self._settings.file_timeout
+        return await self._hypervisor.call("describe_aside", describe, timeout=timeout)
 
-        return await self._hypervisor.call("describe", describe, domain=domain)
+    def _describing(self, domain: DomainRef) -> Callable[[Session], Domain]:
+        return lambda session: domain_xml.parse(session.describe(domain.uuid), size=self._settings.xml_size)
 
     def known(self) -> list[tuple[DomainRef, Domain]]:
         """All domains, as they were when they were last read."""

@@ -103,9 +103,10 @@ class Disks:
                 return disk
         raise JobError("not_found", f"domain {drive.name} has no disk {drive.target} any more")
 
-    def known(self, drive: Drive) -> Domain | None:
-        """The domain as it was when it was last read, for when libvirt does not answer."""
-        return next((domain for ref, domain in self._domains.known() if ref.uuid == drive.uuid), None)
+    async def described_aside(self, drive: Drive) -> Domain:
+        """All disks of the domain, also while another call for it has no answer: libvirt knows them by itself."""
+        with _no_answer():
+            return await self._domains.describe_aside(_ref(drive))
 
     async def pull(self, drive: Drive, base: str | None, bandwidth: int) -> None:
         await self._call("pull", lambda session: session.block_pull(drive.uuid, drive.target, base, bandwidth), drive)

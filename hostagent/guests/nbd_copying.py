@@ -177,7 +177,7 @@ class NbdCopy(Work):
         """Cut QEMU's connections to the server, and those that it makes instead. `not_supported` where they cannot be
         told from those of the guest's own disks, or not be had."""
         drive, (server, _) = drive_of(job), server_of(_uri(job))
-        others = self._servers_of_disks(job)
+        others = await self._servers_of_disks(job)
         for _ in range(CUTS):
             found = await asyncio.to_thread(_cut, drive.uuid, server, others)
             if found:
@@ -187,13 +187,9 @@ class NbdCopy(Work):
                 return
             await asyncio.sleep(CUT_AGAIN)
 
-    def _servers_of_disks(self, job: Job) -> list[dict[str, Any]]:
-        """The servers of all layers of the guest's disks, as they were when libvirt was last asked: now it may not
-        answer. Of other protocols too, for it is a connection that is cut."""
-        domain = self._disks.known(drive_of(job))
-        if domain is None:
-            message = f"it is not known which servers the disks of {drive_of(job).name} have"
-            raise JobError("not_supported", message, remedy="end the server, or its connections")
+    async def _servers_of_disks(self, job: Job) -> list[dict[str, Any]]:
+        """The servers of all layers of the guest's disks, of other protocols too: it is a connection that is cut."""
+        domain = await self._disks.described_aside(drive_of(job))
         mirrors = [disk.mirror.layer for disk in domain.disks if disk.mirror and disk.mirror.layer]
         layers = [layer for disk in domain.disks for layer in disk.layers]
         layers += [mirror for mirror in mirrors if uri_of(mirror) != _uri(job)]

@@ -464,6 +464,20 @@ def test_a_copy_goes_to_an_nbd_export(agent: AgentProcess, images: Pair, folder:
 
 
 @needs_nbdkit
+def test_nothing_goes_over_to_an_nbd_export_later_either(agent: AgentProcess, images: Pair, folder: Path) -> None:
+    with nbd_server(folder, 16 * MIB) as (uri, disk, _):
+        job = agent.post("/v1/jobs", {"operation": "copy", "target": str(images.top), "dest": uri})
+        agent.until(job["id"], lambda job: job["state"] == "ready")
+        with pytest.raises(ApiError) as refused:
+            agent.post(f"/v1/jobs/{job['id']}/complete", {"completion": "pivot"})
+        assert (refused.value.code, refused.value.body["field"]) == ("invalid", "completion")
+        agent.post(f"/v1/jobs/{job['id']}/complete", {"completion": "finish"})
+        assert agent.until_ended(job["id"])["state"] == "completed"
+    assert same_content(disk, images.truth, first="raw")
+    assert_source_untouched(images)
+
+
+@needs_nbdkit
 @pytest.mark.parametrize(
     ("spec", "code"), [({"completion": "pivot"}, "invalid"), ({"shallow": True}, "invalid"), ({}, "invalid")]
 )

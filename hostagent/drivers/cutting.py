@@ -59,18 +59,28 @@ def process_of(domain: str) -> int | None:
     return None
 
 
+def count(pid: int, wanted: Collection[Address]) -> int:
+    """How many connections to these the process has."""
+    return sum(1 for _ in _connections(pid, wanted))
+
+
 def cut(pid: int, wanted: Collection[Address]) -> int:
     """Shut down the process's connections to these; how many there were."""
     found = 0
+    for connection in _connections(pid, wanted):
+        _end(connection)
+        found += 1
+    return found
+
+
+def _connections(pid: int, wanted: Collection[Address]) -> Iterator[socket.socket]:
+    """As sockets of ours, one after the other."""
     with contextlib.suppress(ProcessLookupError), _pidfd(pid) as handle:
         for number in _sockets(pid):
-            if (connection := _taken(handle, number)) is None:
-                continue
-            with connection:
-                if _peer(connection) in wanted:
-                    _end(connection)
-                    found += 1
-    return found
+            if (connection := _taken(handle, number)) is not None:
+                with connection:
+                    if _peer(connection) in wanted:
+                        yield connection
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ class NbdCopy(Work):
             disk_xml(_uri(job)), shallow=False, reuse=True, synchronous=synchronous, bandwidth=job.bandwidth
         )
         try:
-            await self._or_cut(job, self._disks.copy(drive_of(job), wanted))
+            await self._or_cut(job, self._disks.copy(drive_of(job), wanted), opening=True)
         except JobError as error:
             if "permission denied" not in error.message.lower():
                 raise
@@ -161,17 +161,26 @@ class NbdCopy(Work):
             with contextlib.suppress(JobError):  # said already
                 await self.cut(job)
 
-    async def _or_cut(self, job: Job, call: Awaitable[None]) -> None:
-        """The call's own end, which comes soon when its connection is cut."""
+    async def _or_cut(self, job: Job, call: Awaitable[None], *, opening: bool = False) -> None:
+        """The call's own end, which comes soon when its connection is cut. While that is to be opened, the server's
+        time begins when QEMU is seen to have it: until then the call waits for something else."""
         task = asyncio.ensure_future(call)
         try:
             await asyncio.wait({task}, timeout=self._settings.answer)
+            if opening:
+                await self._until_connected(job, task)
+                await asyncio.wait({task}, timeout=self._settings.answer)
             if not task.done():
                 with contextlib.suppress(JobError):
                     await self.cut(job, until=task)
             await task
         finally:
             task.cancel()
+
+    async def _until_connected(self, job: Job, task: asyncio.Future[None]) -> None:
+        server, _ = server_of(_uri(job))
+        while not task.done() and not await asyncio.to_thread(_count, drive_of(job).uuid, server):
+            await asyncio.wait({task}, timeout=CUT_AGAIN)
 
     async def cut(self, job: Job, *, until: asyncio.Future[Any] | None = None) -> None:
         """Cut QEMU's connections to the server, and those that it makes instead. `not_supported` where they cannot be
@@ -194,6 +203,14 @@ class NbdCopy(Work):
         layers = [layer for disk in domain.disks for layer in disk.layers]
         layers += [mirror for mirror in mirrors if uri_of(mirror) != _uri(job)]
         return [server for layer in layers for server in servers_of(layer)]
+
+
+def _count(domain: str, server: Mapping[str, Any]) -> int:
+    """Blocking. Where it cannot be seen, there is none."""
+    pid = cutting.process_of(domain)
+    with contextlib.suppress(JobError):
+        return 0 if pid is None else cutting.count(pid, cutting.addresses(server))
+    return 0
 
 
 def _cut(domain: str, server: Mapping[str, Any], others: list[dict[str, Any]]) -> int:

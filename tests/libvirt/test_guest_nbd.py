@@ -28,7 +28,7 @@ pytestmark = needs_nbdkit
 
 LARGE = 48 * MIB
 """QEMU copies 16 MiB at any speed."""
-ANSWER, ABORT = 1, 2
+ANSWER, ABORT = 4, 3
 """exports.nbd_timeout and jobs.abort_timeout, in seconds."""
 
 
@@ -292,6 +292,7 @@ def test_a_finish_that_nobody_heard_is_no_success(agent: AgentProcess, libvirt: 
 # Servers that fail
 
 
+@pytest.mark.slow
 def test_a_slow_server_holds_up_nobody(agent: AgentProcess, libvirt: PrivateLibvirt, disk: Disk) -> None:
     guest = writing(libvirt, disk)
     folder = disk.copy.parent
@@ -393,7 +394,7 @@ def test_a_server_that_falls_silent_as_qemu_opens_it_is_cut_off(
     assert not on_disk(guest)
 
 
-@pytest.mark.parametrize("synchronous", [False, True])
+@pytest.mark.parametrize("synchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_abort_ends_although_the_server_is_silent(
     agent: AgentProcess, libvirt: PrivateLibvirt, disk: Disk, synchronous: bool
 ) -> None:
@@ -415,6 +416,7 @@ def test_an_abort_ends_although_the_server_is_silent(
     guest.verify(running=True)
 
 
+@pytest.mark.slow
 def test_a_finish_of_a_silent_server_fails_where_the_guest_waits_for_it(
     agent: AgentProcess, libvirt: PrivateLibvirt, disk: Disk
 ) -> None:

@@ -98,6 +98,7 @@ def test_only_the_connections_to_that_server_are_cut(path: Path, host: str) -> N
         try:
             first, second = one.accept()[0], two.accept()[0]
             server = {"type": "inet", "host": host, "port": str(ports[0])}
+            assert cutting.count(client.process.pid, cutting.addresses(server)) == 2
             assert cutting.cut(client.process.pid, cutting.addresses(server)) == 2
             first.settimeout(PATIENCE)
             assert first.recv(1) == b""

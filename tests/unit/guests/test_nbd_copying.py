@@ -35,6 +35,7 @@ class Host:
         self.work = NbdCopy(disks, self.leases, Settings(answer, abort, "qemu"))
         monkeypatch.setattr(cutting, "process_of", lambda domain: 42 if domain == DRIVE.uuid else None)
         monkeypatch.setattr(cutting, "cut", self._cut)
+        monkeypatch.setattr(cutting, "count", lambda pid, wanted: self.connections)
         self._loop = asyncio.get_running_loop()
 
     def _cut(self, pid: int, wanted: Collection[Address]) -> int:
@@ -46,6 +47,9 @@ class Host:
     async def described_aside(self, drive: object) -> Domain:
         text = f"<domain><uuid>{DRIVE.uuid}</uuid><name>web1</name><devices>{self.disks}</devices></domain>"
         return domain_xml.parse(text, size=1 << 20)
+
+    async def copy(self, drive: object, wanted: object) -> None:
+        await self.hangs()
 
     async def hangs(self) -> None:
         await self.woken.wait()
@@ -71,6 +75,20 @@ def test_a_call_that_waits_for_the_server_too_long_is_let_go(monkeypatch: pytest
         with pytest.raises(JobError, match="end of file"):
             await asyncio.wait_for(host.work.end(host.job(intent="abort"), host.hangs()), 20)
         assert host.connections == 0
+
+    play(story())
+
+
+def test_qemu_that_is_not_connected_yet_waits_for_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        host = Host(monkeypatch)
+        host.connections = 0
+        begun = asyncio.ensure_future(host.work.begin(host.job(), None))  # type: ignore[arg-type]
+        await asyncio.wait({begun}, timeout=0.5)
+        assert not begun.done() and not host.woken.is_set()
+        host.connections = 1
+        with pytest.raises(JobError, match="end of file"):
+            await asyncio.wait_for(begun, 20)
 
     play(story())
 

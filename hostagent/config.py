@@ -306,8 +306,8 @@ class Exports:
     limit: int = setting(2000, "Exports at a time. One more is refused with `limit`.", low=1, high=100000)
     nbd_timeout: float = setting(
         10.0,
-        "Seconds for the agent's own NBD calls, and for a guest's QEMU to be let in by the server that it copies to: "
-        "the guest stands still meanwhile, and then the connection is cut.",
+        "Seconds for the agent's own NBD calls. Where a guest's QEMU is not let in after twice that by the server that "
+        "it is to copy to, its connection is cut: the guest stands still meanwhile.",
         low=0.1,
         high=600,
     )

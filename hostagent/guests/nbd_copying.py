@@ -5,8 +5,8 @@ URI is what keeps two jobs of ours from writing one export.
 
 QEMU waits for a server that does not answer as long as that takes, and its guest stands still while an export is
 opened, and while a disk is drained whose guest waits for the server, too. So the server is asked by the agent before
-QEMU is; and where a call takes longer than an answer may (exports.nbd_timeout), or a copy that was given up does not
-end in its time (jobs.abort_timeout), QEMU's connections to the server are cut. The copy is lost then, and nothing else.
+QEMU is; and where a call waits longer than an answer may take (exports.nbd_timeout), or a copy that was given up does
+not end in its time (jobs.abort_timeout), QEMU's connections to the server are cut. The copy is lost then, and no more.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class NbdCopy(Work):
         self._settings = settings
         self._leases: dict[str, UriLease] = {}
         self._given_up: dict[str, float] = {}
+        self._kept: set[str] = set()
+        """The jobs of which it was said that their connections are not cut."""
 
     async def plan(self, spec: JobSpec, found: Found, before: Chain) -> Plan:
         target = remote_target(spec)
@@ -77,6 +79,7 @@ class NbdCopy(Work):
 
     def release(self, job: Job) -> None:
         self._given_up.pop(job.id, None)
+        self._kept.discard(job.id)
         if (lease := self._leases.pop(job.id, None)) is not None:
             lease.release()
 
@@ -158,8 +161,7 @@ class NbdCopy(Work):
             return
         now = asyncio.get_running_loop().time()
         if now >= self._given_up.setdefault(job.id, now) + self._settings.abort:
-            with contextlib.suppress(JobError):  # said already
-                await self.cut(job)
+            await self._cut_if_it_may_be(job)
 
     async def _or_cut(self, job: Job, call: Awaitable[None], *, opening: bool = False) -> None:
         """The call's own end, which comes soon when its connection is cut. While that is to be opened, the server's
@@ -171,8 +173,7 @@ class NbdCopy(Work):
                 await self._until_connected(job, task)
                 await asyncio.wait({task}, timeout=self._settings.answer)
             if not task.done():
-                with contextlib.suppress(JobError):
-                    await self.cut(job, until=task)
+                await self._cut_if_it_may_be(job, until=task)
             await task
         finally:
             task.cancel()
@@ -181,6 +182,15 @@ class NbdCopy(Work):
         server, _ = server_of(_uri(job))
         while not task.done() and not await asyncio.to_thread(_count, drive_of(job).uuid, server):
             await asyncio.wait({task}, timeout=CUT_AGAIN)
+
+    async def _cut_if_it_may_be(self, job: Job, *, until: asyncio.Future[Any] | None = None) -> None:
+        try:
+            await self.cut(job, until=until)
+        except JobError as error:
+            if job.id not in self._kept:
+                self._kept.add(job.id)
+                fields = {"job": job.id, "server": _uri(job), "error": error.message}
+                log.warning("a server does not answer, and QEMU's connections are not cut", extra={"fields": fields})
 
     async def cut(self, job: Job, *, until: asyncio.Future[Any] | None = None) -> None:
         """Cut QEMU's connections to the server, and those that it makes instead. `not_supported` where they cannot be

@@ -377,6 +377,7 @@ def silent_from_the_second_on(path: Path) -> Iterator[str]:
         way.unlink()
 
 
+@pytest.mark.slow
 def test_a_server_that_falls_silent_as_qemu_opens_it_is_cut_off(
     agent: AgentProcess, libvirt: PrivateLibvirt, disk: Disk
 ) -> None:

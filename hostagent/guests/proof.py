@@ -60,4 +60,6 @@ class Proof:
             return False if error.code == "not_found" else None
         except TimeoutError:
             return None
+        if disk.layers[0].index is None:
+            return None  # that is its definition: the guest has ended since it was seen to run
         return found == [layer.file for layer in job.after.layers]

@@ -28,7 +28,8 @@ RUNNING = BlockJobInfo(1, 5, END, 0)
 
 
 class FakeDisks:
-    """Disks. `away`: nothing answers; `run` the guest's; `job` on its disk; `stuck`: an abort does not end it."""
+    """Disks. `away`: nothing answers; `defined`: the guest has ended; `run` the guest's; `job` on its disk; `stuck`: an
+    abort does not end it."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.away = False
@@ -36,6 +37,7 @@ class FakeDisks:
         self.job: BlockJobInfo | None = None
         self.stuck = False
         self.detached = False
+        self.defined = False
         self.paths = paths
         self.calls: list[str] = []
 
@@ -62,7 +64,8 @@ class FakeDisks:
         self._answer("describe")
         if self.detached:
             raise JobError("not_found", "domain web1 has no disk vda any more")
-        layers = [LiveLayer(SourceType.FILE, str(path), "qcow2", number + 1) for number, path in enumerate(self.paths)]
+        index = None if self.defined else 1
+        layers = [LiveLayer(SourceType.FILE, str(path), "qcow2", index) for path in self.paths]
         return Disk("vda", "disk", tuple(layers), True, False)
 
     async def pull(self, drive: Drive, base: str | None, bandwidth: int) -> None:

@@ -14,7 +14,7 @@ from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests import driver
 from jobs.errors import JobError
 from jobs.machine import Signal
-from jobs.model import Cursor, Failure, Holder, Job, State
+from jobs.model import Chain, Cursor, Failure, Holder, Job, State
 from jobs.ports import Contact, Observation, Phase
 from jobs.settle import decide
 from tests.unit.guests.fake_libvirt import DRIVE, END, NOW, RUNNING, Host, play
@@ -385,3 +385,15 @@ async def test_between_two_increments_no_pull_is_ours(host: Host) -> None:
     with pytest.raises(JobError, match="somebody else"):
         await host.driver.advance(job, asyncio.Event())
     assert "abort" not in host.disks.calls
+
+
+@on_a_host
+async def test_a_guest_that_ends_between_two_looks_at_its_pull_has_ended(host: Host) -> None:
+    """Its definition names the top alone, which says nothing of a chain that keeps a base."""
+    job = await host.started()
+    job = replace(job, after=Chain(job.before.layers[:2]))
+    host.disks.job, host.proof.header = None, True
+    host.disks.paths, host.disks.defined = host.disks.paths[:1], True
+    assert await host.driver.observe(job) == Observation(Contact.UNRESPONSIVE)
+    host.disks.run = None
+    assert (await host.driver.observe(job)).proven

@@ -555,6 +555,7 @@ class Agent:
         self._watch.close()
         await self._chains.let_go()
         self._ledger.close()
+        self._dependents.close()
         self._prober.close()
         with contextlib.suppress(AttributeError):  # it was never opened
             await self._store.close()

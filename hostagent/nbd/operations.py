@@ -93,6 +93,10 @@ class Search:
         self._timeout = timeout
         self._threads = ThreadPoolExecutor(SEARCHES, thread_name_prefix="search")
 
+    def close(self) -> None:
+        """Its threads end as they are done; our process waits for them at its end."""
+        self._threads.shutdown(wait=False)
+
     async def __call__(
         self, files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]
     ) -> Sequence[Dependent]:

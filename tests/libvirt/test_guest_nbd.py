@@ -27,7 +27,7 @@ from tests.qemu.remote_storage import nbd_server, needs_nbdkit
 pytestmark = needs_nbdkit
 
 LARGE = 48 * MIB
-"""QEMU copies 16 MiB at any speed."""
+"""QEMU may copy 16 MiB at any speed."""
 ANSWER, ABORT = 4, 3
 """exports.nbd_timeout and jobs.abort_timeout, in seconds."""
 
@@ -108,7 +108,7 @@ def ready(agent: AgentProcess, job: Json) -> Json:
 
 def under_way(agent: AgentProcess, uri: str, **spec: object) -> Json:
     job = copy(agent, uri, bandwidth=SLOW, **spec)
-    return agent.until(job["id"], lambda job: job["state"] == "running" and job["cursor"]["cur"] >= 16 * MIB)
+    return agent.until(job["id"], lambda job: job["state"] == "running" and job["cursor"]["cur"] > 0)
 
 
 def on_disk(guest: Guest) -> bool:

@@ -37,3 +37,21 @@ def test_searches_that_hang_end_and_take_no_thread_from_others() -> None:
         asyncio.run(scenario())
     finally:
         answers.set()
+
+
+def test_what_was_searched_keeps_no_thread_after_the_end() -> None:
+    """The process would wait for it."""
+
+    def find(files: Collection[FileId], *, folders: Sequence[Path], skip: Collection[FileId]) -> Sequence[Dependent]:
+        found.append(threading.current_thread())
+        return []
+
+    async def scenario() -> None:
+        assert list(await search([], folders=[], skip=[])) == []
+
+    found: list[threading.Thread] = []
+    search = Search(find, 10)
+    asyncio.run(scenario())
+    search.close()
+    found[0].join(20)
+    assert not found[0].is_alive()

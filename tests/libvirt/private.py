@@ -7,9 +7,10 @@
         libvirt.kill(); libvirt.start()                # as a crash; the guest goes on
 
 It needs root (mounts). All its processes live in one pid namespace, which ends with the one process that we hold by a
-pidfd, and which the kernel ends should this process be killed. /etc/libvirt, /var/lib, /var/log, /var/cache and /run
-are folders of the test's own in there (and /etc/passwd and group know Debian's libvirt-qemu, which the driver looks up
-though QEMU runs as the tests' user); all other paths, those of images above all, are the same inside and outside.
+pidfd, and which the kernel ends should this process be killed. /etc, /var/lib, /var/log, /var/cache and /run are folders
+of the test's own in there. /etc is the host's (by links) but for libvirt, and for passwd and group, which know Debian's
+libvirt-qemu: the driver looks it up though QEMU runs as the tests' user. All other paths, those of images above all, are
+the same inside and outside.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ _PROGRAMS = ("libvirtd", "qemu-system-x86_64", "qemu-img", "unshare", "nsenter",
 
 _INIT = """
 set -e
-for each in etc/libvirt etc/passwd etc/group var/lib var/log var/cache run; do mount --bind "$1/$each" "/$each"; done
+mount --bind /etc "$1/host-etc"
+for each in "$1/host-etc"/*; do [ -e "$1/etc/${each##*/}" ] || ln -s "$each" "$1/etc"; done
+for each in etc var/lib var/log var/cache run; do mount --bind "$1/$each" "/$each"; done
 [ ! -e /dev/kvm ] || mount --bind "$1/kvm" /dev/kvm
 ip link set lo up 2>/dev/null || true
 : > "$1/mounted"
@@ -230,7 +233,7 @@ class PrivateLibvirt:
 
     def _prepare(self) -> None:
         self._folder.chmod(0o755)
-        for each in ("etc/libvirt", "var/lib", "var/log", "var/cache", "run"):
+        for each in ("etc/libvirt", "host-etc", "var/lib", "var/log", "var/cache", "run"):
             (self.root / each).mkdir(parents=True)
         for each in ("run/dbus", "var/lib/libvirt", "var/log/libvirt", "var/cache/libvirt"):
             (self.root / each).mkdir()

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.harness import MIB, AgentProcess, overlay, raw_image, reachable
+from tests.libvirt.booted import Booted
 from tests.libvirt.private import PrivateLibvirt, missing
+from tests.libvirt.works import SIZE
 from tests.qemu.faults import HASTE
 
 
@@ -42,6 +44,14 @@ def module_agent(tmp_path_factory: pytest.TempPathFactory, daemon: PrivateLibvir
     }
     with reachable(home), AgentProcess(home, settings) as process:
         yield process
+
+
+@pytest.fixture(scope="module")
+def booted(tmp_path_factory: pytest.TempPathFactory, daemon: PrivateLibvirt) -> Booted:
+    """Guests that are awake at once, with disks as works.py has them."""
+    home = tmp_path_factory.mktemp("booted")
+    with reachable(home):
+        return Booted(daemon, home, SIZE)
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from tests.libvirt import pattern
 
@@ -25,13 +25,13 @@ _MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern
 """In the order in which they need each other (Debian's cloud kernel has no disk driver built in)."""
 
 _DISK = """
-<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='{cache}'/><source file='{path}'>{seclabel}</source>
+<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='{cache}'{errors}/><source file='{path}'>{seclabel}</source>
 <target dev='{target}' bus='virtio'/></disk>
 """
 _DOMAIN = """
 <domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>96</memory><vcpu>1</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{kernel}</kernel><initrd>{initramfs}</initrd>
-<cmdline>console=ttyS0 quiet panic=-1</cmdline></os>
+<cmdline>console=ttyS0 quiet panic=-1{words}</cmdline></os>
 <features><acpi/></features><on_poweroff>destroy</on_poweroff><on_crash>destroy</on_crash>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}
 <controller type='usb' model='none'/><memballoon model='none'/>
@@ -66,9 +66,12 @@ def initramfs() -> bytes:
 
 class Guest:
     """One domain. `disks` are further disks by target; `cache` is QEMU's mode for all of them. Without `relabel` libvirt
-    leaves the owners of their files alone.
+    leaves the owners of their files alone. `stops`: a request of the guest's that fails, for whatever reason, stops it
+    until it is resumed, as one for want of space does in any case.
 
-    As libvirt has it, `pid` is QEMU's; it can be stopped (SIGSTOP) so that its monitor answers nobody.
+    `uuid` and `words`, more of the kernel's command line, are what a guest has to have in common with one that was saved
+    to be woken as that (see booted.py). As libvirt has it, `pid` is QEMU's; it can be stopped (SIGSTOP) so that its
+    monitor answers nobody.
     """
 
     def __init__(
@@ -81,21 +84,26 @@ class Guest:
         disks: dict[str, Path] | None = None,
         cache: str = "writeback",
         relabel: bool = True,
+        stops: bool = False,
+        uuid: str | None = None,
+        words: str = "",
     ) -> None:
         self.name = name
-        self.uuid = str(uuid.uuid4())
+        self.uuid = uuid or str(uuid4())
         self.disk = disk
         self.console = console
         self._libvirt = libvirt
         self._disks = {"vda": disk, **(disks or {})}
         self._cache = cache
         self._seclabel = "" if relabel else "<seclabel model='dac' relabel='no'/>"
+        self._errors = " error_policy='stop' rerror_policy='stop'" if stops else ""
+        self._words = f" {words}" if words else ""
 
     # Life
 
     @property
     def xml(self) -> str:
-        more = {"cache": self._cache, "seclabel": self._seclabel}
+        more = {"cache": self._cache, "seclabel": self._seclabel, "errors": self._errors}
         disks = [_DISK.format(path=path, target=target, **more) for target, path in self._disks.items()]
         return _DOMAIN.format(
             name=self.name,
@@ -104,6 +112,7 @@ class Guest:
             initramfs=self._libvirt.initramfs,
             disks="".join(disks),
             console=self.console,
+            words=self._words,
         )
 
     def define(self) -> None:
@@ -116,6 +125,20 @@ class Guest:
 
         with self.domain() as domain:
             domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
+
+    def save(self, state: Path) -> None:
+        """Stop it, and keep its memory."""
+        with self.domain() as domain:
+            domain.save(str(state))
+
+    def wake(self, state: Path) -> None:
+        """Go on from what `save` has kept, on the disks that it has now."""
+        import libvirt
+
+        with self._libvirt.connection() as connection:
+            flags = libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_INACTIVE
+            described = connection.lookupByUUIDString(self.uuid).XMLDesc(flags)
+            connection.restoreFlags(str(state), described, libvirt.VIR_DOMAIN_SAVE_RUNNING)
 
     def destroy(self) -> None:
         with self.domain() as domain:
@@ -150,6 +173,18 @@ class Guest:
         except libvirt.libvirtError as error:
             return bool(error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
         return False
+
+    @property
+    def exists(self) -> bool:
+        """Not any more when it has ended and was undefined."""
+        with self._libvirt.connection() as connection:
+            return any(domain.UUIDString() == self.uuid for domain in connection.listAllDomains())
+
+    @property
+    def runs(self) -> bool:
+        with self._libvirt.connection() as connection:
+            running = connection.listAllDomains(1)
+            return any(domain.UUIDString() == self.uuid for domain in running)
 
     @contextlib.contextmanager
     def domain(self) -> Iterator[Any]:
@@ -207,9 +242,18 @@ class Guest:
         until(lambda: self.flushed >= count, f"{self.name} has flushed {count} blocks")
         return self.flushed
 
-    def verify(self, image: Path | None = None, *, flushed: int | None = None, running: bool = False) -> int:
-        """That the image (its disk) has all that the guest flushed; says how many blocks were looked at."""
-        found = pattern.verify_image(image or self.disk, self.flushed if flushed is None else flushed, running=running)
+    def verify(
+        self,
+        image: Path | None = None,
+        *,
+        flushed: int | None = None,
+        running: bool = False,
+        before: Path | None = None,
+    ) -> int:
+        """That the image (its disk) has all that the guest flushed, and else what it had `before`, if that is known;
+        says how many blocks were looked at."""
+        number = self.flushed if flushed is None else flushed
+        found = pattern.verify_image(image or self.disk, number, running=running, before=before)
         assert not found.wrong, found.wrong[:5]
         assert found.checked > 0, "the guest flushed nothing"
         return found.checked

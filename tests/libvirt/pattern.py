@@ -6,6 +6,7 @@ flushed must hold, in each place, the last block of these n that belongs there, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import subprocess
@@ -25,26 +26,32 @@ class Verdict(NamedTuple):
     wrong: list[str]
 
 
-def verify(disk: BinaryIO, flushed: int) -> Verdict:
-    """Look at the disk's bytes, raw, for the first `flushed` blocks."""
+def verify(disk: BinaryIO, flushed: int, before: BinaryIO | None = None) -> Verdict:
+    """Look at the disk's bytes, raw, for the first `flushed` blocks. `before` is the disk as it was before the guest
+    wrote: wherever it has flushed nothing, the disk must be that, or have a block whose flush was not heard of."""
     blocks = disk.seek(0, 2) // BLOCK
     last = {number * STRIDE % blocks: number for number in range(1, flushed + 1)}
     wrong = []
     for place, number in last.items():
-        disk.seek(place * BLOCK)
-        if (what := _fault(disk.read(BLOCK), place, number)) is not None:
+        if (what := _fault(_at(disk, place), place, number)) is not None:
             wrong.append(f"block {number} at {place * BLOCK}: {what}")
+    for place in range(blocks) if before is not None else ():
+        if place in last or (found := _at(disk, place)) == _at(before, place):
+            continue
+        if (what := _fault(found, place, flushed + 1)) is not None:
+            wrong.append(f"not what the disk had at {place * BLOCK}: {what}")
     return Verdict(len(last), wrong)
 
 
-def verify_image(image: Path, flushed: int, *, running: bool = False) -> Verdict:
-    """The same for an image of any format, with its chain; `running`: read past QEMU's locks."""
+def verify_image(image: Path, flushed: int, *, running: bool = False, before: Path | None = None) -> Verdict:
+    """The same for an image of any format, with its chain; `running`: read past QEMU's locks; `before` is raw."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "disk.raw"
         command = ["qemu-img", "convert", *(["-U"] if running else []), "-O", "raw", str(image), str(raw)]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
-        with raw.open("rb") as disk:
-            return verify(disk, flushed)
+        with contextlib.ExitStack() as stack:
+            was = stack.enter_context(before.open("rb")) if before else None
+            return verify(stack.enter_context(raw.open("rb")), flushed, was)
 
 
 def block(number: int, blocks: int) -> tuple[int, bytes]:
@@ -54,6 +61,11 @@ def block(number: int, blocks: int) -> tuple[int, bytes]:
     digest = hashlib.md5(f"{head}\n".encode()).hexdigest()
     record = f"{head} md5={digest} {'.' * 128}"[:127] + "_"
     return place * BLOCK, record.encode() * 32
+
+
+def _at(disk: BinaryIO, place: int) -> bytes:
+    disk.seek(place * BLOCK)
+    return disk.read(BLOCK)
 
 
 def _fault(data: bytes, place: int, number: int) -> str | None:

@@ -25,6 +25,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,7 @@ _LIBVIRTD = """
 unix_sock_dir = "{socket}"
 auth_unix_ro = "none"
 auth_unix_rw = "none"
+host_uuid = "{host}"
 log_outputs = "1:file:{log}"
 log_filters = "{monitor}3:util 3:object 3:event 3:rpc 3:qemu"
 """
@@ -242,7 +244,7 @@ class PrivateLibvirt:
             (self.root / "etc" / name).write_text(text if "\nlibvirt-qemu:" in text else f"{text}{line}\n")
         (self.root / "kvm").touch(mode=0)
         monitor = "2:qemu.qemu_monitor " if self._monitor else ""
-        config = _LIBVIRTD.format(socket=self.runtime, log=self.log, monitor=monitor)
+        config = _LIBVIRTD.format(socket=self.runtime, log=self.log, monitor=monitor, host=uuid.uuid4())
         (self.root / "etc/libvirt/libvirtd.conf").write_text(config)
         (self.root / "etc/libvirt/qemu.conf").write_text(_QEMU.format(user=self.user))
         self.initramfs.write_bytes(initramfs())

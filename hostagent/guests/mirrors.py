@@ -155,6 +155,8 @@ class Mirrors:
                 ready = disk.mirror is not None and disk.mirror.ready
                 cursor = Cursor(found.cur, found.end)
                 return Observation(Contact.ALIVE, Phase.READY if ready else Phase.RUNNING, cursor)
+            if disk is not None and disk.layers[0].index is None:
+                runs = None  # that is its definition: it has ended since the look
         except JobError:
             return Observation(Contact.UNRESPONSIVE)
         proven = await self._proven(job, disk)

@@ -27,12 +27,13 @@ COPYING = BlockJobInfo(2, 5, END, 0)
 
 
 class FakeDisks:
-    """Disks of a guest whose disk is mirrored. `refuses`: what a pivot says."""
+    """Disks of a guest whose disk is mirrored. `refuses`: what a pivot says; `ended`: the guest does between two looks."""
 
     def __init__(self) -> None:
         self.run: int | None = 1
         self.job: BlockJobInfo | None = None
         self.ready = False
+        self.ended = False
         self.refuses: JobError | None = None
         self.deaf = False
         self.calls: list[str] = []
@@ -41,9 +42,9 @@ class FakeDisks:
         return self.run, self.job if self.run is not None else None
 
     async def describe(self, drive: object) -> Disk:
-        top = LiveLayer(SourceType.FILE, "/images/top.qcow2", "qcow2", 1)
+        top = LiveLayer(SourceType.FILE, "/images/top.qcow2", "qcow2", None if self.ended else 1)
         target = LiveLayer(SourceType.FILE, "/images/copy.qcow2", "qcow2", 3)
-        mirror = Mirror("copy", self.ready, target) if self.job else None
+        mirror = Mirror("copy", self.ready, target) if self.job and not self.ended else None
         return Disk("vda", "disk", (top,), True, False, mirror)
 
     async def contact(self) -> bool:
@@ -235,6 +236,17 @@ async def test_an_ended_guest_without_a_pivot_leaves_no_doubt(host: Host) -> Non
     failure = decide(job, await host.driver.observe(job)).failure
     assert failure is not None and failure.code == "guest_stopped"
     assert await host.driver.discard(job)
+
+
+@on_a_host
+async def test_a_guest_that_ends_between_two_looks_has_ended(host: Host) -> None:
+    job = host.job(None)
+    await host.driver.observe(job)
+    host.disks.ended = True
+    seen = await host.driver.observe(job)
+    assert (seen.contact, seen.proven) == (Contact.DEAD, False)
+    failure = decide(job, seen).failure
+    assert failure is not None and failure.code == "guest_stopped"
 
 
 @on_a_host

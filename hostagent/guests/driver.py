@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HypervisorEvent
+from events.model import DiskErrorEvent, DiskJobEvent, DomainEvent, HypervisorEvent, QemuJobEvent
 from hostagent.drivers.domain_claims import DomainClaims
 from hostagent.guests import chain, ends
 from hostagent.guests.disks import PULL, Disks, drive_of, stopped
@@ -39,7 +39,7 @@ SOON = 10.0
 TRIES, TRY_AGAIN = 4, 0.25
 """Looks at what a guest that is gone has written, and seconds between them."""
 END_TOLD = 1.0
-"""Seconds to be told how a guest ended that is gone."""
+"""Seconds to be told how a guest ended that is gone, or a job."""
 REST = 5
 """Times as long as a look at an image's tables took until the next one."""
 
@@ -59,9 +59,9 @@ class Settings:
 class _Known:
     """What is remembered of a job while it lives: `ours` says that a pull on its disk is this job's, `sure` that what
     runs there now was begun by us or had the chain that ours has, and has not been heard to end, `pausing` that we
-    have ended it to go on later, `said` what libvirt told of its end or of a failed request, `ended` how the guest did;
-    `run` is the guest's run that it works in. `waits` says why it is not done although QEMU's part is, `since` when,
-    and `again` when to look anew."""
+    have ended it to go on later, `said` what libvirt told of its end or of a failed request, `word` QEMU's own reason,
+    `ended` how the guest did; `run` is the guest's run that it works in. `waits` says why it is not done although
+    QEMU's part is, `since` when, and `again` when to look anew."""
 
     drive: Drive
     run: int | None = None
@@ -72,6 +72,7 @@ class _Known:
     sure: bool = False
     pausing: bool = False
     said: str | None = None
+    word: str | None = None
     ended: str | None = None
 
 
@@ -157,7 +158,7 @@ class GuestDriver:
 
     async def _begin(self, job: Job) -> None:
         known = self._jobs[job.id]
-        known.pausing, known.said = False, None
+        known.pausing, known.said, known.word = False, None, None
         try:
             await self._pulling.begin(job)
         except JobError as error:
@@ -166,12 +167,20 @@ class GuestDriver:
         known.ours = known.sure = True
 
     async def advance(self, job: Job, stop: asyncio.Event) -> int:
+        known = self._jobs[job.id]
         _, found = await self._disks.look(drive_of(job))
-        if found is not None and not (self._jobs[job.id].ours and await self._is_ours(job)):
+        if found is not None and not (known.ours and await self._is_ours(job)):
             raise _somebodys(drive_of(job))
-        self._jobs[job.id].ours = True
-        self._jobs[job.id].said = None
-        return await self._pulling.advance(job, stop)
+        known.ours, known.said, known.word, known.ended = True, None, None, None
+        try:
+            return await self._pulling.advance(job, stop)
+        except JobError as error:
+            if error.code != "job_failed":
+                raise
+            await _until_told(lambda: known.ended is not None or _explained(known))
+            if known.ended is not None:
+                raise stopped(drive_of(job)) from error
+            raise JobError("job_failed", await self._why(job)) from error
 
     async def rest(self, job: Job) -> None:
         """Nothing runs, and nothing is open for the job; the domain stays its own between two increments."""
@@ -250,12 +259,9 @@ class GuestDriver:
         return await self._file.missing(job, running=False)
 
     async def _how_ended(self, job: Job) -> str:
-        """libvirt says it at about the time from which the guest is gone."""
         known, drive = self._jobs.get(job.id), drive_of(job)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(END_TOLD):
-                while known is not None and known.ended is None:  # noqa: ASYNC110 - it may have been told before
-                    await asyncio.sleep(LOOK)
+        if known is not None:
+            await _until_told(lambda: known.ended is not None)
         how = (known.ended if known else None) or "ended"
         return f"domain {drive.name} {how} while the job ran; the image still stands on its backing files"
 
@@ -276,9 +282,13 @@ class GuestDriver:
         return waits is None
 
     async def _why(self, job: Job) -> str:
-        """libvirt gives no reason for a failure: what can be found instead. QEMU's own is in the guest's log."""
+        """libvirt gives no reason for a failure: QEMU's own, or what can be found instead where that was not heard."""
         known, drive = self._jobs.get(job.id), drive_of(job)
-        said = known.said if known else None
+        if known is not None:
+            await _until_told(lambda: _explained(known))
+        said, word = (known.said, known.word) if known else (None, None)
+        if word is not None:
+            return f"the pull of {drive} ended: {word}"
         if said == "cancelled":
             return f"the pull of {drive} was aborted by somebody else (`virsh blockjob --abort`, or another program)"
         try:
@@ -379,7 +389,7 @@ class GuestDriver:
     # What libvirt tells: hints
 
     def event(self, event: HypervisorEvent) -> None:
-        if isinstance(event, DiskJobEvent | DomainEvent | DiskErrorEvent):
+        if isinstance(event, DiskJobEvent | QemuJobEvent | DomainEvent | DiskErrorEvent):
             for job, known in list(self._jobs.items()):
                 if known.drive.uuid == event.domain:
                     _note(known, event)
@@ -418,10 +428,25 @@ def _somebodys(drive: Drive) -> JobError:
 
 def _note(known: _Known, event: HypervisorEvent) -> None:
     known.ended = ends.said(event) or known.ended
-    if isinstance(event, DiskJobEvent) and event.disk == known.drive.target:
+    if isinstance(event, QemuJobEvent) and event.disk == known.drive.target:
+        known.word = event.error or known.word
+    elif isinstance(event, DiskJobEvent) and event.disk == known.drive.target:
         known.said, known.sure = event.reason or known.said, False
     elif isinstance(event, DiskErrorEvent):
         known.said = f"a request of the guest failed ({event.reason or 'input/output error'}) on {event.path}"
+
+
+def _explained(known: _Known) -> bool:
+    """Whether what was heard says all of why its job ended."""
+    return known.word is not None or known.said == "cancelled"
+
+
+async def _until_told(told: Callable[[], bool]) -> None:
+    """libvirt tells of an end at about the time at which it can be seen."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(END_TOLD):
+            while not told():  # noqa: ASYNC110 - it may have been told before
+                await asyncio.sleep(LOOK)
 
 
 def _need(before: Chain, after: Chain) -> int:

@@ -28,11 +28,12 @@ RUNNING = BlockJobInfo(1, 5, END, 0)
 
 
 class FakeDisks:
-    """Disks. `away`: nothing answers; `defined`: the guest has ended; `run` the guest's; `job` on its disk; `stuck`: an
-    abort does not end it."""
+    """Disks. `away`: nothing answers, `error`: it says that; `defined`: the guest has ended; `run` the guest's; `job` on
+    its disk; `stuck`: an abort does not end it."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.away = False
+        self.error: JobError | None = None
         self.run: int | None = 1
         self.job: BlockJobInfo | None = None
         self.stuck = False
@@ -55,6 +56,8 @@ class FakeDisks:
         self.calls.append(what)
         if self.away:
             raise JobError("unresponsive", "libvirt is away")
+        if self.error is not None:
+            raise self.error
 
     async def look(self, drive: Drive) -> tuple[int | None, BlockJobInfo | None]:
         self._answer("look")

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from events.model import DiskJobEvent, DiskJobKind, DomainEvent, DomainEventKind
+from events.model import DiskJobEvent, DiskJobKind, DomainEvent, DomainEventKind, QemuJobEvent
 from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests import driver
 from jobs.errors import JobError
 from jobs.machine import Signal
 from jobs.model import Chain, Cursor, Failure, Holder, Job, State
+from jobs.outcome import failure_of
 from jobs.ports import Contact, Observation, Phase
 from jobs.settle import decide
 from tests.unit.guests.fake_libvirt import DRIVE, END, NOW, RUNNING, Host, play
+
+QEMU_SAID = QemuJobEvent(DRIVE.uuid, "web1", "vda", "pull", good=False, error="Input/output error")
 
 
 def on_a_host(test: Callable[[Host], Awaitable[None]]) -> Callable[[Path], None]:
@@ -246,9 +249,36 @@ async def test_an_increment_that_ends_early_is_an_error_and_one_that_is_stopped_
     while host.disks.job is None:
         await asyncio.sleep(0)
     host.disks.job = None
+    host.driver.event(QEMU_SAID)
     with pytest.raises(JobError) as failed:
         await running
-    assert failed.value.code == "job_failed"
+    assert failed.value.code == "job_failed" and "Input/output error" in failed.value.message
+    assert failure_of(job, failed.value).code == "io_error"
+
+
+@on_a_host
+async def test_an_increment_whose_guest_ended_says_so_whatever_libvirt_said_to_who_was_just_asking(host: Host) -> None:
+    await host.driver.prepare(host.job)
+    job = replace(host.job, upto=END // 2, state=State.RUNNING, started=NOW)
+    running = asyncio.create_task(host.driver.advance(job, asyncio.Event()))
+    while host.disks.job is None:
+        await asyncio.sleep(0)
+    host.disks.error = JobError("job_failed", "Unable to read from monitor: Connection reset by peer")
+    host.driver.event(DomainEvent(DomainEventKind.STOPPED, DRIVE.uuid, "web1", "failed"))
+    with pytest.raises(JobError) as failed:
+        await running
+    assert failed.value.code == "guest_stopped"
+
+
+@on_a_host
+async def test_qemus_own_reason_is_the_jobs(host: Host) -> None:
+    job = await host.started()
+    host.disks.job = None
+    host.driver.event(replace(QEMU_SAID, disk="vdb", error="No space left on device"))
+    host.driver.event(QEMU_SAID)
+    host.driver.event(DiskJobEvent(DiskJobKind.FAILED, DRIVE.uuid, "web1", "vda", "pull", reason="failed"))
+    failure = decide(job, await host.driver.observe(job)).failure
+    assert failure is not None and (failure.code, "Input/output error" in failure.message) == ("io_error", True)
 
 
 @on_a_host

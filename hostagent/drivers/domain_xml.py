@@ -8,7 +8,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 from xml.parsers import expat
 
 from jobs.errors import JobError
@@ -20,13 +20,21 @@ MOST_DEPTH = 1000
 
 
 class SourceType(StrEnum):
-    """How libvirt reaches a layer. OTHER is what gives no path and no host: nvme, vhostuser, a volume of a pool that
-    does not run, …"""
+    """How libvirt reaches a layer. A VOLUME is named by its storage pool alone; volumes.py finds what it is. OTHER is
+    no image of this host: nvme, vhostuser, a folder that is shown as a file system (dir), …"""
 
     FILE = "file"
     BLOCK = "block"
     NETWORK = "network"
+    VOLUME = "volume"
     OTHER = "other"
+
+
+class Volume(NamedTuple):
+    """A volume of a storage pool of libvirt's."""
+
+    pool: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,8 @@ class DacLabel:
 class LiveLayer:
     """One layer. `index` is QEMU's number for it (vda[3]), None while the domain does not run. `path` is a file or a
     device; of a network image its name, and `protocol` and `hosts` (host:port, or a socket's path) say where. `dac` is
-    what is said of this layer alone, `size` the bytes of it that are the disk's, if not all."""
+    what is said of this layer alone, `size` the bytes of it that are the disk's, if not all. `volume` is what a pool
+    calls it; `trouble` why it cannot be said what that is."""
 
     type: SourceType
     path: str | None
@@ -52,6 +61,8 @@ class LiveLayer:
     hosts: tuple[str, ...] = ()
     dac: DacLabel | None = None
     size: int | None = None
+    volume: Volume | None = None
+    trouble: str | None = None
 
     @property
     def local(self) -> bool:
@@ -113,6 +124,13 @@ def base_label(text: str, *, size: int) -> str | None:
     return None
 
 
+def pool(text: str, *, size: int) -> tuple[str, str]:
+    """Of a storage pool: its type, and the folder that its volumes lie in; empty where there is none. A JobError as
+    `parse`."""
+    root = _tree(text.encode("utf-8", "surrogatepass"), size)
+    return root.get("type", ""), root.findtext("./target/path") or ""
+
+
 # Elements
 
 
@@ -150,11 +168,9 @@ def _layer(element: ElementTree.Element) -> LiveLayer | None:
     if source is None:
         return None
     kind = element.get("type", "file")
-    type = SourceType(kind) if kind in ("file", "block", "network") else SourceType.OTHER
+    type = SourceType(kind) if kind in ("file", "block", "network", "volume") else SourceType.OTHER
     path = source.get({"file": "file", "block": "dev", "network": "name"}.get(kind, ""))
-    if path is None and kind == "volume":  # of a running domain, libvirt says what the volume is
-        path = source.get("file") or source.get("dev")
-        type = SourceType.FILE if source.get("file") else SourceType.BLOCK if path else type
+    volume = Volume(source.get("pool", ""), source.get("volume", "")) if kind == "volume" else None
     index = source.get("index") or element.get("index")  # of the top in its source, of those below in themselves
     return LiveLayer(
         type=type,
@@ -165,6 +181,7 @@ def _layer(element: ElementTree.Element) -> LiveLayer | None:
         hosts=tuple(_host(host) for host in source.iterfind("host")),
         dac=_dac(source),
         size=_part(source),
+        volume=volume,
     )
 
 

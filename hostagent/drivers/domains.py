@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from events.model import DiskJobEvent, DomainEvent, DomainEventKind, HypervisorEvent
-from hostagent.drivers import domain_xml
+from hostagent.drivers import domain_xml, volumes
 from hostagent.drivers.domain_xml import Disk, Domain, LiveLayer
 from hostagent.drivers.hypervisor import Hypervisor
 from hostagent.drivers.libvirt import BlockJobInfo, DomainRef, Session
@@ -123,7 +123,11 @@ class Domains:
         return await self._hypervisor.call("describe_aside", describe, timeout=timeout)
 
     def _describing(self, domain: DomainRef) -> Callable[[Session], Domain]:
-        return lambda session: domain_xml.parse(session.describe(domain.uuid), size=self._settings.xml_size)
+        def describe(session: Session) -> Domain:
+            found = domain_xml.parse(session.describe(domain.uuid), size=self._settings.xml_size)
+            return volumes.resolve(session, found)
+
+        return describe
 
     def known(self) -> list[tuple[DomainRef, Domain]]:
         """All domains, as they were when they were last read."""

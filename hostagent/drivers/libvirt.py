@@ -95,6 +95,14 @@ class DomainRef:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolRef:
+    """A storage pool, defined or running, and its description."""
+
+    active: bool
+    xml: str
+
+
+@dataclass(frozen=True, slots=True)
 class BlockJobInfo:
     """virDomainBlockJobInfo: `type` as in normalize.OPERATIONS; `bandwidth` in bytes/s, 0 is no limit."""
 
@@ -265,6 +273,20 @@ class Session:
                 return None
             return str(found.XMLDesc(_libvirt().VIR_DOMAIN_XML_INACTIVE))
 
+    # Storage pools
+
+    def volume_path(self, pool: str, volume: str) -> str:
+        """Where a volume of a pool that runs is. A JobError otherwise, for a pool or volume that is not known, too."""
+        with translated(f"look for volume {volume!r} of storage pool {pool!r}"):
+            return str(self._connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
+
+    def pool(self, name: str) -> PoolRef:
+        with translated(f"describe storage pool {name!r}"):
+            found = self._connection.storagePoolLookupByName(name)
+            return PoolRef(bool(found.isActive()), str(found.XMLDesc(0)))
+
+    # The host, and block jobs
+
     def capabilities(self) -> str:
         """The host's, as XML."""
         with translated("ask for capabilities"):
@@ -368,6 +390,8 @@ _AGAIN = "wait for what runs there, or try again"
 _ERRORS: dict[str, tuple[str, str | None]] = {
     "VIR_ERR_NO_DOMAIN": ("not_found", _LOOK),
     "VIR_ERR_NO_DOMAIN_CHECKPOINT": ("not_found", None),
+    "VIR_ERR_NO_STORAGE_POOL": ("not_found", "see `virsh pool-list --all`"),
+    "VIR_ERR_NO_STORAGE_VOL": ("not_found", "see `virsh vol-list POOL`; `virsh pool-refresh POOL` looks anew"),
     "VIR_ERR_INVALID_ARG": ("invalid", None),
     "VIR_ERR_INVALID_DOMAIN": ("not_found", _LOOK),
     "VIR_ERR_XML_ERROR": ("invalid", None),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from events.model import DiskJobEvent, DomainEvent, DomainEventKind, HypervisorEvent
-from hostagent.drivers import domain_xml
+from hostagent.drivers import domain_xml, volumes
 from hostagent.drivers.domain_xml import Domain
 from hostagent.drivers.hypervisor import Hypervisor
 from hostagent.drivers.libvirt import DomainRef, Session
@@ -316,7 +316,8 @@ class Holding:
             texts = [session.describe(domain.uuid)]
             if domain.active and (definition := session.definition(domain.uuid)) is not None:
                 texts.append(definition)
-            return [domain_xml.parse(text, size=self._settings.xml_size) for text in texts]
+            parsed = (domain_xml.parse(text, size=self._settings.xml_size) for text in texts)
+            return [volumes.resolve(session, one) for one in parsed]
 
         return await self._hypervisor.call("describe", describe, domain=domain)
 

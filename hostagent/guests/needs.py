@@ -88,6 +88,9 @@ class _Reader:
 
     def _named(self, live: LiveLayer, *, writes: bool) -> Layer | None:
         """A layer that libvirt names. Network images are their servers' to give."""
+        if live.trouble is not None:
+            what = f"what {self._domain.name}/{self._disk.target} is cannot be said: {live.trouble}"
+            raise JobError("unavailable", what, remedy="start the storage pool, or undefine the domain")
         if not live.local or live.path is None:
             return None
         path = os.path.realpath(live.path)

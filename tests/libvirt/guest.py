@@ -25,7 +25,7 @@ _MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern
 """In the order in which they need each other (Debian's cloud kernel has no disk driver built in)."""
 
 _DISK = """
-<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='{cache}'{errors}/><source file='{path}'>{seclabel}</source>
+<disk type='{type}' device='disk'><driver name='qemu' type='qcow2' cache='{cache}'{errors}/><source {source}>{seclabel}</source>
 <target dev='{target}' bus='virtio'/></disk>
 """
 _DOMAIN = """
@@ -66,8 +66,9 @@ def initramfs() -> bytes:
 
 class Guest:
     """One domain. `disks` are further disks by target; `cache` is QEMU's mode for all of them. Without `relabel` libvirt
-    leaves the owners of their files alone. `stops`: a request of the guest's that fails, for whatever reason, stops it
-    until it is resumed, as one for want of space does in any case.
+    leaves the owners of their files alone. With a `pool` they are its volumes, and the XML names no files. `stops`: a
+    request of the guest's that fails, for whatever reason, stops it until it is resumed, as one for want of space does
+    in any case.
 
     `uuid` and `words`, more of the kernel's command line, are what a guest has to have in common with one that was saved
     to be woken as that (see booted.py). As libvirt has it, `pid` is QEMU's; it can be stopped (SIGSTOP) so that its
@@ -87,6 +88,7 @@ class Guest:
         stops: bool = False,
         uuid: str | None = None,
         words: str = "",
+        pool: str | None = None,
     ) -> None:
         self.name = name
         self.uuid = uuid or str(uuid4())
@@ -95,6 +97,7 @@ class Guest:
         self._libvirt = libvirt
         self._disks = {"vda": disk, **(disks or {})}
         self._cache = cache
+        self._pool = pool
         self._seclabel = "" if relabel else "<seclabel model='dac' relabel='no'/>"
         self._errors = " error_policy='stop' rerror_policy='stop'" if stops else ""
         self._words = f" {words}" if words else ""
@@ -103,8 +106,9 @@ class Guest:
 
     @property
     def xml(self) -> str:
-        more = {"cache": self._cache, "seclabel": self._seclabel, "errors": self._errors}
-        disks = [_DISK.format(path=path, target=target, **more) for target, path in self._disks.items()]
+        kind = "volume" if self._pool else "file"
+        more = {"cache": self._cache, "seclabel": self._seclabel, "errors": self._errors, "type": kind}
+        disks = [_DISK.format(source=self._source(path), target=target, **more) for target, path in self._disks.items()]
         return _DOMAIN.format(
             name=self.name,
             uuid=self.uuid,
@@ -114,6 +118,9 @@ class Guest:
             console=self.console,
             words=self._words,
         )
+
+    def _source(self, path: Path) -> str:
+        return f"pool='{self._pool}' volume='{path.name}'" if self._pool else f"file='{path}'"
 
     def define(self) -> None:
         with self._libvirt.connection() as connection:

@@ -306,3 +306,82 @@ def test_a_guest_that_hangs_holds_up_no_other(agent: AgentProcess, libvirt: Priv
     with hung.frozen():
         job = agent.until_ended(pull(agent)["id"])
     assert (job["revocation"], job["chain"]["revoked"], owner(base)) == ("done", [str(base)], ALICE)
+
+
+VOLUMES = "<pool type='dir'><name>images</name><target><path>{}</path></target></pool>"
+
+
+@pytest.fixture
+def pool(libvirt: PrivateLibvirt, base: Path) -> Iterator[Path]:
+    """The folder of the base as a storage pool that runs."""
+    with libvirt.connection() as connection:
+        found = connection.storagePoolDefineXML(VOLUMES.format(base.parent))
+        found.create()
+        yield base.parent
+        if found.isActive():
+            found.destroy()
+        found.undefine()
+
+
+def as_volume(libvirt: PrivateLibvirt, name: str, disk: Path, pool: str = "images") -> Guest:
+    with libvirt.connection() as connection:
+        connection.storagePoolLookupByName("images").refresh()
+    return libvirt.guest(name, disk, pool=pool)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_guest_that_is_off_and_whose_disk_is_a_volume_keeps_its_base(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path, pool: Path, runs: bool
+) -> None:
+    web1 = defined(agent, libvirt, "web1", base)
+    second = as_volume(libvirt, "web2", overlay(pool / "web2.qcow2", base))
+    if not runs:
+        with libvirt.connection() as connection:
+            connection.storagePoolLookupByName("images").destroy()
+    mine = f"{second.uuid}/vda"
+    until(lambda: mine in holders(agent, base), "its chain is held")
+    web1.start(paused=True)
+    job = pull(agent)
+    until(lambda: backing_of(web1.disk) is None, "QEMU is done")
+    web1.destroy()
+    job = agent.until_ended(job["id"])
+    assert (job["state"], job["revocation"], job["chain"]["revoked"]) == ("completed", "kept", [])
+    assert job["chain"]["kept"][0]["holders"] == [f"domain:{mine} (web2/vda)"]
+    assert can_open(libvirt, base)
+    second.remove()
+    until(lambda: owner(base) == ALICE, "the base is given back")
+
+
+def test_a_volume_of_a_pool_that_is_not_known_gives_nothing_back(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path, pool: Path
+) -> None:
+    web1 = defined(agent, libvirt, "web1", base)
+    second = as_volume(libvirt, "web2", overlay(pool / "web2.qcow2", base), pool="elsewhere")
+    until(lambda: "elsewhere" in domains_of(agent), "it is said")
+    web1.start(paused=True)
+    until(lambda: can_open(libvirt, base), "libvirt has given it")
+    job = pull(agent)
+    until(lambda: backing_of(web1.disk) is None, "QEMU is done")
+    web1.destroy()
+    job = agent.until(job["id"], lambda job: job["state"] == "completed")
+    assert (job["revocation"], can_open(libvirt, base)) == ("pending", True), job["chain"]["kept"]
+    second.remove()
+    job = agent.until_ended(job["id"])
+    assert job["revocation"] == "done", job["chain"]["kept"]
+    assert owner(base) == ALICE
+
+
+def test_a_running_guest_whose_disk_is_a_volume_is_pulled_and_named(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path, pool: Path
+) -> None:
+    guest = as_volume(libvirt, "web1", overlay(pool / "web1.qcow2", base))
+    until(lambda: f"{guest.uuid}/vda" in holders(agent, base), "its chain is held")
+    guest.start(paused=True)
+    with pytest.raises(ApiError) as refused:
+        agent.pull(guest.disk)
+    assert refused.value.code == "busy" and "web1/vda" in str(refused.value.body["remedy"])
+    job = pull(agent)
+    until(lambda: backing_of(guest.disk) is None, "QEMU is done")
+    guest.destroy()
+    job = agent.until_ended(job["id"])
+    assert (job["state"], job["chain"]["revoked"], owner(base)) == ("completed", [str(base)], ALICE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,54 @@ def test_what_a_header_names_elsewhere_is_not_touched_and_the_chain_not_known(im
     assert modes(found) == {"far.qcow2": "rw"}
     assert found.unknown is not None and "images.pools" in str(found.unknown.remedy)
     assert modes(needs(domain(disk(top)), limits=ChainLimits((str(far.parent),)))) == {"far.qcow2": "rw", "shadow": "r"}
+
+
+def test_a_cdrom_with_a_chain_is_read_and_writes_nothing(images: Images) -> None:
+    found = needs(domain(disk(images.top, more="<readonly/>").replace("device='disk'", "device='cdrom'")))
+    assert modes(found) == ALL | {"top.qcow2": "r"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("type='network'><source protocol='nbd' name='x'/>", id="network"),
+        pytest.param("type='dir'><source dir='/etc'/>", id="dir"),
+        pytest.param("type='nvme'><source type='pci' managed='yes' namespace='1'/>", id="nvme"),
+        pytest.param("type='vhostuser'><source type='unix' path='/run/x.sock'/>", id="vhostuser"),
+        pytest.param("type='block'><source dev='/dev/null'/>", id="a device that is none of blocks"),
+    ],
+)
+def test_what_is_no_file_of_this_host_is_not_held(text: str) -> None:
+    found = needs(domain(f"<disk {text}<driver type='raw'/><target dev='vda'/></disk>"))
+    assert (found.uses, found.missing, found.unknown) == ((), False, None)
+
+
+def test_below_a_network_image_libvirts_xml_alone_says_what_there_is(images: Images) -> None:
+    top = "<disk type='network'><driver type='qcow2'/><source protocol='nbd' name='x'/>{}<target dev='vda'/></disk>"
+    assert modes(needs(domain(top.format(layer(images.base, "raw"))))) == {"base.raw": "r"}
+    assert modes(needs(domain(top.format(layer(images.middle, "qcow2", below=""))))) == {
+        "middle.qcow2": "r",
+        "base.raw": "r",
+    }
+
+
+def test_what_the_xml_alone_says_counts_more_than_headers(images: Images) -> None:
+    other = raw_image(images.folder / "other.raw", MIB)
+    found = needs(domain(disk(images.top, below=layer(other, "raw"))))
+    assert modes(found) == {"top.qcow2": "rw", "other.raw": "r"}
+
+
+def test_a_volume_whose_path_nobody_knows_is_not_known(images: Images) -> None:
+    text = "<disk type='volume'><source pool='p' volume='v'/><driver type='qcow2'/><target dev='vda'/></disk>"
+    described = parse(domain(text), size=MIB)
+    (one,) = described.disks
+    untold = replace(one.layers[0], trouble="storage pool 'p' is not active")
+    (found,) = read_needs(
+        [replace(described, disks=(replace(one, layers=(untold,)),))],
+        Labels(QEMU, QEMU.uid, relabels=True),
+        ChainLimits(),
+    )
+    assert found.uses == () and found.unknown is not None and "not active" in found.unknown.message
 
 
 def test_a_chain_that_cannot_be_read_is_not_known(images: Images) -> None:

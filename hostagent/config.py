@@ -125,7 +125,8 @@ class Libvirt:
     xml_size: int = setting(4 * MIB, "Bytes of one domain's description.", low=64 * 1024, high=64 * MIB, size=True)
     refresh: float = setting(
         60.0,
-        "Seconds between two looks at which domain uses which file, besides those that events start.",
+        "Seconds between two looks at which domain uses which file, and at what images keep of a chain that got "
+        "shorter while nobody looked, besides those that events start.",
         low=1,
         high=86400,
     )
@@ -141,7 +142,8 @@ class Libvirt:
     )
     agree_timeout: float = setting(
         5.0,
-        "Seconds for libvirt to say of a disk's chain what the image itself says, once a job on it has ended.",
+        "Seconds for libvirt to say of a disk's chain what the image itself says, once a job on it has ended; and "
+        "until a chain that lost something without a job is looked at.",
         low=0.1,
         high=600,
     )

@@ -63,7 +63,6 @@ from hostagent.guests.external import ExternalDriver
 from hostagent.guests.external import Settings as ExternalSettings
 from hostagent.guests.finding import Finder
 from hostagent.guests.holding import Holding
-from hostagent.guests.holding import Settings as HoldingSettings
 from hostagent.guests.lookout import Lookout
 from hostagent.guests.lookout import Settings as LookoutSettings
 from hostagent.guests.mirrors import Mirrors
@@ -72,7 +71,10 @@ from hostagent.guests.nbd_copying import NbdCopy
 from hostagent.guests.nbd_copying import Settings as NbdCopySettings
 from hostagent.guests.proof import Proof
 from hostagent.guests.pulling import Pulling
+from hostagent.guests.reading import Settings as ReadingSettings
 from hostagent.guests.router import Router
+from hostagent.guests.unseen import Settings as UnseenSettings
+from hostagent.guests.unseen import Unseen
 from hostagent.images.dependents import Dependent, ScanLimits, find_dependents
 from hostagent.images.drift import Drift
 from hostagent.images.measure import Measure
@@ -201,6 +203,7 @@ class Agent:
         self._mirrors = self._make_mirrors()
         self._external = self._make_external()
         self._lookout = self._make_lookout()
+        self._unseen = self._make_unseen()
         self._bitmaps = self._make_bitmaps()
         self._watch = Watch(self._chains, interval=config.images.watch_interval, tell=self._drifted)
         self._engine = self._make_engine()
@@ -307,7 +310,7 @@ class Agent:
 
     def _make_holding(self) -> Holding:
         libvirt, images = self._config.libvirt, self._config.images
-        settings = HoldingSettings(
+        settings = ReadingSettings(
             libvirt.xml_size,
             libvirt.refresh,
             libvirt.file_timeout,
@@ -394,11 +397,41 @@ class Agent:
             live.domains,
             LookoutSettings(limits, config.sample, config.file_timeout, config.external_jobs),
             clock=self._clock,
-            active=lambda: [*self._engine.active(), *self._engine.settling()],
+            active=self._on_disks,
             adopt=self._adopt,
         )
         live.tell(lookout)
         return lookout
+
+    def _make_unseen(self) -> Unseen:
+        config, images, live = self._config.libvirt, self._config.images, self._live
+        unseen = Unseen(
+            self._holding,
+            self._store,
+            self._ledger,
+            self._durable,
+            UnseenSettings(
+                ChainLimits(tuple(images.pools), images.max_depth),
+                config.file_timeout,
+                config.refresh,
+                config.agree_timeout,
+            ),
+            clock=self._clock,
+            ready=lambda: live.off is not None or live.status.connected,
+            active=self._on_disks,
+            record=lambda job, rows: self._engine.record(job, rows),
+            alarm=self._not_whole,
+        )
+        live.tell(unseen)
+        return unseen
+
+    def _on_disks(self) -> list[Job]:
+        """Jobs that have not ended, or whose end is being settled."""
+        return [*self._engine.active(), *self._engine.settling()]
+
+    def _not_whole(self, path: str, remedy: str) -> None:
+        what = "it stands no more on what it needs, and is not whole"
+        self._service.troubles.append(Trouble(now(), path, what, remedy))
 
     async def _adopt(self, job: Job, said: str | None) -> None:
         self._external.follow(job, said)
@@ -516,6 +549,7 @@ class Agent:
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._watch.run(), name="watch"),
             asyncio.create_task(self._lookout.run(), name="lookout"),
+            asyncio.create_task(self._unseen.run(), name="unseen"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
         ]
         if self._data is not None:

@@ -1,14 +1,32 @@
-"""The rows of the access ledger: the SQL, within a transaction of the store's."""
+"""The rows of the access ledger: the SQL, within a transaction of the store's.
+
+Rows of an image (kind `image`) have several writers: jobs, when they end, and whoever reads the domains. So these only
+ever add to them, or take back by file or by id what was proven, and never write the whole of it anew.
+"""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from events.model import now
 from hostagent.database import Connection
 from hostagent.records import Label, Use
 from jobs.model import FileId, Holder
+
+_INSERT = (
+    "INSERT INTO access_rows (id, dev, ino, path, holder_kind, holder_id, mode, since, reason, label, name, format) "
+    "VALUES (?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (dev, ino, holder_kind, holder_id) DO "
+)
+_AS_NEW = "UPDATE SET " + ", ".join(
+    f"{column}=excluded.{column}" for column in ("mode", "reason", "path", "label", "name", "format")
+)
+_ANEW = (
+    "UPDATE SET id=excluded.id, since=excluded.since, reason=excluded.reason, path=excluded.path, name=excluded.name, "
+    "mode=max(mode, excluded.mode), format=CASE excluded.format WHEN '' THEN format ELSE excluded.format END, "
+    "label=CASE WHEN label IS NULL OR excluded.label IS NULL THEN NULL ELSE label END"
+)
+"""Of two needs the greater: rw is more than r, and no label, which asks us for access, more than one."""
 
 
 def key(file: FileId) -> tuple[int, int]:
@@ -22,23 +40,31 @@ def file_of(dev: int, ino: int) -> FileId:
 
 def add(db: Connection, holder: Holder, uses: Sequence[Use], *, keep: bool, name: str = "") -> None:
     """Rows for the holder; `keep` leaves one that exists as it is."""
-    columns = ("mode", "reason", "path", "label", "name")
-    conflict = "NOTHING" if keep else "UPDATE SET " + ", ".join(f"{c}=excluded.{c}" for c in columns)
+    _insert(db, holder, uses, name, "NOTHING" if keep else _AS_NEW)
+
+
+def lose(db: Connection, image: Holder, uses: Sequence[Use], name: str) -> None:
+    """What the disk `name` lost, and its image may still need. A row that exists gets another id: whoever proved by
+    then that it is not needed does not know of this."""
+    _insert(db, image, uses, name, _ANEW)
+
+
+def _insert(db: Connection, holder: Holder, uses: Sequence[Use], name: str, conflict: str) -> None:
     for need, label in uses:
+        layer = need.layer
         db.execute(
-            "INSERT INTO access_rows "  # noqa: S608
-            "(id, dev, ino, path, holder_kind, holder_id, mode, since, reason, label, name) "
-            f"VALUES (?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (dev, ino, holder_kind, holder_id) DO {conflict}",
+            _INSERT + conflict,
             (
                 str(uuid.uuid4()),
-                *key(need.layer.file),
-                need.layer.path,
+                *key(layer.file),
+                layer.path,
                 *holder,
                 need.mode,
                 now().isoformat(),
                 need.reason,
                 None if label is None else str(label),
                 name,
+                layer.format,
             ),
         )
 
@@ -55,9 +81,25 @@ def label_of(text: str | None) -> Label | None:
 
 
 def release(db: Connection, holder: Holder) -> list[FileId]:
-    files = files_of(db, holder)
-    db.execute("DELETE FROM access_rows WHERE holder_kind=? AND holder_id=?", holder)
-    return files
+    """The holder needs nothing any more. But what a guest's disk lost its image keeps until that is proven: `forget`,
+    `delete`."""
+    which = "FROM access_rows WHERE holder_kind=? AND holder_id=? AND NOT (holder_kind='image' AND name != '')"
+    files = db.execute(f"SELECT dev, ino {which}", holder).fetchall()
+    db.execute(f"DELETE {which}", holder)
+    return [file_of(dev, ino) for dev, ino in files]
+
+
+def forget(db: Connection, holder: Holder, files: Collection[FileId]) -> None:
+    """The holder does not need these any more."""
+    for file in files:
+        query = "DELETE FROM access_rows WHERE dev=? AND ino=? AND holder_kind=? AND holder_id=?"
+        db.execute(query, (*key(file), *holder))
+
+
+def delete(db: Connection, ids: Collection[str]) -> None:
+    """These very rows, where they are still there."""
+    for row_id in ids:
+        db.execute("DELETE FROM access_rows WHERE id=?", (row_id,))
 
 
 def files_of(db: Connection, holder: Holder) -> list[FileId]:

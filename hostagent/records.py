@@ -62,7 +62,8 @@ class AccessRow:
     """One line of the ledger: this holder needs this file, in this mode.
 
     `label` says that the file is opened by the ownership that libvirt gives it; then the row grants nothing. `name` is
-    what people call the holder (a domain's is its name and disk).
+    what people call the holder (a domain's is its name and disk). `format` is the file's, as its namer says; empty
+    where that was not noted.
     """
 
     id: str
@@ -74,6 +75,12 @@ class AccessRow:
     reason: str
     label: Label | None = None
     name: str = ""
+    format: str = ""
+
+    @property
+    def lost(self) -> bool:
+        """A disk (`name`) stands on the file no more, and its image may: nobody has proven yet that it does not."""
+        return self.holder.kind == "image" and bool(self.name)
 
     @property
     def title(self) -> str:

@@ -62,4 +62,8 @@ MIGRATIONS = (
     ALTER TABLE access_rows ADD COLUMN label TEXT;
     ALTER TABLE access_rows ADD COLUMN name TEXT NOT NULL DEFAULT '';
     """,
+    # Empty where it was not noted.
+    """
+    ALTER TABLE access_rows ADD COLUMN format TEXT NOT NULL DEFAULT '';
+    """,
 )

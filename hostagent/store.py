@@ -120,12 +120,9 @@ class Store:
             _put_job(db, job)
             as_before = {holder: ledger_rows.manner(db, holder) for holder, _ in change.gains}
             released = [file for holder in change.release for file in ledger_rows.release(db, holder)]
-            for file in change.forget:
-                for holder in change.sharers:
-                    db.execute(
-                        "DELETE FROM access_rows WHERE dev=? AND ino=? AND holder_kind=? AND holder_id=?",
-                        (*key(file), *holder),
-                    )
+            for holder in change.sharers:
+                ledger_rows.forget(db, holder, change.forget)
+            ledger_rows.delete(db, change.rows)
             for holder, need in change.gains:
                 label, name = as_before[holder]
                 ledger_rows.add(db, holder, [Use(need, label)], keep=True, name=name)
@@ -202,23 +199,43 @@ class Store:
         def work(db: Connection) -> list[FileId]:
             needed = {use.need.layer.file for use in uses}
             left = [file for file in ledger_rows.files_of(db, holder) if file not in needed]
-            for file in left:
-                query = "DELETE FROM access_rows WHERE dev=? AND ino=? AND holder_kind=? AND holder_id=?"
-                db.execute(query, (*key(file), *holder))
+            ledger_rows.forget(db, holder, left)
             ledger_rows.add(db, holder, uses, keep=False, name=name)
             return left
 
         return await self._db.run(work)
 
+    async def share_needs(self, holder: Holder, uses: Sequence[Use]) -> None:
+        """The holder needs these files, too, beside what it has."""
+        await self._db.run(lambda db: ledger_rows.add(db, holder, uses, keep=True))
+
+    async def lose_needs(self, image: Holder, uses: Sequence[Use], *, name: str) -> None:
+        """What the disk `name` stands on no more, its image needs until it is proven that it does not."""
+        await self._db.run(lambda db: ledger_rows.lose(db, image, uses, name))
+
+    async def forget_needs(self, holder: Holder, files: Sequence[FileId]) -> None:
+        """The holder does not need these files any more."""
+        await self._db.run(lambda db: ledger_rows.forget(db, holder, files))
+
     async def release(self, holder: Holder, events: Sequence[Event] = ()) -> list[FileId]:
         return await self._change(lambda db: ledger_rows.release(db, holder), events)
 
-    async def delete_row(self, row_id: str) -> None:
-        await self._db.run(lambda db: db.execute("DELETE FROM access_rows WHERE id=?", (row_id,)))
+    async def delete_rows(self, ids: Sequence[str]) -> None:
+        """These very rows, where they are still there."""
+        await self._db.run(lambda db: ledger_rows.delete(db, ids))
+
+    async def explain_rows(self, ids: Sequence[str], reason: str) -> None:
+        """Why these rows are there, for people."""
+
+        def work(db: Connection) -> None:
+            for row_id in ids:
+                db.execute("UPDATE access_rows SET reason=? WHERE id=?", (reason, row_id))
+
+        await self._db.run(work)
 
     async def access_rows(self, files: Sequence[FileId] | None = None) -> list[AccessRow]:
         def work(db: Connection) -> list[Any]:
-            columns = "id, dev, ino, path, holder_kind, holder_id, mode, since, reason, label, name"
+            columns = "id, dev, ino, path, holder_kind, holder_id, mode, since, reason, label, name, format"
             select = f"SELECT {columns} FROM access_rows"  # noqa: S608
             if files is None:
                 return db.execute(f"{select} ORDER BY path, since").fetchall()
@@ -230,9 +247,9 @@ class Store:
         when = datetime.fromisoformat
         return [
             AccessRow(
-                i, file_of(dev, ino), path, Holder(kind, holder), mode, when(since), reason, label_of(label), name
+                i, file_of(dev, ino), path, Holder(kind, id_), mode, when(since), reason, label_of(label), name, format_
             )
-            for i, dev, ino, path, kind, holder, mode, since, reason, label, name in await self._db.run(work)
+            for i, dev, ino, path, kind, id_, mode, since, reason, label, name, format_ in await self._db.run(work)
         ]
 
     async def access_files(self, files: Sequence[FileId] | None = None) -> list[AccessFile]:

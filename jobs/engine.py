@@ -16,8 +16,8 @@ from jobs.group import Together
 from jobs.grouping import group_of, refuse_overlap, refuse_unlike
 from jobs.inbox import Ask
 from jobs.model import Completion, Cursor, FileId, Group, Job, JobSpec, Operation, Plan, Revocation, State
-from jobs.outcome import job_event
-from jobs.ports import Access, BlockDriver, Clock, JobStore, Observer
+from jobs.outcome import END_EVENTS, job_event
+from jobs.ports import Access, AccessChange, BlockDriver, Clock, JobStore, Observer
 from jobs.progress import View
 from jobs.slots import Slots
 from jobs.world import Limits, World
@@ -128,6 +128,14 @@ class Engine:
             await asyncio.shield(asyncio.ensure_future(self._save_and_spawn(job, JobEventKind.STARTED)))
         self._world.changed(job)
         log.info("job of somebody else's", extra={"fields": {"job": job.id, "target": job.spec.target}})
+
+    async def record(self, job: Job, rows: tuple[str, ...]) -> None:
+        """An external job that was over when it was found, and these rows of the ledger that go with its proof, in one
+        transaction; then access ends with it as with any."""
+        async with self._creating:
+            await asyncio.shield(asyncio.ensure_future(self._finish_and_spawn(job, rows)))
+        self._world.changed(job)
+        log.info("job of somebody else's, which is over", extra={"fields": {"job": job.id, "target": job.spec.target}})
 
     async def create_group(self, specs: Sequence[JobSpec], group_id: str | None = None) -> tuple[list[Job], bool]:
         """Copies that complete together or not at all; all of them are stored, or none. With a `group_id` that was
@@ -350,6 +358,11 @@ class Engine:
 
     async def _save_and_spawn(self, job: Job, told: JobEventKind | None = None) -> None:
         await self._world.store.save(job, [job_event(job, told)] if told else [])
+        self._spawn(job)
+
+    async def _finish_and_spawn(self, job: Job, rows: tuple[str, ...]) -> None:
+        await self._world.store.finish(job, [job_event(job, END_EVENTS[job.state])], AccessChange((), rows=rows))
+        self._world.observer.job_finished(job.spec.operation, job.state, 0.0)
         self._spawn(job)
 
     async def _save_and_spawn_group(self, group: Group, jobs: Sequence[Job]) -> None:

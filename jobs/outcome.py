@@ -53,7 +53,8 @@ def access_change(job: Job, sharers: tuple[Holder, ...]) -> AccessChange:
         new = [Need(layer, "r", f"{job.spec.operation} {job.id} put it on top") for layer in job.after.layers[:1]]
         gains = tuple((holder, need) for holder in sharers for need in new if need.layer.file not in known)
         forget = tuple(layer.file for layer in job.dropped)
-        return AccessChange((job.holder, image), forget=forget, sharers=sharers, gains=gains)
+        images = {image, Holder("image", job.after.top.path)}  # what it stands on now is proven, whoever noted the loss
+        return AccessChange((job.holder, image), forget=forget, sharers=(*sharers, *sorted(images)), gains=gains)
     if job.state is State.COMPLETED or not job.started or job.drive is not None:
         return AccessChange((job.holder,))
     reason = f"job {job.id} is {job.state}: the image still depends on it"

@@ -62,15 +62,16 @@ class Observation:
 class AccessChange:
     """What a job's end does to the ledger, in the transaction that records it.
 
-    `release` lose all their rows. `forget` (the files that the chain lost) is dropped from every one of `sharers`.
-    `gains` is what holders need from now on: sharers the new top of their chain, or the image itself what it still
-    depends on.
+    `release` lose all their rows. `forget` (the files that the chain lost) is dropped from every one of `sharers`, and
+    so are single `rows`, by their ids. `gains` is what holders need from now on: sharers the new top of their chain, or
+    the image itself what it still depends on.
     """
 
     release: tuple[Holder, ...]
     forget: tuple[FileId, ...] = ()
     sharers: tuple[Holder, ...] = ()
     gains: tuple[tuple[Holder, Need], ...] = ()
+    rows: tuple[str, ...] = ()
 
 
 class AccessVerdict(StrEnum):

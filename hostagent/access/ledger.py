@@ -41,13 +41,19 @@ class LedgerStore(Protocol):
 
     async def replace_needs(self, holder: Holder, uses: Sequence[Use], *, name: str) -> list[FileId]: ...
 
+    async def share_needs(self, holder: Holder, uses: Sequence[Use]) -> None: ...
+
+    async def lose_needs(self, image: Holder, uses: Sequence[Use], *, name: str) -> None: ...
+
+    async def forget_needs(self, holder: Holder, files: Sequence[FileId]) -> None: ...
+
     async def release(self, holder: Holder, events: Sequence[Event] = ()) -> list[FileId]: ...
 
     async def access_rows(self, files: Sequence[FileId] | None = None) -> list[AccessRow]: ...
 
     async def access_files(self, files: Sequence[FileId] | None = None) -> list[AccessFile]: ...
 
-    async def delete_row(self, row_id: str) -> None: ...
+    async def delete_rows(self, ids: Sequence[str]) -> None: ...
 
     async def put_access_file(self, entry: AccessFile, events: Sequence[Event] = ()) -> None: ...
 
@@ -131,6 +137,26 @@ class Ledger:
         """
         left = await self._store.replace_needs(holder, uses, name=name)
         return await self.converge([*(use.need.layer.file for use in uses), *left], trigger=trigger)
+
+    async def share(self, holder: Holder, uses: Sequence[Use], *, trigger: str) -> None:
+        """The holder needs these, too, beside what it has."""
+        await self._store.share_needs(holder, uses)
+        await self.converge([use.need.layer.file for use in uses], trigger=trigger)
+
+    async def lose(self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str) -> None:
+        """The disk `name` stands on these no more, and its image may: it needs them until the contrary is proven."""
+        await self._store.lose_needs(image, uses, name=name)
+        await self.converge([use.need.layer.file for use in uses], trigger=trigger)
+
+    async def forget(self, holder: Holder, files: Sequence[FileId], *, trigger: str) -> None:
+        """The holder does not need these files any more."""
+        await self._store.forget_needs(holder, files)
+        await self.converge(files, trigger=trigger)
+
+    async def delete(self, rows: Sequence[AccessRow], *, trigger: str) -> dict[FileId, AccessResult]:
+        """These very rows are not needed any more, where they are still there."""
+        await self._store.delete_rows([row.id for row in rows])
+        return await self.converge([row.file for row in rows], trigger=trigger)
 
     def know_domains(self, known: bool) -> None:
         """Whether the rows of all domains, running and defined, are in the ledger. Until they are, no file that libvirt
@@ -270,7 +296,7 @@ class Ledger:
         alone = len(rows) == 1
         stale = await self._threads.run(file, lambda: [row for row in images if self._is_stale(row, alone=alone)])
         for row in stale:
-            await self._store.delete_row(row.id)
+            await self._store.delete_rows([row.id])
         return [row for row in rows if row not in stale]
 
     async def _known(self, file: FileId) -> AccessFile | None:

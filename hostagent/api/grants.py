@@ -61,7 +61,7 @@ class Grants:
                     remedy="end them first; their access ends with them",
                     holders=needy,
                 )
-            await self._store.delete_row(id)
+            await self._store.delete_rows([id])
             files = await self._store.access_files([entry.file])
         results = await self._ledger.converge([f.file for f in files], trigger="operator")
         for result in results.values():

@@ -363,7 +363,7 @@ class GuestDriver:
         """An image whose header names its base no more, though the pull is not proven, still depends on it. So it has
         rows before the job's own go; those of a completed one go with these."""
         if job.dropped and await self._proof.of_header(job) is not False:
-            await self._holding.share(job.holder, Holder("image", job.before.top.path), job.dropped)
+            await self._holding.leave_unproven(job, job.dropped)
         await self.drop(await record(()))
 
     async def drop(self, job: Job) -> None:

@@ -12,13 +12,16 @@ import asyncio
 import contextlib
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
 
-from hostagent.images.covered import missing
+from hostagent.images.covered import missing, same
 from hostagent.images.tool import Tool
 from hostagent.nbd.offline_bitmaps import KIND, Access
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Job, Layer, Need
+
+T = TypeVar("T")
 
 
 class Durable:
@@ -38,9 +41,43 @@ class Durable:
         """Bytes that the first of these does not have on its file, and the others have."""
         async with self._handles(layers) as handles:
             if running:
-                return await missing(self._tool, layers[0], layers[1:], handles)
+                return await missing(self._tool, layers[:1], layers[1:], handles)
             async with self._readable(layers):
-                return await missing(self._tool, layers[0], layers[1:], handles)
+                return await missing(self._tool, layers[:1], layers[1:], handles)
+
+    async def lacking(self, above: Sequence[Layer], strand: Sequence[Layer]) -> int:
+        """Bytes that `above`, together, do not have on their files, and those in `strand` have. When it is none, the
+        files of `above` are on stable storage, too."""
+        lacks = await self._reading([*above, *strand], lambda handles: missing(self._tool, above, strand, handles))
+        if lacks == 0:
+            await self._sync(above)
+        return lacks
+
+    async def adds_nothing(self, strand: Sequence[Layer], rest: Sequence[Layer]) -> bool:
+        """Whether `rest` reads the same without `strand` on top of it: what was there has gone down."""
+        added = not await self._reading([*strand, *rest], lambda handles: same(self._tool, strand, rest, handles))
+        if not added:
+            await self._sync(rest)
+        return not added
+
+    async def _reading(self, layers: Sequence[Layer], read: Callable[[Sequence[int]], Awaitable[T]]) -> T:
+        """What QEMU's user can read by itself nobody need give it for the moment."""
+        async with self._handles(layers) as handles:
+            try:
+                return await read(handles)
+            except JobError as error:
+                if error.code != "denied":
+                    raise
+            async with self._readable(layers):
+                return await read(handles)
+
+    async def _sync(self, layers: Sequence[Layer]) -> None:
+        async with self._handles(layers) as handles:
+            for layer, handle in zip(layers, handles, strict=True):
+                try:
+                    await asyncio.wait_for(asyncio.to_thread(_sync, handle), self._file_timeout)
+                except (OSError, TimeoutError) as error:
+                    raise JobError("io_error", f"{layer.path!r} cannot be synced: {error}") from error
 
     @contextlib.asynccontextmanager
     async def _handles(self, layers: Sequence[Layer]) -> AsyncIterator[list[int]]:
@@ -63,6 +100,14 @@ class Durable:
             yield
         finally:
             await self._access.release(holder, trigger="map")
+
+
+def _sync(handle: int) -> None:
+    fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
 
 
 def grasp(layer: Layer) -> int:

@@ -5,7 +5,9 @@ when libvirt tells of the domain, after each new connection, before and after a 
 not known of every domain what it needs (no connection, one that was just defined, one that cannot be read), nothing is
 given back whose owner libvirt has changed: `know_domains` says so to the ledger before anything else is done.
 
-What is not there any more, and what cannot be read, is no reason to need less: then the disk keeps what it had.
+What is not there any more, and what cannot be read, is no reason to need less: then the disk keeps what it had. And
+what its chain has lost its image keeps, until it is proven that it does not need it: by the job that took it out, or
+by unseen.py. For QEMU writes a header before the data that it relies on, and libvirt believes QEMU.
 """
 
 from __future__ import annotations
@@ -13,23 +15,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from events.model import DiskJobEvent, DomainEvent, DomainEventKind, HypervisorEvent
-from hostagent.drivers import domain_xml, volumes
-from hostagent.drivers.domain_xml import Domain
 from hostagent.drivers.hypervisor import Hypervisor
-from hostagent.drivers.libvirt import DomainRef, Session
-from hostagent.guests import labels
+from hostagent.drivers.libvirt import DomainRef
 from hostagent.guests.disks import drive_of
-from hostagent.guests.labels import Labels
-from hostagent.guests.needs import DiskNeeds, read_needs
-from hostagent.images.member import ChainLimits
+from hostagent.guests.needs import DiskNeeds
+from hostagent.guests.reading import Reading, Settings
+from hostagent.guests.strands import layer_of
 from hostagent.locks import Locks
-from hostagent.records import AccessFile, AccessRow, Label, Use
+from hostagent.records import AccessFile, AccessRow, Use
 from jobs.errors import JobError
 from jobs.model import Drive, FileId, Holder, Job, Layer, Need, State
 from jobs.ports import AccessResult, AccessVerdict
@@ -54,6 +51,12 @@ class Access(Protocol):
         self, holder: Holder, uses: Sequence[Use], *, name: str, trigger: str
     ) -> dict[FileId, AccessResult]: ...
 
+    async def share(self, holder: Holder, uses: Sequence[Use], *, trigger: str) -> None: ...
+
+    async def lose(self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str) -> None: ...
+
+    async def forget(self, holder: Holder, files: Sequence[FileId], *, trigger: str) -> None: ...
+
     async def release(self, holder: Holder, *, trigger: str) -> None: ...
 
     async def converge(self, files: Sequence[FileId], *, trigger: str) -> dict[FileId, AccessResult]: ...
@@ -65,19 +68,6 @@ class Rows(Protocol):
     async def access_files(self, files: Sequence[FileId] | None = None) -> list[AccessFile]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """`xml_size` in bytes; `refresh` and `file_timeout` in seconds; `limits` for chains that headers name; `uid` is the
-    hypervisor user's; `qemu_conf` says whether libvirt changes owners."""
-
-    xml_size: int
-    refresh: float
-    file_timeout: float
-    limits: ChainLimits
-    uid: int
-    qemu_conf: Path
-
-
 class Holding:
     """`run` is a task for as long as the agent lives; `event`, `resync` and `lost` are for whoever hears libvirt."""
 
@@ -86,12 +76,11 @@ class Holding:
         self._ledger = ledger
         self._rows = rows
         self._settings = settings
-        self._labels: Labels | None = None
+        self._reading = Reading(hypervisor, settings)
         self._all = True
         self._stale: set[str] = set()
         self._seen: dict[str, tuple[DiskNeeds, ...]] = {}
         self._troubles: dict[str, JobError] = {}
-        self._hanging: set[str] = set()
         self._turns = Locks()
         self._wake = asyncio.Event()
         self._known = asyncio.Event()
@@ -109,7 +98,8 @@ class Holding:
     def resync(self) -> None:
         """A new connection, or events were lost."""
         self._unknow()
-        self._all, self._labels = True, None
+        self._all = True
+        self._reading.anew()
         self._seen.clear()
         self._wake.set()
 
@@ -136,18 +126,19 @@ class Holding:
 
     # Reading
 
-    async def renew(self, drive: Drive, *, proven: bool = False) -> None:
-        """Read one domain anew. A JobError where it cannot be said what it needs; then it keeps what it had. `proven`:
-        what the chain of this disk has lost is in the files that stay; of its others that is not known."""
+    async def renew(self, drive: Drive, *, proven: Collection[FileId] = ()) -> DomainRef | None:
+        """Read one domain anew; None when it is there no more. A JobError where it cannot be said what it needs; then
+        it keeps what it had. `proven`: what the chain of this disk has lost of these is in the files that stay."""
         try:
             domain = await self._hypervisor.call("find", lambda session: session.find(drive.uuid))
         except JobError as error:
             if error.code != "not_found":
                 raise
             await self._release({drive.uuid}, set())
-            return
+            return None
         try:
-            await self._read(domain, anew=True, proven=drive.target if proven else None)
+            await self._read(domain, anew=True, proven={drive.target: frozenset(proven)})
+            return domain
         finally:
             if not self._known.is_set():
                 self._wake.set()
@@ -163,21 +154,21 @@ class Holding:
         """Whether the disk needs no more what a completed job took from its chain says libvirt, asked anew: a guest's
         definition can still name it. A JobError where it cannot be said."""
         if job.state is State.COMPLETED:
-            await self.renew(drive_of(job), proven=True)
+            target = [job.target.file] if job.target is not None and job.target.file is not None else []
+            await self.renew(drive_of(job), proven=[*target, *(layer.file for layer in job.dropped)])
 
     async def share(self, source: Holder, holder: Holder, layers: Sequence[Layer]) -> None:
-        """Also `holder` needs from now on what `source` does of these: a job that is not proven yet what its disk does,
-        an image what the job does that left it broken."""
-        files = {layer.file for layer in layers}
-        rows = await self._rows.access_rows()
-        await self._add(holder, rows, [row for row in rows if row.holder == source and row.file in files])
+        """Also `holder` needs from now on what `source` does of these."""
+        uses = [_as_before(row) for row in await self._rows_of(source, layers)]
+        await self._ledger.share(holder, uses, trigger=KIND)
 
-    async def _add(self, holder: Holder, rows: Sequence[AccessRow], more: Sequence[AccessRow]) -> None:
-        """`more` are needed by the holder, too, beside what it has among all `rows`."""
-        had = {row.file: _as_before(row) for row in rows if row.holder == holder}
-        await self._ledger.hold(
-            holder, list(({row.file: _as_before(row) for row in more} | had).values()), name="", trigger=KIND
-        )
+    async def leave_unproven(self, job: Job, layers: Sequence[Layer]) -> None:
+        """The image of its disk needs from now on what the job does of these, which left it broken, perhaps."""
+        await self._lose(image_of(job.before.top), drive_of(job), await self._rows_of(job.holder, layers))
+
+    async def _rows_of(self, holder: Holder, layers: Sequence[Layer]) -> list[AccessRow]:
+        rows = await self._rows.access_rows([layer.file for layer in layers])
+        return [row for row in rows if row.holder == holder]
 
     async def run(self) -> None:
         """Read what became stale, everything now and then, and what could not be read again."""
@@ -249,14 +240,16 @@ class Holding:
         owed = [file.file for file in await self._rows.access_files() if file.verdict == AccessVerdict.PENDING]
         await self._ledger.converge(owed, trigger="domains")
 
-    async def _read(self, domain: DomainRef, *, anew: bool, proven: str | None = None) -> None:
-        """One domain into the ledger; `anew` also when it needs what it did; `proven` is a disk. A JobError, which is
+    async def _read(
+        self, domain: DomainRef, *, anew: bool, proven: Mapping[str, frozenset[FileId]] | None = None
+    ) -> None:
+        """One domain into the ledger; `anew` also when it needs what it did; `proven` by disk. A JobError, which is
         remembered, where something of it is not known."""
         async with self._turns.alone(domain.uuid):
             try:
-                found = await self._needs(domain)
+                found = await self._reading.needs(domain)
                 if anew or self._seen.get(domain.uuid) != found:
-                    await self._hold(domain, found, proven)
+                    await self._hold(domain, found, proven or {})
             except JobError as error:
                 if error.code == "not_found":  # undefined meanwhile
                     await self._release({domain.uuid}, set())
@@ -266,97 +259,101 @@ class Holding:
                 raise
             self._troubles.pop(domain.uuid, None)
 
-    async def _needs(self, domain: DomainRef) -> tuple[DiskNeeds, ...]:
-        descriptions = await self._describe(domain)
-        chosen = await self._label()
-        return await self._look(domain, lambda: read_needs(descriptions, chosen, self._settings.limits))
-
-    async def _hold(self, domain: DomainRef, found: tuple[DiskNeeds, ...], proven: str | None) -> None:
+    async def _hold(
+        self, domain: DomainRef, found: tuple[DiskNeeds, ...], proven: Mapping[str, frozenset[FileId]]
+    ) -> None:
         self._seen.pop(domain.uuid, None)
         rows = await self._rows.access_rows()
         for needs in found:
-            holder = holder_of(Drive(domain.uuid, domain.name, needs.target))
+            drive = Drive(domain.uuid, domain.name, needs.target)
+            had = [row for row in rows if row.holder == holder_of(drive)]
             uses = {use.need.layer.file: use for use in needs.uses}
             if needs.missing or needs.unknown:
-                uses = {row.file: _as_before(row) for row in rows if row.holder == holder} | uses
-            elif needs.uses and needs.uses[0].need.mode == "rw":
-                image = Holder("image", needs.uses[0].need.layer.path)
-                if needs.target == proven:
-                    await self._ledger.release(image, trigger=KIND)
-                elif domain.active:
-                    await self._keep_lost(image, uses, [row for row in rows if row.holder == holder])
-            name = f"{domain.name}/{needs.target}"
-            await self._ledger.hold(holder, list(uses.values()), name=name, trigger=KIND)
+                uses = {row.file: _as_before(row) for row in had} | uses
+            else:
+                await self._keep_lost(drive, needs.uses, had, proven.get(needs.target, frozenset()))
+            await self._ledger.hold(holder_of(drive), list(uses.values()), name=str(drive), trigger=KIND)
         await self._release({domain.uuid}, {needs.target for needs in found})
         if (trouble := next((needs.unknown for needs in found if needs.unknown), None)) is not None:
             raise JobError("unavailable", f"domain {domain.name}: {trouble.message}", remedy=trouble.remedy)
         self._seen[domain.uuid] = found
 
-    async def _keep_lost(self, image: Holder, uses: Collection[FileId], had: Sequence[AccessRow]) -> None:
-        """QEMU writes a header before the data that it relies on, and libvirt believes QEMU. So what a running guest's
-        chain lost its image needs, until the job that took it out is proven: ours, or somebody else's."""
-        if lost := [row for row in had if row.file not in uses]:
-            await self._add(image, await self._rows.access_rows(), lost)
+    # What a chain has lost
+
+    async def _keep_lost(
+        self, drive: Drive, uses: Sequence[Use], had: Sequence[AccessRow], proven: frozenset[FileId]
+    ) -> None:
+        """What the disk had and has no more goes to the image that it writes now; and to the one that it wrote before,
+        if that has lost something itself."""
+        needed = {use.need.layer.file for use in uses}
+        lost = [row for row in had if row.file not in needed and row.file not in proven]
+        stands = await self._stand(drive, had, lost)
+        top = uses[0].need if uses else None
+        if top is not None and top.mode == "rw" and top.layer.format != "raw":  # raw has nothing but what is written
+            if proven:
+                await self._ledger.forget(image_of(top.layer), sorted(proven), trigger=KIND)
+            new = all(row.file != top.layer.file for row in had if row.mode == "rw")
+            below = {row.file for row in lost if row.mode == "r"}
+            # Beside an image that was written before, another is the target of a copy; or what the disk went over from.
+            chain = [row for row in lost if row.mode == "r" or new or below & (stands[row.file] or set())]
+            await self._lose(image_of(top.layer), drive, chain)
+        await self._keep_unproven(drive, lost, stands)
+
+    async def _keep_unproven(
+        self, drive: Drive, lost: Sequence[AccessRow], stands: Mapping[FileId, set[FileId] | None]
+    ) -> None:
+        """Of what the disk has no more, what was below its image is that image's unless its own header names it: then
+        nobody took anything from it."""
+        named = {file for files in stands.values() for file in files or ()}
+        for top in lost:
+            if stands.get(top.file):  # one that was deleted needs nothing
+                below = [row for row in lost if row.mode == "r" and row.file not in named]
+                await self._lose(Holder("image", top.path), drive, below)
+
+    async def _stand(
+        self, drive: Drive, had: Sequence[AccessRow], lost: Sequence[AccessRow]
+    ) -> dict[FileId, set[FileId] | None]:
+        """What the images that the disk wrote, and has no more, stand on by their headers: on themselves, where that
+        cannot be seen; None for one that was deleted."""
+        found: dict[FileId, set[FileId] | None] = {}
+        for top in lost:
+            if top.mode == "rw":
+                try:
+                    found[top.file] = await self._reading.stands_on(drive, top, had)
+                except JobError as error:
+                    log.info("it cannot be seen what an image stands on", extra={"fields": {"error": error.message}})
+                    found[top.file] = {top.file}
+        return found
+
+    async def _lose(self, image: Holder, drive: Drive, lost: Sequence[AccessRow]) -> None:
+        if lost:
+            await self._ledger.lose(image, [_lost(row, drive) for row in lost], name=str(drive), trigger=KIND)
 
     async def _release(self, domains: set[str], disks: set[str]) -> None:
         """These domains need nothing any more, but for these disks."""
         rows = await self._rows.access_rows()
-        holders = {row.holder for row in rows if row.holder.kind == KIND}
-        for holder in sorted(holders):
+        for holder in sorted({row.holder for row in rows if row.holder.kind == KIND}):
             uuid, _, target = holder.id.partition("/")
             if uuid in domains and target not in disks:
+                had = [row for row in rows if row.holder == holder]
+                name = next((row.name.partition("/")[0] for row in had if row.name), uuid)
+                drive = Drive(uuid, name, target)
+                await self._keep_unproven(drive, had, await self._stand(drive, had, had))
                 await self._ledger.release(holder, trigger=KIND)
-
-    # libvirt and files
-
-    async def _describe(self, domain: DomainRef) -> list[Domain]:
-        """The live description while it runs, and the definition."""
-
-        def describe(session: Session) -> list[Domain]:
-            texts = [session.describe(domain.uuid)]
-            if domain.active and (definition := session.definition(domain.uuid)) is not None:
-                texts.append(definition)
-            parsed = (domain_xml.parse(text, size=self._settings.xml_size) for text in texts)
-            return [volumes.resolve(session, one) for one in parsed]
-
-        return await self._hypervisor.call("describe", describe, domain=domain)
-
-    async def _label(self) -> Labels:
-        """What libvirt chooses for domains that say nothing; asked once for each connection."""
-        if self._labels is None:
-            text = await self._hypervisor.call("capabilities", lambda session: session.capabilities())
-            said = domain_xml.base_label(text, size=self._settings.xml_size)
-            default: Label | None = labels.parse(said) if said else None
-            self._labels = Labels(default, self._settings.uid, relabels=await self._relabels())
-        return self._labels
-
-    async def _relabels(self) -> bool:
-        path, timeout = self._settings.qemu_conf, self._settings.file_timeout
-        try:
-            return await asyncio.wait_for(asyncio.to_thread(labels.relabels, path), timeout)
-        except (OSError, TimeoutError) as error:
-            message = f"{path} cannot be read: {error or 'no answer'}"
-            raise JobError("io_error", message, remedy="let the agent read it, or set libvirt.qemu_conf") from error
-
-    async def _look(self, domain: DomainRef, look: Callable[[], tuple[DiskNeeds, ...]]) -> tuple[DiskNeeds, ...]:
-        """A look at files on dead storage never returns, and keeps its thread: a domain has one, and all have a few."""
-        timeout = f"{self._settings.file_timeout:g} s (libvirt.file_timeout)"
-        message = f"the files of domain {domain.name} do not answer within {timeout}"
-        late = JobError("unresponsive", message, remedy="see whether their storage hangs")
-        if domain.uuid in self._hanging or len(self._hanging) >= WIDTH:
-            raise late
-        work = asyncio.ensure_future(asyncio.to_thread(look))
-        await asyncio.wait({work}, timeout=self._settings.file_timeout)
-        if not work.done():
-            self._hanging.add(domain.uuid)
-            work.add_done_callback(lambda _: self._hanging.discard(domain.uuid))
-            raise late
-        return work.result()
 
 
 def holder_of(drive: Drive) -> Holder:
     return Holder(KIND, f"{drive.uuid}/{drive.target}")
 
 
+def image_of(layer: Layer) -> Holder:
+    return Holder("image", layer.path)
+
+
+def _lost(row: AccessRow, drive: Drive) -> Use:
+    reason = f"{drive} stood on it; that its image does not need it is not proven yet"
+    return Use(Need(layer_of(row), row.mode, reason), row.label)
+
+
 def _as_before(row: AccessRow) -> Use:
-    return Use(Need(Layer(row.path, "", row.file, 0, 0), row.mode, row.reason), row.label)
+    return Use(Need(layer_of(row), row.mode, row.reason), row.label)

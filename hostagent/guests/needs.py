@@ -97,10 +97,14 @@ class _Reader:
         found = os.stat(path)  # noqa: PTH116
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
             return None
-        return self._add(path, found, self._labels.of(self._domain, self._disk, live), "rw" if writes else "r")
+        label = self._labels.of(self._domain, self._disk, live)
+        format = live.format or "raw"
+        if live.size is not None and not (writes and format == "raw"):
+            format = ""  # of a part only, which nobody else could read by its format
+        return self._add(path, found, label, "rw" if writes else "r", format)
 
-    def _add(self, path: str, found: os.stat_result, label: Label | None, mode: str) -> Layer:
-        layer = Layer(path, "", FileId(found.st_dev, found.st_ino), 0, 0, device=stat.S_ISBLK(found.st_mode))
+    def _add(self, path: str, found: os.stat_result, label: Label | None, mode: str, format: str) -> Layer:
+        layer = Layer(path, format, FileId(found.st_dev, found.st_ino), 0, 0, device=stat.S_ISBLK(found.st_mode))
         before = self.uses.get(layer.file)
         if before is None or before.need.mode < mode:
             reason = f"disk {self._disk.target} of domain {self._domain.name}"
@@ -129,7 +133,7 @@ class _Reader:
             header = read_header(fd) if wanted.format == "qcow2" else None
         finally:
             os.close(fd)
-        layer = self._add(path, found, label, "r")
+        layer = self._add(path, found, label, "r", wanted.format or "raw")
         if layer.file in chain or header is None:  # a loop, or no qcow2: no QEMU will open it
             return None
         chain.add(layer.file)

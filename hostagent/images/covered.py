@@ -1,4 +1,4 @@
-"""Whether an image has, on its file, what the layers hold that it no longer stands on.
+"""Whether an image has, on its files, what the layers hold that it no longer stands on.
 
 A header that names no backing file says nothing of the tables above the data: QEMU writes it before them. qemu-img
 reads the tables as they are on the file, also while a QEMU has it open (-U), by inherited descriptors, as the
@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from hostagent.images.extents import described
-from hostagent.images.tool import Tool, reason
+from hostagent.images.tool import Finished, Tool, reason
 from jobs.errors import JobError
 from jobs.model import Layer
 
@@ -20,25 +20,45 @@ Range = tuple[int, int]
 """Begin and end, in bytes of the virtual disk."""
 
 
-async def missing(tool: Tool, top: Layer, below: Sequence[Layer], handles: Sequence[int]) -> int:
-    """Bytes that `below` (the first of them on top) have as data, and `top` has not. `handles` lead to the files of all
-    of them. A JobError when that cannot be found out."""
-    has = await _map(tool, [top], handles[:1], "present")
-    needs = await _map(tool, below, handles[1:], "data")
-    return sum(end - begin for begin, end in _without(needs, has, top.virtual_size))
+async def missing(tool: Tool, above: Sequence[Layer], below: Sequence[Layer], handles: Sequence[int]) -> int:
+    """Bytes that `below` (the first of them on top) have as data, and `above`, mostly an image alone, have not.
+    `handles` lead to the files of all of them. A JobError when that cannot be found out."""
+    has = await _map(tool, above, handles[: len(above)], "present")
+    needs = await _map(tool, below, handles[len(above) :], "data")
+    return sum(end - begin for begin, end in _without(needs, has, above[0].virtual_size))
+
+
+async def same(tool: Tool, upper: Sequence[Layer], rest: Sequence[Layer], handles: Sequence[int]) -> bool:
+    """Whether `rest`, read alone, is what it is with `upper` on top of it: then these add nothing. `handles` as above.
+    A JobError when that cannot be found out."""
+    layers, path = (*upper, *rest), upper[0].path
+    names = [described(layers, handles), described(rest, handles[len(upper) :])]
+    finished = await _read(tool, ["compare", "-U", "--", *names], handles, path)
+    if finished.status not in (0, 1):
+        raise _failed(finished, layers, "compared")
+    return finished.status == 0
+
+
+async def _read(tool: Tool, arguments: Sequence[str], handles: Sequence[int], path: str) -> Finished:
+    try:
+        return await tool.read(arguments, handles)
+    except TimeoutError:
+        what = f"qemu-img {arguments[0]} of {path} took longer than images.check_timeout ({tool.limits.timeout:g} s)"
+        raise JobError("timeout", what, remedy="raise images.check_timeout") from None
+
+
+def _failed(finished: Finished, layers: Sequence[Layer], what: str) -> JobError:
+    unknown = ("limit", "raise images.map_output, images.tool_cpu or tool_memory")
+    code, remedy = reason(finished, *(layer.path for layer in layers)) or unknown
+    said = finished.said[-500:] or "it is too long"
+    return JobError(code, f"{layers[0].path} cannot be {what}: {said}", remedy=remedy)
 
 
 async def _map(tool: Tool, layers: Sequence[Layer], handles: Sequence[int], key: str) -> list[Range]:
     path = layers[0].path
-    try:
-        finished = await tool.read(["map", "-U", "--output=json", "--", described(layers, handles)], handles)
-    except TimeoutError:
-        message = f"the map of {path} took longer than images.check_timeout ({tool.limits.timeout:g} s)"
-        raise JobError("timeout", message, remedy="raise images.check_timeout") from None
+    finished = await _read(tool, ["map", "-U", "--output=json", "--", described(layers, handles)], handles, path)
     if finished.status or len(finished.stdout) >= tool.limits.output:
-        unknown = ("limit", "raise images.map_output, images.tool_cpu or tool_memory")
-        code, remedy = reason(finished, *(layer.path for layer in layers)) or unknown
-        raise JobError(code, f"{path} cannot be mapped: {finished.said[-500:] or 'it is too long'}", remedy=remedy)
+        raise _failed(finished, layers, "mapped")
     try:
         found = json.loads(finished.stdout)
         return [(int(one["start"]), int(one["start"]) + int(one["length"])) for one in found if _counts(one, key)]

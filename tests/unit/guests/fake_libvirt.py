@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,13 +147,16 @@ class Host:
 
     begin, end = Holding.begin, Holding.end
 
-    async def renew(self, drive: Drive, *, proven: bool = False) -> None:
+    async def renew(self, drive: Drive, *, proven: Collection[FileId] = ()) -> None:
         self.renewed += 1
         if self.disks.away:
             raise JobError("unavailable", "libvirt is away")
 
     async def share(self, source: Holder, holder: Holder, layers: Sequence[Layer]) -> None:
         self.shared.append((str(source), str(holder), list(layers)))
+
+    async def leave_unproven(self, job: Job, layers: Sequence[Layer]) -> None:
+        await self.share(job.holder, Holder("image", job.before.top.path), layers)
 
     async def started(self) -> Job:
         await self.driver.prepare(self.job)

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from events.model import DiskJobEvent, DiskJobKind, DomainEvent, DomainEventKind
 from hostagent.drivers.libvirt import DomainRef
 from hostagent.guests import holding
-from hostagent.guests.holding import Holding, Settings
+from hostagent.guests.holding import Holding
+from hostagent.guests.reading import Settings
 from hostagent.images.member import ChainLimits
 from hostagent.records import AccessFile, AccessRow, Label, Use
 from jobs.errors import JobError
@@ -42,6 +45,17 @@ class FakeLedger:
         self.said.append(f"hold {holder.id}")
         return {}
 
+    async def share(self, holder: Holder, uses: Sequence[Use], *, trigger: str) -> None:
+        had = self.rows.setdefault(holder, [])
+        had += [use for use in uses if use.need.layer.file not in {one.need.layer.file for one in had}]
+
+    async def lose(self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str) -> None:
+        await self.share(image, uses, trigger=trigger)
+
+    async def forget(self, holder: Holder, files: Sequence[FileId], *, trigger: str) -> None:
+        left = [use for use in self.rows.pop(holder, []) if use.need.layer.file not in files]
+        self.rows |= {holder: left} if left else {}
+
     async def release(self, holder: Holder, *, trigger: str) -> None:
         self.rows.pop(holder, None)
 
@@ -51,7 +65,11 @@ class FakeLedger:
 
     async def access_rows(self, files: Sequence[FileId] | None = None) -> list[AccessRow]:
         return [
-            AccessRow("", use.need.layer.file, use.need.layer.path, holder, use.need.mode, NOW, "", use.label)
+            AccessRow(
+                *("", use.need.layer.file, use.need.layer.path, holder, use.need.mode, NOW, ""),
+                label=use.label,
+                format=use.need.layer.format,
+            )
             for holder, uses in self.rows.items()
             for use in uses
             if files is None or use.need.layer.file in files
@@ -62,14 +80,19 @@ class FakeLedger:
 
 
 class FakeLibvirt:
-    """A hypervisor whose domains, by UUID, have one disk each; `hangs` are those that do not answer."""
+    """A hypervisor whose domains, by UUID, have one disk each, and say themselves what is `below` it; `hangs` are those
+    that do not answer."""
+
+    active = False
 
     def __init__(self) -> None:
         self.status: Any = self
         self.connected = True
         self.disks: dict[str, Path] = {}
         self.hangs: set[str] = set()
-        self.active = False
+        self.format = "qcow2"
+        self.below: list[Path] = []
+        self.mirror = ""
 
     async def call(self, name: str, call: Callable[[Any], Any], *, domain: DomainRef | None = None) -> Any:
         if not self.connected:
@@ -91,7 +114,13 @@ class FakeLibvirt:
 
     def describe(self, uuid: str) -> str:
         self.find(uuid)
-        disk = f"<disk type='file'><driver type='qcow2'/><source file='{self.disks[uuid]}'/><target dev='vda'/></disk>"
+        below = "".join(
+            f"<backingStore type='file'><format type='{path.suffix[1:]}'/><source file='{path}'/>"
+            for path in self.below
+        )
+        below += "<backingStore/>" * bool(self.below) + "</backingStore>" * len(self.below)
+        source = f"<driver type='{self.format}'/><source file='{self.disks[uuid]}'/>{below}{self.mirror}"
+        disk = f"<disk type='file'>{source}<target dev='vda'/></disk>"
         return f"<domain><name>name-{uuid}</name><uuid>{uuid}</uuid><devices>{disk}</devices></domain>"
 
     def capabilities(self) -> str:
@@ -202,7 +231,8 @@ async def test_a_chain_that_changed_is_read_anew_at_the_jobs_end(host: Host) -> 
     raw_image(host.libvirt.disks["a"], MIB)
     host.holding.event(DiskJobEvent(DiskJobKind.COMPLETED, "a", "name-a", "vda", "pull"))
     assert host.ledger.known
-    await host.until(lambda: host.held() == BOTH | {"a/vda": {"a.qcow2"}})
+    lost = {str(host.libvirt.disks["a"]): {"base.raw"}}
+    await host.until(lambda: host.held() == BOTH | {"a/vda": {"a.qcow2"}} | lost)
 
 
 @on_a_host
@@ -233,7 +263,8 @@ async def test_what_cannot_be_read_or_is_not_there_keeps_what_it_had(host: Host)
         assert host.held() == BOTH
         raw_image(top, MIB)
         host.tell(DomainEventKind.DEFINED)
-        await host.until(lambda: host.held() == BOTH | {"a/vda": {"a.qcow2"}})
+        await host.until(lambda: host.held()["a/vda"] == {"a.qcow2"})
+        assert host.held()[str(top)] >= {"base.raw"}, "what lost it is gone, and the ledger itself sees to that"
 
 
 @on_a_host
@@ -250,46 +281,134 @@ async def test_a_job_keeps_what_the_disk_needs_until_it_is_proven(host: Host) ->
         assert [(use.need.layer.path, use.label) for use in host.ledger.rows[holder]] == [(str(host.base), QEMU)]
 
 
-def test_what_a_running_guests_chain_lost_is_its_images_until_that_is_proven(tmp_path: Path) -> None:
+A = Drive("a", "name-a", "vda")
+
+
+def identity(path: Path) -> FileId:
+    found = path.stat()
+    return FileId(found.st_dev, found.st_ino)
+
+
+def stand(image: Path, base: Path | None) -> None:
+    """Rewrite the header alone, as QEMU does at the end of a pull."""
+    words = ["-b", ""] if base is None else ["-F", "raw", "-b", str(base)]
+    subprocess.run(["qemu-img", "rebase", "-u", *words, str(image)], check=True)
+
+
+def test_what_a_chain_lost_is_its_images_until_that_is_proven(tmp_path: Path) -> None:
     @on_a_host
     async def scenario(host: Host) -> None:
-        host.libvirt.active = True
         await host.connect()
-        top, drive = host.libvirt.disks["a"], Drive("a", "name-a", "vda")
-        subprocess.run(["qemu-img", "rebase", "-u", "-b", "", str(top)], check=True)
-        await host.holding.renew(drive)
+        top = host.libvirt.disks["a"]
+        stand(top, None)
+        await host.holding.renew(A)
         assert (host.held()["a/vda"], host.held()[str(top)]) == ({"a.qcow2"}, {"base.raw"})
-        new = host.libvirt.disks["a"] = raw_image(top.with_name("copy.raw"), MIB)
-        await host.holding.renew(drive)
-        assert (host.held()["a/vda"], host.held()[str(new)]) == ({"copy.raw"}, {"a.qcow2"})
-        await host.holding.renew(drive, proven=True)
-        assert host.held()["a/vda"] == {"copy.raw"} and str(new) not in host.held()
+        new = host.libvirt.disks["a"] = overlay(top.with_name("copy.qcow2"), host.base)
+        await host.holding.renew(A)
+        assert host.held()["a/vda"] == {"copy.qcow2", "base.raw"}
+        assert host.held()[str(new)] == {"a.qcow2"}
+        await host.holding.renew(A, proven=[identity(top)])
+        assert str(new) not in host.held()
         assert host.held()[str(top)] == {"base.raw"}, "nobody proved that"
+
+    for active in (True, False):
+        folder = tmp_path / str(active)
+        folder.mkdir()
+        before, FakeLibvirt.active = FakeLibvirt.active, active
+        try:
+            scenario(folder)
+        finally:
+            FakeLibvirt.active = before
+
+
+@on_a_host
+async def test_what_is_proven_is_its_images_no_more(host: Host) -> None:
+    await host.connect()
+    top = host.libvirt.disks["a"]
+    stand(top, None)
+    await host.holding.renew(Drive("a", "name-a", "vdb"), proven=[identity(host.base)])
+    assert host.held()[str(top)] == {"base.raw"}, "that was another disk's"
+    await host.holding.renew(A, proven=[identity(top)])
+    assert host.held()[str(top)] == {"base.raw"}, "that was another file"
+    await host.holding.renew(A, proven=[identity(host.base)])
+    assert str(top) not in host.held() and host.held()["a/vda"] == {"a.qcow2"}
+
+
+@on_a_host
+async def test_what_is_proven_before_it_is_read_never_is_its_images(host: Host) -> None:
+    await host.connect()
+    stand(host.libvirt.disks["a"], None)
+    await host.holding.renew(A, proven=[identity(host.base)])
+    assert host.held() == BOTH | {"a/vda": {"a.qcow2"}}
+
+
+@on_a_host
+async def test_a_raw_image_has_nothing_but_what_is_written(host: Host) -> None:
+    await host.connect()
+    new = raw_image(host.base.with_name("copy.raw"), MIB)
+    host.libvirt.disks["a"], host.libvirt.format = new, "raw"
+    await host.holding.renew(A)
+    assert host.held() == BOTH | {"a/vda": {"copy.raw"}}
+
+
+def mirror(path: Path) -> str:
+    """The target of a copy, as libvirt's XML has it while that runs."""
+    return f"<mirror type='file' job='copy'><format type='qcow2'/><source file='{path}'/></mirror>"
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_the_target_of_a_copy_was_never_below(tmp_path: Path, over: bool) -> None:
+    """The guest goes over to it, or the copy is aborted: of the two images that were written one is left."""
+
+    @on_a_host
+    async def scenario(host: Host) -> None:
+        top = host.libvirt.disks["a"]
+        copy = top.with_name("copy.qcow2")
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(top), str(copy)], check=True)
+        host.libvirt.mirror = mirror(copy)
+        await host.connect()
+        assert host.held()["a/vda"] == {"a.qcow2", "base.raw", "copy.qcow2"}
+        host.libvirt.mirror = ""
+        if over:
+            host.libvirt.disks["a"] = copy
+        await host.holding.renew(A)
+        if over:
+            assert host.held()["a/vda"] == {"copy.qcow2"}
+            assert host.held()[str(copy)] == {"a.qcow2", "base.raw"}, "it may still have to write what it took in"
+        else:
+            assert host.held()["a/vda"] == {"a.qcow2", "base.raw"} and str(top) not in host.held()
+        assert str(top) not in host.held(), "its header names what it stood on"
 
     scenario(tmp_path)
 
 
 @on_a_host
-async def test_what_is_proven_when_the_guest_has_ended_is_its_images_no_more(host: Host) -> None:
-    host.libvirt.active = True
+async def test_an_image_that_lost_what_it_stood_on_keeps_it_when_its_domain_is_gone(host: Host) -> None:
+    """As a transient one whose QEMU was killed just after a pull."""
     await host.connect()
-    top, drive = host.libvirt.disks["a"], Drive("a", "name-a", "vda")
-    subprocess.run(["qemu-img", "rebase", "-u", "-b", "", str(top)], check=True)
-    await host.holding.renew(drive)
-    assert host.held()[str(top)] == {"base.raw"}
-    host.libvirt.active = False
-    await host.holding.renew(drive, proven=True)
-    assert str(top) not in host.held() and host.held()["a/vda"] == {"a.qcow2"}
+    lost, whole = host.libvirt.disks["a"], host.libvirt.disks["b"]
+    stand(lost, None)
+    host.libvirt.disks.clear()
+    host.tell(DomainEventKind.STOPPED)
+    await host.until(lambda: host.held() == {str(lost): {"base.raw"}})
+    assert str(whole) not in host.held()
 
 
 @on_a_host
-async def test_what_is_proven_of_one_disk_is_not_of_another(host: Host) -> None:
-    host.libvirt.active = True
+async def test_an_image_that_was_deleted_with_its_domain_needs_nothing(host: Host) -> None:
     await host.connect()
-    top = host.libvirt.disks["a"]
-    subprocess.run(["qemu-img", "rebase", "-u", "-b", "", str(top)], check=True)
-    await host.holding.renew(Drive("a", "name-a", "vdb"), proven=True)
-    assert host.held()[str(top)] == {"base.raw"}
+    host.libvirt.disks.pop("a").unlink()
+    host.tell(DomainEventKind.UNDEFINED)
+    await host.until(lambda: host.held() == {"b/vda": BOTH["b/vda"]})
+
+
+@on_a_host
+async def test_an_image_that_cannot_be_read_when_its_domain_is_gone_keeps_what_it_had(host: Host) -> None:
+    await host.connect()
+    top = host.libvirt.disks.pop("a")
+    top.write_bytes(b"no header")
+    host.tell(DomainEventKind.UNDEFINED)
+    await host.until(lambda: host.held() == {"b/vda": BOTH["b/vda"], str(top): {"base.raw"}})
 
 
 @on_a_host

@@ -153,6 +153,18 @@ def test_what_the_xml_alone_says_counts_more_than_headers(images: Images) -> Non
     assert modes(found) == {"top.qcow2": "rw", "other.raw": "r"}
 
 
+def test_the_format_is_what_the_xml_and_the_headers_say(images: Images) -> None:
+    found = needs(domain(disk(images.top)))
+    formats = {Path(use.need.layer.path).name: use.need.layer.format for use in found.uses}
+    assert formats == {"top.qcow2": "qcow2", "middle.qcow2": "qcow2", "base.raw": "raw"}
+    bare = domain(f"<disk type='file'><source file='{images.top}'/><target dev='vda'/></disk>")
+    assert [use.need.layer.format for use in needs(bare).uses] == ["raw"]  # libvirt probes nothing
+    part = "<slices><slice type='storage' offset='512' size='1024'/></slices>"
+    for format, read_only, noted in (("raw", "", "raw"), ("raw", "<readonly/>", ""), ("qcow2", "", "")):
+        found = needs(domain(disk(images.base, format=format, source=part, more=read_only)))
+        assert [use.need.layer.format for use in found.uses] == [noted]
+
+
 def test_a_volume_whose_path_nobody_knows_is_not_known(images: Images) -> None:
     text = "<disk type='volume'><source pool='p' volume='v'/><driver type='qcow2'/><target dev='vda'/></disk>"
     described = parse(domain(text), size=MIB)

@@ -64,8 +64,9 @@ def assert_completed(agent: Agent, job: Job, end: Completion) -> None:
     else:
         assert job.revocation is Revocation.DONE
         assert set(change.forget) == {layer.file for layer in job.dropped}
-        assert change.sharers == (EXPORT,)
         top = job.after.top
+        images = {Holder("image", job.before.top.path), Holder("image", top.path)}
+        assert change.sharers == (EXPORT, *sorted(images))
         new = top.file not in {layer.file for layer in job.before.layers}
         assert change.gains == (((EXPORT, Need(top, "r", f"copy {job.id} put it on top")),) if new else ())
     if job.target is not None:

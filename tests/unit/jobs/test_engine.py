@@ -38,7 +38,7 @@ def test_a_pull_runs_to_its_proof_and_gives_up_what_the_chain_lost() -> None:
         assert job.holder in change.release
         assert set(change.forget) == {layer.file for layer in chain.layers[1:]}
         assert change.release == (job.holder, Holder("image", "/top"))
-        assert change.sharers == ()
+        assert change.sharers == (Holder("image", "/top"),)
         assert change.gains == ()
         assert agent.store.kinds(job.id) == ["started", "completed"]
         assert agent.counts.finished == [("pull", "completed")]
@@ -89,7 +89,7 @@ def test_an_export_of_the_chain_loses_the_dropped_files_too() -> None:
         export = Holder("export", "e1")
         agent.driver.images["/top"].users.add(export)
         await agent.until_cleared(await agent.pull())
-        assert set(agent.store.finishes[0][1].sharers) == {export}
+        assert set(agent.store.finishes[0][1].sharers) == {export, Holder("image", "/top")}
         assert agent.driver.images["/top"].users == {export}
 
     run(scenario)

@@ -149,7 +149,8 @@ class JobStory(Story):
         assert set(asked) >= {layer.file for layer in job.before.layers}
         if job.state is State.COMPLETED:
             assert set(change.forget) == {layer.file for layer in job.dropped}
-            assert (change.sharers, change.gains) == ((), ())
+            images = {image, Holder("image", job.after.top.path)}
+            assert (change.sharers, change.gains) == (tuple(sorted(images)) if job.dropped else (), ())
             assert set(change.release) == ({job.holder, image} if job.dropped else {job.holder})
             assert job.revocation is (Revocation.DONE if job.dropped else Revocation.NONE)
         else:

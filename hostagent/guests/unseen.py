@@ -1,0 +1,319 @@
+"""What images keep of chains that got shorter while nobody looked: proven, and then let go of.
+
+A block job of somebody else's that began and ended while the agent or libvirtd was away leaves no event, and no trace
+but a chain that has lost layers, which the image keeps then (holding.py). Here it is found out whether it still needs
+them, when all is read anew and by timer: neither libvirt nor the image's header may name them, and the tables on the
+files must have all that they held. That is the proof of any pull, and of a guest that is off the whole truth. Of a
+commit below the top, which leaves nothing in the image, it is that what was below reads the same without them.
+
+What is proven is recorded as the job that it was, and given back by it as by any other; of a disk that went over to
+another image nobody can say how, and only access is settled. What is not proven stays open, and its row says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from events.model import DiskJobEvent, DomainEvent, HypervisorEvent
+from hostagent.drivers.libvirt import DomainRef
+from hostagent.guests.driver import REST, WAITS
+from hostagent.guests.durable import Durable
+from hostagent.guests.holding import KIND
+from hostagent.guests.strands import Strand, chain_of, layer_of, strands
+from hostagent.images.member import ChainLimits
+from hostagent.records import AccessRow
+from jobs.errors import JobError
+from jobs.model import EXTERNAL, Chain, Cursor, Drive, FileId, Holder, Job, JobSpec, Layer, Operation, Revocation, State
+from jobs.ports import AccessResult, Clock
+
+log = logging.getLogger(__name__)
+
+TRIGGER = "unseen"
+FOUND = "it was over when it was found: it began and ended while the agent or libvirtd was away"
+
+
+class Rows(Protocol):
+    async def access_rows(self, files: Sequence[FileId] | None = None) -> list[AccessRow]: ...
+
+    async def explain_rows(self, ids: Sequence[str], reason: str) -> None: ...
+
+
+class Access(Protocol):
+    async def delete(self, rows: Sequence[AccessRow], *, trigger: str) -> dict[FileId, AccessResult]: ...
+
+
+class Renewing(Protocol):
+    async def renew(self, drive: Drive) -> DomainRef | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`limits` for what headers name; in seconds `file_timeout`, `interval` between two looks, and `patience` until a
+    loss is looked at: jobs that were seen are settled by themselves."""
+
+    limits: ChainLimits
+    file_timeout: float
+    interval: float
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The image's chain, and what it has lost; `moot` are files that it stands on again, and the disk has; `state` is
+    that of all the others."""
+
+    chain: tuple[Layer, ...]
+    strands: tuple[Strand, ...]
+    moot: tuple[AccessRow, ...]
+    state: tuple[object, ...]
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of an image: when to look at it `again`, after how many `tries`; the look at its files that
+    has not returned, and in which state they were when they were compared in vain."""
+
+    again: float = 0.0
+    tries: int = 0
+    look: asyncio.Future[_Found] | None = None
+    compared: tuple[object, ...] = ()
+
+
+class Unseen:
+    """`ready` says whether libvirt can be asked; `active` are the jobs that have not ended, or whose end is settled;
+    `record` takes a job that has ended and the rows that go with it; `alarm` is told of images that are not whole."""
+
+    def __init__(
+        self,
+        holding: Renewing,
+        rows: Rows,
+        access: Access,
+        file: Durable,
+        settings: Settings,
+        *,
+        clock: Clock,
+        ready: Callable[[], bool],
+        active: Callable[[], list[Job]],
+        record: Callable[[Job, tuple[str, ...]], Awaitable[None]],
+        alarm: Callable[[str, str], None],
+    ) -> None:
+        self._holding = holding
+        self._rows = rows
+        self._access = access
+        self._file = file
+        self._settings = settings
+        self._clock = clock
+        self._ready = ready
+        self._active = active
+        self._record = record
+        self._alarm = alarm
+        self._known: dict[Holder, _Known] = {}
+        self._wake = asyncio.Event()
+
+    # What libvirt tells: hints
+
+    def event(self, event: HypervisorEvent) -> None:
+        if isinstance(event, DomainEvent | DiskJobEvent):
+            self._wake.set()
+
+    def resync(self) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                wait = await self._round()
+            except Exception:  # a task root
+                log.exception("a fault of the agent")
+                wait = self._settings.interval
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._wake.wait()
+            self._wake.clear()
+
+    async def _round(self) -> float:
+        """Seconds until the next."""
+        waits = [self._settings.interval]
+        try:
+            rows = await self._rows.access_rows() if self._ready() else []
+            images = sorted({row.holder for row in rows if row.lost})
+            self._known = {image: known for image, known in self._known.items() if image in images}
+            for image in images:
+                waits.append(await self._judge(image, rows))
+        except JobError as error:
+            log.warning("what images keep cannot be judged", extra={"fields": {"error": error.message}})
+        return max(0.05, min(waits))
+
+    async def _judge(self, image: Holder, rows: Sequence[AccessRow]) -> float:
+        known, clock = self._known.setdefault(image, _Known()), asyncio.get_running_loop().time
+        disks = _disks(image, rows)
+        if (wait := self._wait(image, rows, disks, known)) > 0:
+            return wait
+        began = clock()
+        try:
+            await self._settle(image, disks, known)
+        except JobError as error:
+            lost = [row for row in rows if row.holder == image and row.lost]
+            await self._say(lost, f"whether {image.id} has what it held cannot be said: {error.message}")
+        pause = min(self._settings.interval, self._settings.patience * 2.0**known.tries)
+        known.tries += 1
+        wait = max(pause, REST * (clock() - began))
+        known.again = clock() + wait
+        return wait
+
+    def _wait(self, image: Holder, rows: Sequence[AccessRow], disks: Sequence[Drive], known: _Known) -> float:
+        """Seconds until it may be looked at. Not while a job works there, or may still be found as others are."""
+        places = {(disk.uuid, disk.target) for disk in disks}
+        for job in self._active():
+            place = (job.drive.uuid, job.drive.target) if job.drive else None
+            if job.state is not State.QUEUED and (place in places or job.before.top.path == image.id):
+                return self._settings.interval
+        youngest = max(row.since for row in rows if row.holder == image and row.lost)
+        age = (self._clock.now() - youngest).total_seconds()
+        return max(known.again - asyncio.get_running_loop().time(), self._settings.patience - age)
+
+    # The proof
+
+    async def _settle(self, image: Holder, disks: Sequence[Drive], known: _Known) -> None:
+        domains = [await self._holding.renew(disk) for disk in disks]  # what libvirt names is in their rows then
+        runs = any(domain is not None and domain.active for domain in domains)
+        rows = await self._rows.access_rows()
+        disks, found = _disks(image, rows), await self._look(image, rows, known)
+        lost = {row.file: row for row in rows if row.holder == image}
+        if found.moot:
+            await self._access.delete(found.moot, trigger=TRIGGER)
+        operations: list[Operation] = []
+        unproven: list[Strand] = []
+        for strand in found.strands:
+            operation, lacks = await self._proven(found, strand, known)
+            if operation is not None:
+                operations.append(operation)
+                continue
+            unproven.append(strand)
+            of_strand = [lost[layer.file] for layer in strand.layers]
+            if await self._say(of_strand, _why(found.chain, strand, lacks, runs=runs)) and not runs:
+                self._alarm(image.id, _mend(found.chain, strand))
+        # Of two strands that stand on one layer, one may need it.
+        proven = [lost[file] for file in sorted(_files(found.strands) - _files(unproven))]
+        if operations and len(found.strands) == 1 and len(disks) == 1 and _is_job(found.strands[0], proven):
+            job = self._job(operations[0], disks[0], found.chain, found.strands[0])
+            log.info("a job that nobody saw", extra={"fields": {"job": job.id, "path": image.id}})
+            await self._record(job, tuple(row.id for row in proven))
+        elif proven:
+            await self._access.delete(proven, trigger=TRIGGER)
+
+    async def _proven(self, found: _Found, strand: Strand, known: _Known) -> tuple[Operation | None, int]:
+        """What it was, and how many bytes the image lacks for a pull."""
+        chain = found.chain
+        if strand.on == 0:  # QEMU writes it all down before it goes over; or somebody went back, and does not need it
+            return Operation.COMMIT, 0
+        lacks = await self._file.lacking(chain[: strand.above], strand.layers)
+        if lacks == 0:
+            return Operation.PULL, 0
+        if strand.on and known.compared != found.state:  # all of it is read: once, for it says the same again
+            known.compared = found.state
+            if await self._file.adds_nothing(strand.layers, chain[strand.on :]):
+                return Operation.COMMIT, lacks
+        return None, lacks
+
+    async def _look(self, image: Holder, rows: Sequence[AccessRow], known: _Known) -> _Found:
+        """A look at files on dead storage never returns, and keeps its thread: an image has one."""
+        if known.look is None or known.look.done():
+            known.look = asyncio.ensure_future(asyncio.to_thread(_read, image, rows, self._settings.limits))
+            known.look.add_done_callback(lambda look: look.cancelled() or look.exception())  # heard, also when late
+        await asyncio.wait({known.look}, timeout=self._settings.file_timeout)
+        if not known.look.done():
+            message = f"its files do not answer within {self._settings.file_timeout:g} s (libvirt.file_timeout)"
+            raise JobError("unresponsive", message, remedy="see whether their storage hangs")
+        return known.look.result()
+
+    async def _say(self, rows: Sequence[AccessRow], reason: str) -> bool:
+        """Whether it is news."""
+        if all(row.reason == reason for row in rows):
+            return False
+        await self._rows.explain_rows([row.id for row in rows], reason)
+        log.warning("it stays open", extra={"fields": {"paths": [row.path for row in rows], "reason": reason}})
+        return True
+
+    def _job(self, operation: Operation, drive: Drive, chain: tuple[Layer, ...], strand: Strand) -> Job:
+        now, size = self._clock.now(), chain[0].virtual_size
+        return Job(
+            id=str(uuid.uuid4()),
+            spec=JobSpec(operation, target=str(drive)),
+            state=State.COMPLETED,
+            created=now,
+            since=now,
+            finished=now,
+            before=Chain((*chain[: strand.above], *strand.layers, *chain[strand.above :])),
+            after=Chain(chain),
+            origin=EXTERNAL,
+            cursor=Cursor(size, size),
+            revocation=Revocation.PENDING,
+            warnings=(FOUND,),
+            drive=drive,
+        )
+
+
+def _disks(image: Holder, rows: Sequence[AccessRow]) -> list[Drive]:
+    """The disks that have the image in their chain."""
+    found = []
+    for row in rows:
+        if row.holder.kind == KIND and row.path == image.id:
+            uuid_, _, target = row.holder.id.partition("/")
+            found.append(Drive(uuid_, row.name.partition("/")[0] or uuid_, target))
+    return found
+
+
+def _read(image: Holder, rows: Sequence[AccessRow], limits: ChainLimits) -> _Found:
+    """Blocking: it looks at the files."""
+    holders = {row.holder for row in rows if row.holder.kind == KIND and row.path == image.id}
+    disks = [row for row in rows if row.holder in holders]
+    kept = [row for row in rows if row.holder == image and row.lost]
+    format = next((row.format for row in disks if row.path == image.id and row.format), None)
+    chain = chain_of(image.id, format, [layer_of(row) for row in (*kept, *disks)], limits)
+    named, needed = {layer.file for layer in chain}, {row.file for row in disks}
+    moot = [row for row in kept if row.file in named & needed]
+    lost = [row for row in kept if row.file not in named | needed]
+    found = strands(chain, [layer_of(row) for row in lost]) if lost else ()
+    files = [*chain, *(layer for strand in found for layer in strand.layers)]
+    return _Found(chain, found, tuple(moot), tuple(_state(layer.path) for layer in files))
+
+
+def _files(found: Sequence[Strand]) -> set[FileId]:
+    return {layer.file for strand in found for layer in strand.layers}
+
+
+def _is_job(strand: Strand, rows: Sequence[AccessRow]) -> bool:
+    """Whether it is known what was done. A disk that has another top may have gone over, or been given that by hand."""
+    return strand.on != 0 and all(row.mode == "r" for row in rows)
+
+
+def _state(path: str) -> tuple[int, int, int] | None:
+    with contextlib.suppress(OSError):
+        found = os.stat(path)  # noqa: PTH116
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
+
+
+def _why(chain: Sequence[Layer], strand: Strand, lacks: int, *, runs: bool) -> str:
+    text = f"{chain[0].path} stands on it no more, and {lacks} bytes of what it held are not written there"
+    if strand.on:
+        text = f"{text}, nor was it seen to have gone down into {chain[strand.on].path}"
+    if runs:
+        return f"{text}: {WAITS}"
+    return f"{text}: QEMU was killed just as a pull ended, or somebody took it out by hand; {_mend(chain, strand)}"
+
+
+def _mend(chain: Sequence[Layer], strand: Strand) -> str:
+    top, base = chain[0], strand.layers[0]
+    command = ["qemu-img", "rebase", "-u", "-f", top.format, "-F", base.format, "-b", base.path, top.path]
+    return f"stand it on that again before it is used ({shlex.join(command)}), or `hostagent grant revoke` it"

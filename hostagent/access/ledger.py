@@ -108,6 +108,7 @@ class Ledger:
             self._files, uid=subject.uid, unknown=settings.unknown_owner, manage_shared=settings.manage_shared
         )
         self._domains_known = False
+        self._named: Mapping[FileId, str] = {}
 
     # What others call
 
@@ -158,10 +159,11 @@ class Ledger:
         await self._store.delete_rows([row.id for row in rows])
         return await self.converge([row.file for row in rows], trigger=trigger)
 
-    def know_domains(self, known: bool) -> None:
+    def know_domains(self, known: bool, named: Mapping[FileId, str] | None = None) -> None:
         """Whether the rows of all domains, running and defined, are in the ledger. Until they are, no file that libvirt
-        owns is given back: somebody could need it."""
+        owns is given back: somebody could need it. `named` are those that have no row, and whose disk may need them."""
         self._domains_known = known
+        self._named = named or {}
 
     async def undo(self, file: FileId) -> AccessResult:
         """Give a file back to the user from whom we took it, unless somebody changed its owner since.
@@ -235,6 +237,8 @@ class Ledger:
         processes = await self._open_in(entry)
         mine = set(self._daemons())
         keepers = [row.title for row in rows] + [str(p) for p in processes if p.pid not in mine]
+        if entry.labels and file in self._named:
+            keepers.append(self._named[file])
         if (place := await self._protector(entry)) is not None:
             keepers.append(f"protected:{place}")
         return keepers
@@ -434,6 +438,9 @@ class Ledger:
             raise JobError(
                 "unavailable", "which domains need it is not known yet", remedy="see whether libvirt answers"
             )
+        if was.labels and (disk := self._named.get(was.file)) is not None:
+            reason = "the image of a domain's disk names it as what it stands on"
+            return _Finding(replace(kept, reason=reason, holders=(disk,)), GrantEventKind.KEPT)
         if (kept_open := await self._kept_open(was)) is not None:
             return kept_open
         obstacle = None

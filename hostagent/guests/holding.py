@@ -45,7 +45,7 @@ NEW = (DomainEventKind.DEFINED, DomainEventKind.STARTED)
 
 
 class Access(Protocol):
-    def know_domains(self, known: bool) -> None: ...
+    def know_domains(self, known: bool, named: Mapping[FileId, str] | None = None) -> None: ...
 
     async def hold(
         self, holder: Holder, uses: Sequence[Use], *, name: str, trigger: str
@@ -80,6 +80,7 @@ class Holding:
         self._all = True
         self._stale: set[str] = set()
         self._seen: dict[str, tuple[DiskNeeds, ...]] = {}
+        self._named: dict[str, dict[FileId, str]] = {}
         self._troubles: dict[str, JobError] = {}
         self._turns = Locks()
         self._wake = asyncio.Event()
@@ -229,16 +230,43 @@ class Holding:
         for known in (self._seen, self._troubles):
             for uuid in set(known) - there:
                 known.pop(uuid)
+        for uuid in set(self._named) - there:
+            await self._name(uuid, {})
         await self._release(held - there, set())
 
     async def _settle(self) -> None:
         """All is known, if it is; then what waited for that is settled."""
         if self._owes or not self._hypervisor.status.connected or self._known.is_set():
             return
-        self._ledger.know_domains(True)
+        self._ledger.know_domains(True, self._all_named())
         self._known.set()
         owed = [file.file for file in await self._rows.access_files() if file.verdict == AccessVerdict.PENDING]
         await self._ledger.converge(owed, trigger="domains")
+
+    def _all_named(self) -> dict[FileId, str]:
+        return {file: disk for named in self._named.values() for file, disk in named.items()}
+
+    def _names_of(self, domain: DomainRef, found: tuple[DiskNeeds, ...]) -> dict[FileId, str]:
+        names: dict[FileId, str] = {}
+        for needs in found:
+            disk = f"{holder_of(Drive(domain.uuid, domain.name, needs.target))} ({domain.name}/{needs.target})"
+            if needs.missing or needs.unknown:  # then it keeps what it had
+                names |= {file: one for file, one in self._named.get(domain.uuid, {}).items() if one == disk}
+            names |= dict.fromkeys(needs.names, disk)
+        return names
+
+    async def _name(self, uuid: str, named: dict[FileId, str]) -> None:
+        """What a domain's images name, and no row has."""
+        if named == self._named.get(uuid, {}):
+            return
+        before = self._all_named()
+        self._named[uuid] = named
+        if not named:
+            del self._named[uuid]
+        now = self._all_named()
+        if self._known.is_set():
+            self._ledger.know_domains(True, now)
+        await self._ledger.converge(sorted(before.keys() - now.keys()), trigger=KIND)
 
     async def _read(
         self, domain: DomainRef, *, anew: bool, proven: Mapping[str, frozenset[FileId]] | None = None
@@ -263,6 +291,7 @@ class Holding:
         self, domain: DomainRef, found: tuple[DiskNeeds, ...], proven: Mapping[str, frozenset[FileId]]
     ) -> None:
         self._seen.pop(domain.uuid, None)
+        await self._name(domain.uuid, self._names_of(domain, found))
         rows = await self._rows.access_rows()
         for needs in found:
             drive = Drive(domain.uuid, domain.name, needs.target)

@@ -1,8 +1,9 @@
 """Which files the disks of one domain need: what libvirt says, and below that what the images' headers say.
 
 Of a domain that runs libvirt says the whole chain; of its definition, and of one that is off, mostly the top alone. The
-rest is read by the bounded reader, by the rules for any chain: what a header names elsewhere is not looked at, and then
-it is not known what the disk needs. All of this blocks.
+rest is read by the bounded reader, by the rules for any chain, but for links, which are followed as libvirt does. What
+a header names elsewhere is not opened, and then it is not known what the disk needs. Unless it is raw: as that stands
+on nothing, it is known which file it is, though no access is given to it. All of this blocks.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hostagent.drivers.domain_xml import Disk, Domain, LiveLayer
 from hostagent.guests.labels import Labels
 from hostagent.images.header import read_header
 from hostagent.images.member import ChainLimits, Wanted, open_member
+from hostagent.inodes import DEVICES
 from hostagent.records import Label, Use
 from jobs.errors import JobError
 from jobs.model import FileId, Layer, Need
@@ -28,12 +30,13 @@ CHAINED = ("qcow2", "qcow", "qed", "vmdk")
 @dataclass(frozen=True, slots=True)
 class DiskNeeds:
     """What is known of it. `missing` says that a file is not there, and what that stands on is not seen; `unknown` why
-    the chain cannot be read to its end."""
+    the chain cannot be read to its end. `names` are files that only a header names, where nothing is given."""
 
     target: str
     uses: tuple[Use, ...]
     missing: bool = False
     unknown: JobError | None = None
+    names: frozenset[FileId] = frozenset()
 
 
 def read_needs(descriptions: Sequence[Domain], labels: Labels, limits: ChainLimits) -> tuple[DiskNeeds, ...]:
@@ -59,7 +62,7 @@ def _read(before: DiskNeeds, domain: Domain, disk: Disk, labels: Labels, limits:
         unknown = JobError("io_error", what, remedy="see their storage")
     except JobError as error:
         missing, unknown = (True, unknown) if error.code == "not_found" else (missing, error)
-    return DiskNeeds(disk.target, tuple(reader.uses.values()), missing, unknown)
+    return DiskNeeds(disk.target, tuple(reader.uses.values()), missing, unknown, before.names | reader.names)
 
 
 class _Reader:
@@ -67,6 +70,7 @@ class _Reader:
         self, uses: dict[FileId, Use], domain: Domain, disk: Disk, labels: Labels, limits: ChainLimits
     ) -> None:
         self.uses = uses
+        self.names: set[FileId] = set()
         self._domain = domain
         self._disk = disk
         self._labels = labels
@@ -127,7 +131,13 @@ class _Reader:
         if wanted.format in CHAINED and wanted.format != "qcow2":
             message = f"what {wanted.path} ({wanted.format}) stands on cannot be read"
             raise JobError("not_supported", message, remedy="convert it into qcow2")
-        fd, path = open_member(wanted, self._limits)
+        try:
+            fd, path = open_member(replace(wanted, path=_without_links(wanted.path)), self._limits)
+        except JobError:
+            if wanted.format != "raw":
+                raise
+            self._name(wanted)
+            return None
         try:
             found = os.fstat(fd)
             header = read_header(fd) if wanted.format == "qcow2" else None
@@ -145,3 +155,14 @@ class _Reader:
             message = f"{path} does not say which format its backing file {header.backing} has"
             raise JobError("image_invalid", message, remedy=f"qemu-img rebase -u -F FORMAT -b {header.backing} {path}")
         return Wanted(str(Path(path).parent / header.backing), header.backing_format, layer)
+
+    def _name(self, wanted: Wanted) -> None:
+        found = os.stat(wanted.path)  # noqa: PTH116
+        if stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode):
+            self.names.add(FileId(found.st_dev, found.st_ino))
+
+
+def _without_links(path: str) -> str:
+    """As libvirt, which follows them. A device goes by its link where pools are concerned."""
+    real = os.path.realpath(path)
+    return path if real.startswith(f"{DEVICES}/") else real

@@ -13,6 +13,7 @@ import pytest
 
 from tests.harness import MIB, AgentProcess, ApiError, Json, backing_of, overlay, raw_image, reachable, user_can_read
 from tests.libvirt.guest import Guest
+from tests.libvirt.jobs import live_paths
 from tests.libvirt.private import PrivateLibvirt, until
 from tests.qemu.faults import HASTE
 
@@ -385,3 +386,62 @@ def test_a_running_guest_whose_disk_is_a_volume_is_pulled_and_named(
     guest.destroy()
     job = agent.until_ended(job["id"])
     assert (job["state"], job["chain"]["revoked"], owner(base)) == ("completed", [str(base)], ALICE)
+
+
+def test_a_raw_base_outside_the_pools_is_kept_and_holds_up_no_other(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path, tmp_path: Path
+) -> None:
+    """Of the one it is known that it may be needed, and of all others that they are not."""
+    far = tmp_path / "far"
+    far.mkdir(mode=0o755)
+    os.chown(elsewhere := raw_image(far / "base.raw", MIB), *ALICE)
+    odd = libvirt.guest("odd", overlay(base.parent / "odd.qcow2", elsewhere))
+    until(lambda: domains_of(agent).startswith("of 1"), "it is known what that needs")
+    web1 = defined(agent, libvirt, "web1", base)
+    with reachable(far):
+        web2 = libvirt.guest("web2", overlay(far / "web2.qcow2", elsewhere))
+        until(lambda: f"{web2.uuid}/vda" in holders(agent, elsewhere), "web2 is known")
+        for guest, path in ((web1, base), (web2, elsewhere)):
+            guest.start(paused=True)
+            until(lambda path=path: can_open(libvirt, path), "libvirt has given it")  # type: ignore[misc]
+            job = pull(agent, guest.name)
+            until(lambda guest=guest: backing_of(guest.disk) is None, "QEMU is done")  # type: ignore[misc]
+            guest.destroy()
+            job = agent.until_ended(job["id"])
+            if guest is web1:
+                assert (job["revocation"], job["chain"]["revoked"], owner(base)) == ("done", [str(base)], ALICE)
+            else:
+                (kept,) = job["chain"]["kept"]
+                assert kept["holders"] == [f"domain:{odd.uuid}/vda (odd/vda)"] and owner(elsewhere) != ALICE
+        odd.remove()
+        until(lambda: owner(elsewhere) == ALICE, "it is given back when that is gone, too")
+
+
+def test_libvirt_follows_links_and_no_header_of_a_raw_base(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path
+) -> None:
+    """What the agent leans on where it says what a guest needs that is off."""
+    forged = base.with_name("forged.raw")
+    forged.write_bytes(overlay(base.with_name("inner.qcow2"), base).read_bytes())
+    (link := base.with_name("link")).symlink_to(forged)
+    guest = libvirt.guest("web1", overlay(base.with_name("web1.qcow2"), link))
+    mine = f"{guest.uuid}/vda"
+    until(lambda: mine in holders(agent, forged), "its chain is held")
+    guest.start(paused=True)
+    assert [os.path.realpath(path or "") for path in live_paths(guest)] == [str(guest.disk), str(forged)]
+    until(lambda: can_open(libvirt, forged), "QEMU has it")
+    assert mine not in holders(agent, base) and not can_open(libvirt, base)
+
+
+def test_an_image_that_is_not_there_holds_up_no_other(
+    agent: AgentProcess, libvirt: PrivateLibvirt, base: Path, tmp_path: Path
+) -> None:
+    libvirt.guest("gone", tmp_path / "away" / "gone.qcow2")
+    guest = defined(agent, libvirt, "web1", base)
+    guest.start(paused=True)
+    until(lambda: can_open(libvirt, base), "libvirt has given it")
+    job = pull(agent)
+    until(lambda: backing_of(guest.disk) is None, "QEMU is done")
+    guest.destroy()
+    assert agent.until_ended(job["id"])["revocation"] == "done"
+    assert owner(base) == ALICE

@@ -130,6 +130,27 @@ def test_an_owner_that_was_not_seen_is_replaced_only_where_that_is_configured(
     given_user(scenario, unknown_owner=heir)
 
 
+def test_what_only_the_header_of_a_domains_image_names_is_kept_and_all_else_is_given_back(given_user: Play) -> None:
+    async def scenario(host: Host) -> None:
+        file, other = host.file("base"), host.file("other")
+        for owner_ in (ALICE, LIBVIRT):
+            for path in (file, other):
+                relabel(path, owner_)
+            await hold(host, WEB, file, other)
+        host.ledger.know_domains(True, {identity(file): "domain:db/vda (db/vda)"})
+        results = await hold(host, WEB)
+        assert results[identity(other)].verdict is AccessVerdict.REVOKED and owned(other) == ALICE
+        kept = results[identity(file)]
+        assert (kept.verdict, kept.holders) == (AccessVerdict.KEPT, ("domain:db/vda (db/vda)",))
+        assert owned(file) == LIBVIRT
+        assert await host.ledger.keepers(identity(file), [], str(file)) == ["domain:db/vda (db/vda)"]
+        host.ledger.know_domains(True)
+        assert verdict(await host.ledger.converge([identity(file)], trigger="domain")) is AccessVerdict.REVOKED
+        assert owned(file) == ALICE
+
+    given_user(scenario)
+
+
 def test_until_all_domains_are_known_nothing_is_given_back(given_user: Play) -> None:
     async def scenario(host: Host) -> None:
         file = host.file("base")

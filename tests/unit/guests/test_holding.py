@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ class FakeLedger:
 
     def __init__(self) -> None:
         self.known: bool | None = None
+        self.named: dict[FileId, str] = {}
         self.rows: dict[Holder, list[Use]] = {}
         self.said: list[str] = []
 
-    def know_domains(self, known: bool) -> None:
-        self.known = known
+    def know_domains(self, known: bool, named: Mapping[FileId, str] | None = None) -> None:
+        self.known, self.named = known, dict(named or {})
         self.said.append(f"know {known}")
 
     async def hold(self, holder: Holder, uses: Sequence[Use], *, name: str, trigger: str) -> dict[FileId, AccessResult]:
@@ -409,6 +410,25 @@ async def test_an_image_that_cannot_be_read_when_its_domain_is_gone_keeps_what_i
     top.write_bytes(b"no header")
     host.tell(DomainEventKind.UNDEFINED)
     await host.until(lambda: host.held() == {"b/vda": BOTH["b/vda"], str(top): {"base.raw"}})
+
+
+@on_a_host
+async def test_a_raw_base_elsewhere_is_named_and_holds_up_no_other(host: Host) -> None:
+    far = host.base.parent / "far"
+    far.mkdir()
+    base = raw_image(far / "base.raw", MIB)
+    stand(host.libvirt.disks["a"], base)
+    await host.connect()
+    assert host.held()["a/vda"] == {"a.qcow2"}
+    named = {identity(base): "domain:a/vda (name-a/vda)"}
+    assert host.ledger.named == named
+    away = host.libvirt.disks["a"].rename(host.base.parent / "away")
+    await host.holding.renew(A)
+    assert host.ledger.known and host.ledger.named == named, "it is only away"
+    away.rename(host.libvirt.disks["a"])
+    stand(host.libvirt.disks["a"], host.base)
+    await host.holding.renew(A)
+    assert host.ledger.known and host.ledger.named == {} and host.held() == BOTH
 
 
 @on_a_host

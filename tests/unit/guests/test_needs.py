@@ -15,6 +15,7 @@ from hostagent.guests.needs import DiskNeeds, read_needs
 from hostagent.images.member import ChainLimits
 from hostagent.records import Label
 from jobs.errors import JobError
+from jobs.model import FileId
 from tests.harness import MIB, overlay, raw_image
 
 QEMU, OTHER = Label(64055, 64055), Label(107, 108)
@@ -110,12 +111,46 @@ def test_a_file_that_is_not_there_is_missing(images: Images, gone: str) -> None:
 
 def test_what_a_header_names_elsewhere_is_not_touched_and_the_chain_not_known(images: Images, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
-    far = raw_image(tmp_path / "far" / "shadow", MIB)
-    top = overlay(images.folder / "far.qcow2", far)
+    far = overlay(tmp_path / "far" / "shadow", raw_image(tmp_path / "far" / "base.raw", MIB))
+    top = overlay(images.folder / "far.qcow2", far, "qcow2")
     found = needs(domain(disk(top)))
     assert modes(found) == {"far.qcow2": "rw"}
     assert found.unknown is not None and "images.pools" in str(found.unknown.remedy)
-    assert modes(needs(domain(disk(top)), limits=ChainLimits((str(far.parent),)))) == {"far.qcow2": "rw", "shadow": "r"}
+    all_ = {"far.qcow2": "rw", "shadow": "r", "base.raw": "r"}
+    assert modes(needs(domain(disk(top)), limits=ChainLimits((str(far.parent),)))) == all_
+
+
+def test_of_a_raw_file_that_a_header_names_elsewhere_it_is_known_which_it_is(images: Images, tmp_path: Path) -> None:
+    """It stands on nothing. That it has a qcow2 header, which its guest wrote, makes no difference."""
+    (tmp_path / "far").mkdir()
+    far = tmp_path / "far" / "base"
+    far.write_bytes(images.top.read_bytes())
+    top = overlay(images.folder / "far.qcow2", far)
+    found = needs(domain(disk(top)))
+    assert (modes(found), found.unknown, found.missing) == ({"far.qcow2": "rw"}, None, False)
+    assert found.names == {FileId(far.stat().st_dev, far.stat().st_ino)}
+    far.unlink()
+    assert needs(domain(disk(top))).missing
+    far.mkdir()
+    assert needs(domain(disk(top))).names == frozenset()
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_links_that_headers_name_are_followed_as_libvirt_does_and_judged_by_where_they_lead(
+    images: Images, tmp_path: Path, format: str
+) -> None:
+    named = images.base if format == "raw" else images.middle
+    link = images.folder / "link"
+    link.symlink_to(named)
+    top = overlay(images.folder / "linked.qcow2", link, format)
+    assert modes(needs(domain(disk(top)))) == {"linked.qcow2": "rw"} | {
+        name: "r" for name in ("base.raw", *(["middle.qcow2"] if format == "qcow2" else []))
+    }
+    (tmp_path / "far").mkdir()
+    link.unlink()
+    link.symlink_to(named.rename(tmp_path / "far" / named.name))
+    found = needs(domain(disk(top)))
+    assert modes(found) == {"linked.qcow2": "rw"} and (found.unknown is None) == (format == "raw")
 
 
 def test_a_cdrom_with_a_chain_is_read_and_writes_nothing(images: Images) -> None:

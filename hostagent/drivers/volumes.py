@@ -17,6 +17,8 @@ from jobs.errors import JobError
 
 POOL_SIZE = 1 << 20
 """Bytes of a pool's description; one takes 1 KiB."""
+REMOTE = ("rbd", "gluster", "sheepdog")
+"""Types of pools whose volumes are no files of this host."""
 
 
 def resolve(session: Session, domain: Domain) -> Domain:
@@ -43,26 +45,35 @@ def _layer(session: Session, layer: LiveLayer) -> LiveLayer:
     if layer.volume is None:
         return layer
     try:
-        path: str | None = session.volume_path(*layer.volume)
+        path = session.volume_path(*layer.volume)
     except Lost:
         raise
     except JobError as error:
-        path = _in_folder(session, layer.volume)
-        if path is None:
-            return replace(layer, trouble=error.message)
-    assert path is not None
+        return _by_its_pool(session, layer, layer.volume, error)
     return replace(layer, type=SourceType.FILE if path.startswith("/") else SourceType.NETWORK, path=path)
 
 
-def _in_folder(session: Session, volume: Volume) -> str | None:
-    """Where the volume is, or will be, in a pool that is a folder; one that is mounted is that only while it runs."""
+def _by_its_pool(session: Session, layer: LiveLayer, volume: Volume, error: JobError) -> LiveLayer:
+    """What can be said of a volume that libvirt does not know. Of a guest that runs nothing is gone: QEMU has it."""
+    off = layer.index is None
     try:
         pool = session.pool(volume.pool)
         kind, folder = domain_xml.pool(pool.xml, size=POOL_SIZE)
     except Lost:
         raise
-    except JobError:
-        return None
-    there = kind == "dir" or (kind in ("fs", "netfs") and pool.active)
+    except JobError as unknown:
+        gone = off and unknown.code == "not_found"
+        return replace(layer, gone=gone, trouble=None if gone else error.message)
+    if kind in REMOTE:
+        return replace(layer, type=SourceType.NETWORK)
+    if path := _in_folder(volume, kind, folder, active=pool.active):
+        return replace(layer, type=SourceType.FILE, path=path)
+    gone = off and pool.active and error.code == "not_found"
+    return replace(layer, gone=gone, trouble=None if gone else error.message)
+
+
+def _in_folder(volume: Volume, kind: str, folder: str, *, active: bool) -> str | None:
+    """Where the volume is, or will be, in a pool that is a folder; one that is mounted is that only while it runs."""
+    there = kind == "dir" or (kind in ("fs", "netfs") and active)
     plain = volume.name not in ("", ".", "..") and "/" not in volume.name
     return f"{folder}/{volume.name}" if there and plain and folder.startswith("/") else None

@@ -185,7 +185,7 @@ class GuestDriver:
     async def rest(self, job: Job) -> None:
         """Nothing runs, and nothing is open for the job; the domain stays its own between two increments."""
         self._claim(job)
-        self._jobs[job.id].ours = False
+        self._jobs[job.id].ours = self._jobs[job.id].sure = False
 
     async def observe(self, job: Job) -> Observation:
         drive, known = drive_of(job), self._jobs.get(job.id)
@@ -221,8 +221,15 @@ class GuestDriver:
         known = self._jobs.get(job.id)
         if known is not None and known.sure:
             return True
+        if job.incremental and not (known is not None and known.ours):
+            return False  # between two increments
         disk = await self._disks.describe(drive_of(job))
-        found = await self._files(lambda: chain.files_of(disk)) == [layer.file for layer in job.before.layers]
+        files = await self._files(lambda: chain.files_of(disk))
+        before = [layer.file for layer in job.before.layers]
+        found = files == before
+        if not found and len(files) == len(before) and None in files:
+            remedy = "see that they are there, and their storage answers"
+            raise JobError("unresponsive", f"not all files of {drive_of(job)} can be looked at", remedy=remedy)
         if known is not None:
             known.sure = found
         return found

@@ -92,6 +92,8 @@ class _Reader:
 
     def _named(self, live: LiveLayer, *, writes: bool) -> Layer | None:
         """A layer that libvirt names. Network images are their servers' to give."""
+        if live.gone:
+            raise FileNotFoundError(str(live.volume))
         if live.trouble is not None:
             what = f"what {self._domain.name}/{self._disk.target} is cannot be said: {live.trouble}"
             raise JobError("unavailable", what, remedy="start the storage pool, or undefine the domain")

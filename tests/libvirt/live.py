@@ -105,7 +105,9 @@ class Cell:
             self.speed(0)
         except ApiError as error:
             assert error.code == "conflict", error  # it has ended
-        return self.until("failed", "completed", "waiting")
+        while (job := self.until("failed", "completed", "waiting"))["state"] == "waiting":
+            self.ask("next", cursor=job["cursor"]["cur"])
+        return job
 
     def ends(self, end: End) -> Json:
         """It does so, and all that must hold then does; where the guest lives it goes on."""

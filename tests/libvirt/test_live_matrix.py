@@ -232,9 +232,26 @@ TROUBLES: tuple[Callable[[Stage], None], ...] = (
 )
 
 
+ESSENTIAL = {
+    "pull": (completes, without_libvirtd, without_agent, guest_killed, shared),
+    "pull-increments": (completes,),
+    "copy-finish": (no_space,),
+    "copy-pivot": (completes, aborted_when_ready, without_agent, broken),
+    "commit-pivot": (completes, shared),
+    "commit-keep": (guest_destroyed,),
+    "commit-below": (completes, slower),
+}
+"""The others take minutes, and are part of `make test-full`."""
+
+
 def cells() -> list[object]:
     return [
-        pytest.param(work, trouble, id=f"{work}-{trouble.__name__}")
+        pytest.param(
+            work,
+            trouble,
+            id=f"{work}-{trouble.__name__}",
+            marks=() if trouble in ESSENTIAL.get(str(work), ()) else pytest.mark.slow,
+        )
         for work in WORKS
         for trouble in TROUBLES
         if trouble is not aborted_when_ready or work.mirrors

@@ -61,7 +61,6 @@ def test_libvirt_knows_the_path_of_a_volume_whose_pool_runs() -> None:
         pytest.param("mounted", "new", "/pools/mounted/new", id="the same, where it is mounted"),
         pytest.param("nfs", "v", None, id="what would be mounted first"),
         pytest.param("vg", "v", None, id="a volume group that is not active"),
-        pytest.param("ceph", "v", None, id="a pool without a folder"),
         pytest.param("nobody", "v", None, id="a pool that is not defined"),
         pytest.param("off", "../../etc/shadow", None, id="what is no name of a file"),
         pytest.param("off", "..", None, id="nor is this"),
@@ -74,6 +73,26 @@ def test_what_is_known_of_the_others(pool: str, volume: str, path: str | None) -
     (top,) = layers(session, pool, volume)
     assert top.path == path
     assert (top.trouble is not None) == (path is None), "it is never taken for nothing"
+
+
+@pytest.mark.parametrize(
+    ("pool", "gone"),
+    [
+        pytest.param("nobody", True, id="a pool that is not defined"),
+        pytest.param("active", True, id="a volume that a pool which runs does not have"),
+        pytest.param("vg", False, id="a pool that does not run"),
+        pytest.param("ceph", False, id="what is no file of this host, whatever its pool does"),
+    ],
+)
+def test_what_a_definition_names_and_is_not_there_holds_up_nobody(pool: str, gone: bool) -> None:
+    """Of a guest that runs QEMU may have it all the same."""
+    session: Any = Pools({"active": {}}, vg="logical", active="logical", ceph="rbd")
+    (running,) = layers(session, pool)
+    assert (running.gone, running.trouble is None) == (False, pool == "ceph")
+    text = f"<domain><name>web1</name><uuid>u</uuid><devices>{DISK.format(pool, 'v', '')}</devices></domain>"
+    (defined,) = resolve(session, parse(text.replace(" index='1'", ""), size=1 << 20)).disks[0].layers
+    assert (defined.gone, defined.trouble is None) == (gone, gone or pool == "ceph")
+    assert defined.path is None and not defined.local
 
 
 def test_a_mirror_may_be_one() -> None:

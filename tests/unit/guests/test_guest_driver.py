@@ -405,6 +405,41 @@ async def test_a_pull_on_another_chain_than_ours_is_somebody_elses(host: Host) -
 
 
 @on_a_host
+async def test_a_file_that_cannot_be_looked_at_says_nothing_of_whose_a_pull_is(host: Host) -> None:
+    job = await host.started()
+    host.driver.recover(job)
+    host.driver.event(DiskJobEvent(DiskJobKind.READY, DRIVE.uuid, DRIVE.name, DRIVE.target, "pull"))
+    host.disks.job = RUNNING
+    aside = host.disks.paths[2].rename(host.disks.paths[2].with_suffix(".away"))
+    assert (await host.driver.observe(job)).contact is Contact.UNRESPONSIVE
+    aside.rename(host.disks.paths[2])
+    assert (await host.driver.observe(job)).phase is Phase.RUNNING
+
+
+@pytest.mark.parametrize("state", [State.ABORTING, State.COMPLETING])
+def test_what_somebody_else_began_between_two_increments_is_not_ended_with_the_job(
+    tmp_path: Path, state: State
+) -> None:
+    async def story(host: Host) -> None:
+        job = await host.started()
+        job = replace(job, spec=replace(job.spec, increment=END // 4), upto=END // 2)
+        host.disks.job = None
+        host.driver.event(
+            DiskJobEvent(DiskJobKind.FAILED, DRIVE.uuid, DRIVE.name, DRIVE.target, "pull", reason="cancelled")
+        )
+        await host.driver.rest(replace(job, state=State.WAITING))
+        host.disks.job = RUNNING
+        if state is State.COMPLETING:
+            with pytest.raises(JobError, match="somebody else"):
+                await host.driver.advance(replace(job, state=State.RUNNING), asyncio.Event())
+        await host.driver.cancel(replace(job, state=state))
+        assert "abort" not in host.disks.calls
+        assert (await host.driver.observe(replace(job, state=state))).phase is Phase.ABSENT
+
+    play(story(Host(tmp_path)))
+
+
+@on_a_host
 async def test_between_two_increments_no_pull_is_ours(host: Host) -> None:
     job = replace(await host.started(), state=State.WAITING)
     host.disks.job = RUNNING

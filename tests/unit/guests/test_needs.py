@@ -213,6 +213,15 @@ def test_a_volume_whose_path_nobody_knows_is_not_known(images: Images) -> None:
     assert found.uses == () and found.unknown is not None and "not active" in found.unknown.message
 
 
+def test_a_volume_that_is_gone_is_a_file_that_is_not_there(images: Images) -> None:
+    text = "<disk type='volume'><source pool='p' volume='v'/><driver type='qcow2'/><target dev='vda'/></disk>"
+    described = parse(domain(text), size=MIB)
+    (one,) = described.disks
+    gone = replace(described, disks=(replace(one, layers=(replace(one.layers[0], gone=True),)),))
+    (found,) = read_needs([gone], Labels(QEMU, QEMU.uid, relabels=True), ChainLimits())
+    assert (found.uses, found.missing, found.unknown) == ((), True, None)
+
+
 def test_a_chain_that_cannot_be_read_is_not_known(images: Images) -> None:
     images.middle.write_bytes(images.middle.read_bytes().replace(b"base.raw", b"nbd:x:10", 1))
     assert needs(domain(disk(images.top))).unknown is not None

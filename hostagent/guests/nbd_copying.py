@@ -20,6 +20,7 @@ from typing import Any
 
 from hostagent import nbdoffer
 from hostagent.drivers import cutting
+from hostagent.drivers.calls import Late
 from hostagent.drivers.domain_xml import Disk
 from hostagent.drivers.libvirt import CopyCall
 from hostagent.errors import AgentError
@@ -175,8 +176,20 @@ class NbdCopy(Work):
             if not task.done():
                 await self._cut_if_it_may_be(job, until=task)
             await task
+        except Late:
+            if opening:
+                await self._cut_unless_it_answers(job)
+            raise
         finally:
             task.cancel()
+
+    async def _cut_unless_it_answers(self, job: Job) -> None:
+        """We were told no more of the call; a guest that stands still in it says nothing."""
+        await asyncio.sleep(self._settings.answer)
+        try:
+            await self._disks.look(drive_of(job))
+        except JobError:
+            await self._cut_if_it_may_be(job)
 
     async def _until_connected(self, job: Job, task: asyncio.Future[None]) -> None:
         server, _ = server_of(_uri(job))

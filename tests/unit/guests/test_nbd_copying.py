@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hostagent.drivers import cutting, domain_xml
+from hostagent.drivers.calls import Late
 from hostagent.drivers.cutting import Address
 from hostagent.drivers.domain_xml import Domain
 from hostagent.guests.nbd_copying import NbdCopy, Settings
@@ -30,6 +31,8 @@ class Host:
         self.disks = ""
         self.connections = 1
         self.woken = asyncio.Event()
+        self.late = False
+        self.stands_still = False
         disks: Any = self
         self.leases = UriLeases(lambda file: [])
         self.work = NbdCopy(disks, self.leases, Settings(answer, abort, "qemu"))
@@ -49,7 +52,14 @@ class Host:
         return domain_xml.parse(text, size=1 << 20)
 
     async def copy(self, drive: object, wanted: object) -> None:
+        if self.late:
+            raise Late("copy", 0.1)
         await self.hangs()
+
+    async def look(self, drive: object) -> tuple[int, None]:
+        if self.stands_still:
+            raise Late("look", 0.1)
+        return 1, None
 
     async def hangs(self) -> None:
         await self.woken.wait()
@@ -89,6 +99,25 @@ def test_qemu_that_is_not_connected_yet_waits_for_something_else(monkeypatch: py
         host.connections = 1
         with pytest.raises(JobError, match="end of file"):
             await asyncio.wait_for(begun, 20)
+
+    play(story())
+
+
+@pytest.mark.parametrize("stands_still", [True, False])
+def test_a_call_of_which_nothing_is_heard_any_more_leaves_no_guest_standing_still(
+    monkeypatch: pytest.MonkeyPatch, stands_still: bool
+) -> None:
+    async def story() -> None:
+        host = Host(monkeypatch)
+        host.connections = 0  # it connects when we have given up
+        host.late = True
+        host.stands_still = stands_still
+        begun = asyncio.ensure_future(host.work.begin(host.job(), None))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        host.connections = 1
+        with pytest.raises(Late):
+            await asyncio.wait_for(begun, 20)
+        assert host.connections == (0 if stands_still else 1)
 
     play(story())
 

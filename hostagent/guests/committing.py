@@ -128,7 +128,8 @@ class GuestCommit(Work):
     async def _is_written(self, job: Job) -> bool:
         """Of a QEMU that is gone, perhaps before it said that it was done: the base has what the others had."""
         _, base = commit.resolve(job.before, _by_real_paths(job.spec))
-        return await self._file.missing_from([base, *job.dropped], running=False) == 0
+        bare = job.after.layers[-1].file == base.file
+        return await self._file.missing_from([base, *job.dropped], bare=bare, running=False) == 0
 
     async def named(self, job: Job) -> bool:
         return False

@@ -35,20 +35,25 @@ class Durable:
     async def missing(self, job: Job, *, running: bool) -> int:
         """Bytes that are lost if QEMU is killed now, or were when it was. While the guest runs, QEMU's user has the
         files anyway; later it gets them for the moment."""
-        return await self.missing_from([job.before.top, *job.dropped], running=running) if job.dropped else 0
+        if not job.dropped:
+            return 0
+        bare = len(job.after.layers) == 1
+        return await self.missing_from([job.before.top, *job.dropped], bare=bare, running=running)
 
-    async def missing_from(self, layers: Sequence[Layer], *, running: bool) -> int:
-        """Bytes that the first of these does not have on its file, and the others have."""
+    async def missing_from(self, layers: Sequence[Layer], *, bare: bool, running: bool) -> int:
+        """Bytes that the first of these does not have on its file, and the others have; `bare`: it has no base."""
         async with self._handles(layers) as handles:
             if running:
-                return await missing(self._tool, layers[:1], layers[1:], handles)
+                return await missing(self._tool, layers[:1], layers[1:], handles, bare=bare)
             async with self._readable(layers):
-                return await missing(self._tool, layers[:1], layers[1:], handles)
+                return await missing(self._tool, layers[:1], layers[1:], handles, bare=bare)
 
-    async def lacking(self, above: Sequence[Layer], strand: Sequence[Layer]) -> int:
-        """Bytes that `above`, together, do not have on their files, and those in `strand` have. When it is none, the
-        files of `above` are on stable storage, too."""
-        lacks = await self._reading([*above, *strand], lambda handles: missing(self._tool, above, strand, handles))
+    async def lacking(self, above: Sequence[Layer], strand: Sequence[Layer], *, bare: bool) -> int:
+        """Bytes that `above`, together, do not have on their files, and those in `strand` have; `bare`: they stand on
+        nothing. When it is none, the files of `above` are on stable storage, too."""
+        lacks = await self._reading(
+            [*above, *strand], lambda handles: missing(self._tool, above, strand, handles, bare=bare)
+        )
         if lacks == 0:
             await self._sync(above)
         return lacks

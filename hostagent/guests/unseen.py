@@ -216,7 +216,7 @@ class Unseen:
         chain = found.chain
         if strand.on == 0:  # QEMU writes it all down before it goes over; or somebody went back, and does not need it
             return Operation.COMMIT, 0
-        lacks = await self._file.lacking(chain[: strand.above], strand.layers)
+        lacks = await self._file.lacking(chain[: strand.above], strand.layers, bare=strand.above == len(chain))
         if lacks == 0:
             return Operation.PULL, 0
         if strand.on and known.compared != found.state:  # all of it is read: once, for it says the same again

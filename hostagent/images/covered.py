@@ -2,8 +2,10 @@
 
 A header that names no backing file says nothing of the tables above the data: QEMU writes it before them. qemu-img
 reads the tables as they are on the file, also while a QEMU has it open (-U), by inherited descriptors, as the
-unprivileged user and under limits (hostagent.images.tool). What is lost reads as zeros, so what the layers have as
-zeros counts for nothing; and what a guest has discarded since is still mentioned in the image's tables (of version 3).
+unprivileged user and under limits (hostagent.images.tool). Where nothing is left below, what is lost reads as zeros, so
+what the layers have as zeros counts for nothing. Over a base that stays it reads as that, so there zeros count as data
+does; QEMU's stream writes them down as such. What a guest has discarded since is still mentioned in the image's tables
+(of version 3).
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ Range = tuple[int, int]
 """Begin and end, in bytes of the virtual disk."""
 
 
-async def missing(tool: Tool, above: Sequence[Layer], below: Sequence[Layer], handles: Sequence[int]) -> int:
-    """Bytes that `below` (the first of them on top) have as data, and `above`, mostly an image alone, have not.
-    `handles` lead to the files of all of them. A JobError when that cannot be found out."""
+async def missing(
+    tool: Tool, above: Sequence[Layer], below: Sequence[Layer], handles: Sequence[int], *, bare: bool
+) -> int:
+    """Bytes that `below` (the first of them on top) hold, and `above`, mostly an image alone, do not. `bare`: nothing
+    is left below, so zeros need not be held. `handles` lead to the files of all of them. A JobError when that cannot
+    be found out."""
     has = await _map(tool, above, handles[: len(above)], "present")
-    needs = await _map(tool, below, handles[len(above) :], "data")
+    needs = await _map(tool, below, handles[len(above) :], "data" if bare else "present")
     return sum(end - begin for begin, end in _without(needs, has, above[0].virtual_size))
 
 

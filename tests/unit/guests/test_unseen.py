@@ -166,6 +166,22 @@ def test_a_header_without_its_tables_proves_nothing(tmp_path: Path, active: bool
 
 
 @on_an_agent
+async def test_zeros_of_a_layer_count_as_data_over_a_base_that_stays(agent: Agent) -> None:
+    """What the image lacks of them reads as the base's old data."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(agent.middle), str(MIB)], check=True)
+    rebase(agent.middle, agent.base, safe=False)
+    zeros = ["qemu-io", "-c", "write -q -z 0 512k"]
+    subprocess.run([*zeros, str(agent.middle)], check=True)
+    rebase(agent.top, agent.base, safe=False)
+    await agent.look()
+    assert agent.recorded == [] and set(await agent.kept()) == {"middle.qcow2"}
+    subprocess.run([*zeros, str(agent.top)], check=True)
+    await agent.look()
+    (job,) = agent.recorded
+    assert job.spec.operation is Operation.PULL and await agent.kept() == {}
+
+
+@on_an_agent
 async def test_a_commit_below_the_top_is_proven_by_what_can_be_read_without_it(agent: Agent) -> None:
     subprocess.run(["qemu-img", "commit", "-q", str(agent.middle)], check=True)
     write(agent.middle, 5, 0, 128 * 1024)  # libvirt does not empty it
@@ -475,7 +491,7 @@ def crash_at(images: Path, folder: Path, step: int | None, *, after: bool, whole
 def test_an_agent_killed_at_any_step_takes_nothing_that_is_not_proven_and_ends_with_the_same(
     tmp_path: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def lacking(self: Durable, above: Sequence[Layer], strand: Sequence[Layer]) -> int:
+    async def lacking(self: Durable, above: Sequence[Layer], strand: Sequence[Layer], *, bare: bool) -> int:
         return 0 if whole else 4096
 
     monkeypatch.setattr(Durable, "lacking", lacking)  # qemu-img is slow, and proven above

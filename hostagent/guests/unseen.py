@@ -66,12 +66,22 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
+class _Loss:
+    """A strand, and the layers above it, the image first, whose `tables` tell what they have of it.
+    `whole`: all that the chain has was there before, but for the image."""
+
+    strand: Strand
+    tables: tuple[Layer, ...]
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Found:
     """The image's chain, and what it has lost; `moot` are files that it stands on again, and the disk has; `state` is
     that of all the others."""
 
     chain: tuple[Layer, ...]
-    strands: tuple[Strand, ...]
+    losses: tuple[_Loss, ...]
     moot: tuple[AccessRow, ...]
     state: tuple[object, ...]
 
@@ -192,31 +202,34 @@ class Unseen:
         if found.moot:
             await self._access.delete(found.moot, trigger=TRIGGER)
         operations: list[Operation] = []
-        unproven: list[Strand] = []
-        for strand in found.strands:
-            operation, lacks = await self._proven(found, strand, known)
+        unproven: list[_Loss] = []
+        for loss in found.losses:
+            operation, lacks = await self._proven(found, loss, known)
             if operation is not None:
                 operations.append(operation)
                 continue
-            unproven.append(strand)
-            of_strand = [lost[layer.file] for layer in strand.layers]
-            if await self._say(of_strand, _why(found.chain, strand, lacks, runs=runs)) and not runs:
-                self._alarm(image.id, _mend(found.chain, strand))
+            unproven.append(loss)
+            of_strand = [lost[layer.file] for layer in loss.strand.layers]
+            if await self._say(of_strand, _why(found.chain, loss, lacks, runs=runs)) and not runs:
+                self._alarm(image.id, _mend(loss))
         # Of two strands that stand on one layer, one may need it.
-        proven = [lost[file] for file in sorted(_files(found.strands) - _files(unproven))]
-        if operations and len(found.strands) == 1 and len(disks) == 1 and _is_job(found.strands[0], proven):
-            job = self._job(operations[0], disks[0], found.chain, found.strands[0])
+        proven = [lost[file] for file in sorted(_files(found.losses) - _files(unproven))]
+        if operations and len(found.losses) == 1 and len(disks) == 1 and _is_job(found.losses[0], proven):
+            job = self._job(operations[0], disks[0], found.chain, found.losses[0].strand)
             log.info("a job that nobody saw", extra={"fields": {"job": job.id, "path": image.id}})
             await self._record(job, tuple(row.id for row in proven))
         elif proven:
             await self._access.delete(proven, trigger=TRIGGER)
 
-    async def _proven(self, found: _Found, strand: Strand, known: _Known) -> tuple[Operation | None, int]:
+    async def _proven(self, found: _Found, loss: _Loss, known: _Known) -> tuple[Operation | None, int]:
         """What it was, and how many bytes the image lacks for a pull."""
-        chain = found.chain
+        chain, strand = found.chain, loss.strand
         if strand.on == 0:  # QEMU writes it all down before it goes over; or somebody went back, and does not need it
             return Operation.COMMIT, 0
-        lacks = await self._file.lacking(chain[: strand.above], strand.layers, bare=strand.above == len(chain))
+        if not loss.tables:
+            message = f"{chain[0].path} is raw, and nothing tells what was written there"
+            raise JobError("not_supported", message, remedy="see what it holds yourself")
+        lacks = await self._file.lacking(loss.tables, strand.layers, bare=len(loss.tables) == len(chain))
         if lacks == 0:
             return Operation.PULL, 0
         if strand.on and known.compared != found.state:  # all of it is read: once, for it says the same again
@@ -285,16 +298,35 @@ def _read(image: Holder, rows: Sequence[AccessRow], limits: ChainLimits) -> _Fou
     lost = [row for row in kept if row.file not in named | needed]
     found = strands(chain, [layer_of(row) for row in lost]) if lost else ()
     files = [*chain, *(layer for strand in found for layer in strand.layers)]
-    return _Found(chain, found, tuple(moot), tuple(_state(layer.path) for layer in files))
+    losses = tuple(_loss(chain, strand, kept, disks) for strand in found)
+    return _Found(chain, losses, tuple(moot), tuple(_state(layer.path) for layer in files))
 
 
-def _files(found: Sequence[Strand]) -> set[FileId]:
-    return {layer.file for strand in found for layer in strand.layers}
+def _loss(chain: Sequence[Layer], strand: Strand, kept: Sequence[AccessRow], disks: Sequence[AccessRow]) -> _Loss:
+    """What has come below the image since, by hand, may have anything where the strand had it, and a raw file has
+    something everywhere: that proves nothing. What the disk had when it lost the strand stood there with it; and with
+    what was only written, as the target of a copy is, also a raw base."""
+    rows = [row for row in kept if row.file in {layer.file for layer in strand.layers}]
+
+    def was_there(layer: Layer) -> bool:
+        had = [disk for disk in disks if disk.file == layer.file]
+        return all(any(disk.name == row.name and disk.since < row.since for disk in had) for row in rows)
+
+    there = [layer == chain[0] or was_there(layer) for layer in chain]
+    written = all(row.mode == "rw" for row in rows)
+    above = zip(chain[: strand.above], there, strict=False)
+    tables = tuple(layer for layer, was in above if was and (written or layer.format != "raw"))
+    return _Loss(strand, tables, all(there))
 
 
-def _is_job(strand: Strand, rows: Sequence[AccessRow]) -> bool:
-    """Whether it is known what was done. A disk that has another top may have gone over, or been given that by hand."""
-    return strand.on != 0 and all(row.mode == "r" for row in rows)
+def _files(found: Sequence[_Loss]) -> set[FileId]:
+    return {layer.file for loss in found for layer in loss.strand.layers}
+
+
+def _is_job(loss: _Loss, rows: Sequence[AccessRow]) -> bool:
+    """Whether it is known what was done. A disk that has another top may have gone over, or been given that by hand, as
+    one was that stands on what it never did."""
+    return loss.whole and loss.strand.on != 0 and all(row.mode == "r" for row in rows)
 
 
 def _state(path: str) -> tuple[int, int, int] | None:
@@ -304,16 +336,18 @@ def _state(path: str) -> tuple[int, int, int] | None:
     return None
 
 
-def _why(chain: Sequence[Layer], strand: Strand, lacks: int, *, runs: bool) -> str:
+def _why(chain: Sequence[Layer], loss: _Loss, lacks: int, *, runs: bool) -> str:
+    strand = loss.strand
     text = f"{chain[0].path} stands on it no more, and {lacks} bytes of what it held are not written there"
     if strand.on:
         text = f"{text}, nor was it seen to have gone down into {chain[strand.on].path}"
     if runs:
         return f"{text}: {WAITS}"
-    return f"{text}: QEMU was killed just as a pull ended, or somebody took it out by hand; {_mend(chain, strand)}"
+    return f"{text}: QEMU was killed just as a pull ended, or somebody took it out by hand; {_mend(loss)}"
 
 
-def _mend(chain: Sequence[Layer], strand: Strand) -> str:
-    top, base = chain[0], strand.layers[0]
+def _mend(loss: _Loss) -> str:
+    """It is what was just above the strand that names another base now."""
+    top, base = loss.tables[-1], loss.strand.layers[0]
     command = ["qemu-img", "rebase", "-u", "-f", top.format, "-F", base.format, "-b", base.path, top.path]
-    return f"stand it on that again before it is used ({shlex.join(command)}), or `hostagent grant revoke` it"
+    return f"stand {top.path} on that again before it is used ({shlex.join(command)}), or `hostagent grant revoke` it"

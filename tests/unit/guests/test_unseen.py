@@ -269,6 +269,62 @@ async def test_of_two_that_stood_on_one_layer_the_unproven_one_keeps_it(agent: A
     assert {Path(row.path).name for row in rows} == {"full.qcow2", "base.raw"} and agent.recorded == []
 
 
+@pytest.mark.parametrize("kind", ["raw", "qcow2", "of the same base"])
+def test_what_came_below_the_image_by_hand_proves_nothing(tmp_path: Path, kind: str) -> None:
+    """It has something wherever the lost had: a raw file everywhere."""
+
+    @on_an_agent
+    async def story(agent: Agent) -> None:
+        other = agent.base.with_name("other.raw" if kind == "raw" else "other.qcow2")
+        if kind == "raw":
+            other.write_bytes(bytes(MIB))
+        elif kind == "qcow2":
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(other), str(MIB)], check=True)
+        else:
+            overlay(other, agent.base)
+        if kind != "raw":
+            write(other, 9, 0, MIB)
+        rebase(agent.top, other, safe=False)
+        for _ in range(2):
+            await agent.look()
+        kept = await agent.kept()
+        assert agent.recorded == [] and set(kept) >= {"middle.qcow2"}
+        assert ("base.raw" in kept) == (kind != "of the same base")
+        command = kept["middle.qcow2"].partition("before it is used (")[2].partition(")")[0]
+        assert command.endswith(f"-b {agent.middle} {agent.top}")
+
+    story(tmp_path)
+
+
+@on_an_agent
+async def test_with_a_pull_and_then_a_snapshot_the_two_have_it_together(agent: Agent) -> None:
+    rebase(agent.top, None)
+    agent.libvirt.disks["a"] = overlay(agent.top.with_name("snapshot.qcow2"), agent.top, "qcow2")
+    await agent.look()
+    (job,) = agent.recorded
+    assert job.after.paths()[1:] == [str(agent.top)] and await agent.kept() == {}
+
+
+@on_an_agent
+async def test_what_is_to_be_mended_is_what_stood_on_the_lost(agent: Agent) -> None:
+    rebase(agent.top, None, safe=False)
+    agent.libvirt.disks["a"] = overlay(agent.top.with_name("snapshot.qcow2"), agent.top, "qcow2")
+    await agent.look()
+    (mend,) = agent.alarms
+    assert f"-b {agent.middle} {agent.top})" in mend and agent.recorded == []
+
+
+@on_an_agent
+async def test_a_raw_file_in_the_place_of_an_image_proves_nothing(agent: Agent) -> None:
+    rebase(agent.top, None, safe=False)
+    await agent.holding.renew(DRIVE)
+    agent.top.write_bytes(bytes(MIB))
+    agent.libvirt.format = "raw"
+    await agent.look()
+    kept = await agent.kept()
+    assert set(kept) == {"middle.qcow2", "base.raw"} and "is raw" in kept["base.raw"] and agent.recorded == []
+
+
 @on_an_agent
 async def test_a_snapshot_on_what_is_not_proven_changes_nothing(agent: Agent) -> None:
     rebase(agent.top, None, safe=False)

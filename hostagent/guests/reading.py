@@ -14,6 +14,7 @@ from hostagent.drivers.hypervisor import Hypervisor
 from hostagent.drivers.libvirt import DomainRef, Session
 from hostagent.guests import labels
 from hostagent.guests.labels import Labels
+from hostagent.guests.looks import Late, Looks
 from hostagent.guests.needs import DiskNeeds, read_needs
 from hostagent.guests.strands import chain_of, is_deleted, layer_of
 from hostagent.images.member import ChainLimits
@@ -22,9 +23,6 @@ from jobs.errors import JobError
 from jobs.model import Drive, FileId
 
 T = TypeVar("T")
-
-MOST_HANGING = 4
-"""Looks at files that have not returned, of the 32 threads for all files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class Reading:
         self._hypervisor = hypervisor
         self._settings = settings
         self._labels: Labels | None = None
-        self._hanging: set[str] = set()
+        self._looks = Looks(settings.file_timeout)
 
     def anew(self) -> None:
         """With a new connection: libvirt may choose other labels now."""
@@ -107,16 +105,10 @@ class Reading:
     # Files
 
     async def _look(self, key: str, name: str, look: Callable[[], T]) -> T:
-        """A look at files on dead storage never returns, and keeps its thread: a domain has one, and all have a few."""
-        timeout = f"{self._settings.file_timeout:g} s (libvirt.file_timeout)"
-        message = f"the files of domain {name} do not answer within {timeout}"
-        late = JobError("unresponsive", message, remedy="see whether their storage hangs")
-        if key in self._hanging or len(self._hanging) >= MOST_HANGING:
-            raise late
-        work = asyncio.ensure_future(asyncio.to_thread(look))
-        await asyncio.wait({work}, timeout=self._settings.file_timeout)
-        if not work.done():
-            self._hanging.add(key)
-            work.add_done_callback(lambda _: self._hanging.discard(key))
-            raise late
-        return work.result()
+        """A domain has one that hangs."""
+        try:
+            return await self._looks.look(key, look)
+        except Late:
+            timeout = f"{self._settings.file_timeout:g} s (libvirt.file_timeout)"
+            message = f"the files of domain {name} do not answer within {timeout}"
+            raise JobError("unresponsive", message, remedy="see whether their storage hangs") from None

@@ -27,6 +27,7 @@ from hostagent.drivers.libvirt import DomainRef
 from hostagent.guests.driver import REST, WAITS
 from hostagent.guests.durable import Durable
 from hostagent.guests.holding import KIND
+from hostagent.guests.looks import Late, Looks
 from hostagent.guests.strands import Strand, chain_of, layer_of, strands
 from hostagent.images.member import ChainLimits
 from hostagent.records import AccessRow
@@ -88,12 +89,11 @@ class _Found:
 
 @dataclass(slots=True)
 class _Known:
-    """What is remembered of an image: when to look at it `again`, after how many `tries`; the look at its files that
-    has not returned, and in which state they were when they were compared in vain."""
+    """What is remembered of an image: when to look at it `again`, after how many `tries`; and in which state its
+    files were when they were compared in vain."""
 
     again: float = 0.0
     tries: int = 0
-    look: asyncio.Future[_Found] | None = None
     compared: tuple[object, ...] = ()
 
 
@@ -120,6 +120,7 @@ class Unseen:
         self._access = access
         self._file = file
         self._settings = settings
+        self._looks = Looks(settings.file_timeout)
         self._clock = clock
         self._ready = ready
         self._active = active
@@ -197,7 +198,7 @@ class Unseen:
         domains = [await self._holding.renew(disk) for disk in disks]  # what libvirt names is in their rows then
         runs = any(domain is not None and domain.active for domain in domains)
         rows = await self._rows.access_rows()
-        disks, found = _disks(image, rows), await self._look(image, rows, known)
+        disks, found = _disks(image, rows), await self._look(image, rows)
         lost = {row.file: row for row in rows if row.holder == image}
         if found.moot:
             await self._access.delete(found.moot, trigger=TRIGGER)
@@ -238,16 +239,13 @@ class Unseen:
                 return Operation.COMMIT, lacks
         return None, lacks
 
-    async def _look(self, image: Holder, rows: Sequence[AccessRow], known: _Known) -> _Found:
-        """A look at files on dead storage never returns, and keeps its thread: an image has one."""
-        if known.look is None or known.look.done():
-            known.look = asyncio.ensure_future(asyncio.to_thread(_read, image, rows, self._settings.limits))
-            known.look.add_done_callback(lambda look: look.cancelled() or look.exception())  # heard, also when late
-        await asyncio.wait({known.look}, timeout=self._settings.file_timeout)
-        if not known.look.done():
+    async def _look(self, image: Holder, rows: Sequence[AccessRow]) -> _Found:
+        """An image has one that hangs. What comes late tells of other rows than there are by then."""
+        try:
+            return await self._looks.look(image.id, lambda: _read(image, rows, self._settings.limits))
+        except Late:
             message = f"its files do not answer within {self._settings.file_timeout:g} s (libvirt.file_timeout)"
-            raise JobError("unresponsive", message, remedy="see whether their storage hangs")
-        return known.look.result()
+            raise JobError("unresponsive", message, remedy="see whether their storage hangs") from None
 
     async def _say(self, rows: Sequence[AccessRow], reason: str) -> bool:
         """Whether it is news."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from hostagent.guests import unseen
 from hostagent.guests.durable import Durable
 from hostagent.guests.unseen import Settings, Unseen
 from hostagent.images.member import ChainLimits
@@ -81,7 +83,8 @@ class Agent(Host):
     async def look(self) -> None:
         """One round, after which the domain is what it was read as."""
         await self.holding.renew(DRIVE)
-        self.unseen._known.clear()
+        for known in self.unseen._known.values():
+            known.again = 0.0
         await self.unseen._round()
 
     async def kept(self) -> dict[str, str]:
@@ -393,6 +396,35 @@ async def test_what_cannot_be_read_is_said_and_stays(agent: Agent) -> None:
     agent.libvirt.hangs = set()
     await agent.look()
     assert len(agent.recorded) == 1 and await agent.kept() == {}
+
+
+def test_a_look_that_comes_late_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then others have settled what it tells of."""
+    go, read = threading.Event(), unseen._read
+
+    def slow(*args: Any) -> Any:
+        found = read(*args)
+        go.wait(20)
+        return found
+
+    @on_an_agent
+    async def story(agent: Agent) -> None:
+        agent.unseen = agent.proving(replace(LIMITS, file_timeout=0.2))
+        rebase(agent.top, None, safe=False)
+        monkeypatch.setattr(unseen, "_read", slow)
+        for _ in range(2):
+            await agent.look()
+            assert "do not answer" in (await agent.kept())["base.raw"]
+        base = [row for row in await agent.store.access_rows() if row.lost and row.path == str(agent.base)]
+        await agent.store.delete_rows([row.id for row in base])  # `grant revoke`
+        monkeypatch.setattr(unseen, "_read", read)
+        asyncio.get_running_loop().call_later(0.1, go.set)
+        await agent.look()
+        await asyncio.sleep(0.2)
+        await agent.look()
+        assert "not written there" in (await agent.kept())["middle.qcow2"]
+
+    story(tmp_path)
 
 
 @on_an_agent

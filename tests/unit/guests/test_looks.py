@@ -1,0 +1,62 @@
+"""Looks that do not return: how many threads they keep, and what becomes of what they find."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from hostagent.guests.looks import MOST_HANGING, Late, Looks
+from tests.unit.guests.fake_libvirt import play
+
+
+def test_of_one_key_one_hangs_and_of_all_a_few() -> None:
+    go, began = threading.Event(), list[str]()
+
+    def hang(key: str) -> str:
+        began.append(key)
+        go.wait(20)
+        return key
+
+    async def story() -> None:
+        looks, dropped = Looks(0.05), list[str]()
+        keys = [str(number) for number in range(MOST_HANGING)]
+        try:
+            for key in [*keys, *keys]:
+                with pytest.raises(Late):
+                    await looks.look(key, lambda key=key: hang(key), drop=dropped.append)  # type: ignore[misc]
+            assert began == keys
+            with pytest.raises(Late):
+                await looks.look("another", lambda: "not looked")
+        finally:
+            go.set()
+        while len(dropped) < len(keys):
+            await asyncio.sleep(0.01)
+        assert await looks.look("0", lambda: "again") == "again"
+
+    play(story())
+
+
+def test_one_whose_caller_goes_away_hangs_until_it_returns_and_an_error_is_its_callers(tmp_path: Path) -> None:
+    go = threading.Event()
+
+    async def story() -> None:
+        looks = Looks(20)
+        task = asyncio.ensure_future(looks.look("a", lambda: go.wait(20)))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        try:
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(Late):
+                await looks.look("a", lambda: True)
+        finally:
+            go.set()
+        await asyncio.sleep(0.1)
+        with pytest.raises(FileNotFoundError):
+            await looks.look("a", (tmp_path / "none").stat)
+        assert await looks.look("a", lambda: True)
+
+    play(story())

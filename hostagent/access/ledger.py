@@ -297,8 +297,13 @@ class Ledger:
         """The file's rows, oldest first, without those of images that are gone, or stood on a file which is gone."""
         rows = await self._store.access_rows([file])
         images = [row for row in rows if row.holder.kind == "image"]
-        alone = len(rows) == 1
-        stale = await self._threads.run(file, lambda: [row for row in images if self._is_stale(row, alone=alone)])
+        alone, disks = len(rows) == 1, set[str]()
+        if any(row.lost for row in images):
+            disks = {row.name for row in await self._store.access_rows() if row.holder.kind == "domain"}
+        stale = await self._threads.run(
+            file,
+            lambda: [row for row in images if self._is_stale(row, alone=alone, moved=row.lost and row.name in disks)],
+        )
         for row in stale:
             await self._store.delete_rows([row.id])
         return [row for row in rows if row not in stale]
@@ -328,10 +333,10 @@ class Ledger:
         await self._store.forget_access_file(entry.file)
         return told
 
-    def _is_stale(self, row: AccessRow, *, alone: bool) -> bool:
+    def _is_stale(self, row: AccessRow, *, alone: bool, moved: bool) -> bool:
         """Whether the image was deleted, or the row tells of a deleted file: inode numbers are used again. One that is
-        only away comes back."""
-        if is_deleted(row.holder.id, row.file.dev):
+        only away comes back. `moved`: the disk that lost this is still there, so its image may be elsewhere."""
+        if not moved and is_deleted(row.holder.id, row.file.dev):
             return True
         if (handle := self._files.held(row.file)) is not None:
             return os.fstat(handle).st_nlink == 0

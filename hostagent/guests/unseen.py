@@ -174,7 +174,7 @@ class Unseen:
             await self._settle(image, disks, known)
         except JobError as error:
             lost = [row for row in rows if row.holder == image and row.lost]
-            await self._say(lost, f"whether {image.id} has what it held cannot be said: {error.message}")
+            await self._say(lost, _unsaid(image, error))
         pause = min(self._settings.interval, self._settings.patience * 2.0**known.tries)
         known.tries += 1
         wait = max(pause, REST * (clock() - began))
@@ -332,6 +332,11 @@ def _state(path: str) -> tuple[int, int, int] | None:
         found = os.stat(path)  # noqa: PTH116
         return found.st_ino, found.st_size, found.st_mtime_ns
     return None
+
+
+def _unsaid(image: Holder, error: JobError) -> str:
+    told = f"whether {image.id} has what it held cannot be said: {error.message}"
+    return f"{told}; when you know that it is needed no more, `hostagent grant revoke` it"
 
 
 def _why(chain: Sequence[Layer], loss: _Loss, lacks: int, *, runs: bool) -> str:

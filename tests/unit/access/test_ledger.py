@@ -22,7 +22,7 @@ from hostagent.access.acl import FileSystem
 from hostagent.access.ledger import Ledger, Settings
 from hostagent.access.prober import Prober
 from hostagent.access.subject import OwnProbe, Subject
-from hostagent.records import AccessFile, Label
+from hostagent.records import AccessFile, Label, Use
 from hostagent.store import Store
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Layer, Need
@@ -538,6 +538,26 @@ class TestAnotherUser:
             await host.ledger.converge_all(trigger="timer")
             assert host.can(base)
             overlay.unlink()
+            await host.ledger.converge_all(trigger="timer")
+            assert not host.can(base)
+            assert await host.store.access_rows() == []
+
+        given_user(scenario)
+
+    def test_what_a_disk_lost_is_kept_when_its_image_is_moved_until_the_disk_is_gone(self, given_user: Play) -> None:
+        async def scenario(host: Host) -> None:
+            overlay, base = host.file("top"), host.file("base")
+            disk = Holder("domain", "uuid/vda")
+            await host.ledger.hold(disk, [Use(need(overlay, "rw"), None)], name="web1/vda", trigger="domain")
+            image = Holder("image", str(overlay))
+            await host.ledger.lose(image, [Use(need(base, "r"), None)], name="web1/vda", trigger="domain")
+            moved = overlay.rename(overlay.with_name("moved"))
+            await host.ledger.converge_all(trigger="timer")
+            assert host.can(base)
+            await host.ledger.hold(disk, [Use(need(moved, "rw"), None)], name="web1/vda", trigger="domain")
+            await host.ledger.converge_all(trigger="timer")
+            assert host.can(base)
+            await host.ledger.release(disk, trigger="domain")
             await host.ledger.converge_all(trigger="timer")
             assert not host.can(base)
             assert await host.store.access_rows() == []

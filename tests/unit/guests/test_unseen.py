@@ -409,7 +409,7 @@ def test_a_look_that_comes_late_is_thrown_away(tmp_path: Path, monkeypatch: pyte
 
     @on_an_agent
     async def story(agent: Agent) -> None:
-        agent.unseen = agent.proving(replace(LIMITS, file_timeout=0.2))
+        agent.unseen = agent.proving(replace(LIMITS, file_timeout=0.5))
         rebase(agent.top, None, safe=False)
         monkeypatch.setattr(unseen, "_read", slow)
         for _ in range(2):

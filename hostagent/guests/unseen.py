@@ -38,6 +38,8 @@ from jobs.ports import AccessResult, Clock
 log = logging.getLogger(__name__)
 
 TRIGGER = "unseen"
+MOST_TRIES = 16
+"""Looks at an image after each of which it is waited twice as long for the next."""
 FOUND = "it was over when it was found: it began and ended while the agent or libvirtd was away"
 
 
@@ -175,8 +177,10 @@ class Unseen:
         except JobError as error:
             lost = [row for row in rows if row.holder == image and row.lost]
             await self._say(lost, _unsaid(image, error))
+        except Exception:  # the others are judged all the same
+            log.exception("a fault of the agent", extra={"fields": {"path": image.id}})
         pause = min(self._settings.interval, self._settings.patience * 2.0**known.tries)
-        known.tries += 1
+        known.tries = min(known.tries + 1, MOST_TRIES)
         wait = max(pause, REST * (clock() - began))
         known.again = clock() + wait
         return wait

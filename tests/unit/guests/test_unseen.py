@@ -439,6 +439,42 @@ async def test_an_image_that_no_domain_has_any_more_is_proven_by_its_file(agent:
     assert await agent.kept() == {} and agent.recorded == []
 
 
+@on_an_agent
+async def test_an_image_that_is_never_whole_or_makes_the_agent_fail_holds_up_no_other(agent: Agent) -> None:
+    rebase(agent.top, None, safe=False)
+    await agent.holding.renew(DRIVE)
+    other = agent.base.with_name("zz.qcow2")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(other), str(MIB)], check=True)
+    write(other, 1, 0, MIB)
+    uses = [Use(Need(layer(agent.base), "r", ""), None)]
+
+    async def look() -> None:
+        await agent.store.lose_needs(Holder("image", str(other)), uses, name="other/vda")
+        agent.unseen._known.clear()
+        await agent.unseen._round()
+        assert str(other) not in {row.holder.id for row in await agent.store.access_rows()}
+
+    await look()
+    settle = agent.unseen._settle
+
+    async def nothing(*_: Any) -> None: ...
+
+    agent.unseen._settle = nothing  # type: ignore[method-assign]
+    rows = await agent.store.access_rows()
+    for _ in range(1100):  # it takes days
+        agent.unseen._known[agent.image].again = 0.0
+        await agent.unseen._judge(agent.image, rows)
+
+    async def failing(image: Holder, *rest: Any) -> None:
+        if image == agent.image:
+            raise KeyError("a fault")
+        await settle(image, *rest)
+
+    agent.unseen._settle = failing  # type: ignore[method-assign]
+    await look()
+    assert set(await agent.kept()) == {"middle.qcow2", "base.raw"}
+
+
 def test_a_loss_is_looked_at_when_a_job_that_was_seen_would_be_known(tmp_path: Path) -> None:
     @on_an_agent
     async def story(agent: Agent) -> None:

@@ -19,7 +19,7 @@ import os
 import shlex
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from events.model import DiskJobEvent, DomainEvent, HypervisorEvent
@@ -71,32 +71,31 @@ class Settings:
 @dataclass(frozen=True, slots=True)
 class _Loss:
     """A strand, and the layers above it, the image first, whose `tables` tell what they have of it.
-    `whole`: all that the chain has was there before, but for the image."""
+    `whole`: all that the chain has was there before, but for the image. `state`: of the files that are compared."""
 
     strand: Strand
     tables: tuple[Layer, ...]
     whole: bool
+    state: tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The image's chain, and what it has lost; `moot` are files that it stands on again, and the disk has; `state` is
-    that of all the others."""
+    """The image's chain, and what it has lost; `moot` are files that it stands on again, and the disk has."""
 
     chain: tuple[Layer, ...]
     losses: tuple[_Loss, ...]
     moot: tuple[AccessRow, ...]
-    state: tuple[object, ...]
 
 
 @dataclass(slots=True)
 class _Known:
-    """What is remembered of an image: when to look at it `again`, after how many `tries`; and in which state its
-    files were when they were compared in vain."""
+    """What is remembered of an image: when to look at it `again`, after how many `tries`; and in which state the
+    files of a strand, named by its top, were when they were compared in vain."""
 
     again: float = 0.0
     tries: int = 0
-    compared: tuple[object, ...] = ()
+    compared: dict[FileId, tuple[object, ...]] = field(default_factory=dict)
 
 
 class Unseen:
@@ -208,6 +207,8 @@ class Unseen:
             await self._access.delete(found.moot, trigger=TRIGGER)
         operations: list[Operation] = []
         unproven: list[_Loss] = []
+        tops = {loss.strand.layers[0].file for loss in found.losses}
+        known.compared = {file: state for file, state in known.compared.items() if file in tops}
         for loss in found.losses:
             operation, lacks = await self._proven(found, loss, known)
             if operation is not None:
@@ -237,10 +238,11 @@ class Unseen:
         lacks = await self._file.lacking(loss.tables, strand.layers, bare=len(loss.tables) == len(chain))
         if lacks == 0:
             return Operation.PULL, 0
-        if strand.on and known.compared != found.state:  # all of it is read: once, for it says the same again
-            known.compared = found.state
+        top = strand.layers[0].file
+        if strand.on and known.compared.get(top) != loss.state:  # all of it is read: once, for it says the same again
             if await self._file.adds_nothing(strand.layers, chain[strand.on :]):
                 return Operation.COMMIT, lacks
+            known.compared[top] = loss.state
         return None, lacks
 
     async def _look(self, image: Holder, rows: Sequence[AccessRow]) -> _Found:
@@ -299,9 +301,7 @@ def _read(image: Holder, rows: Sequence[AccessRow], limits: ChainLimits) -> _Fou
     moot = [row for row in kept if row.file in named & needed]
     lost = [row for row in kept if row.file not in named | needed]
     found = strands(chain, [layer_of(row) for row in lost]) if lost else ()
-    files = [*chain, *(layer for strand in found for layer in strand.layers)]
-    losses = tuple(_loss(chain, strand, kept, disks) for strand in found)
-    return _Found(chain, losses, tuple(moot), tuple(_state(layer.path) for layer in files))
+    return _Found(chain, tuple(_loss(chain, strand, kept, disks) for strand in found), tuple(moot))
 
 
 def _loss(chain: Sequence[Layer], strand: Strand, kept: Sequence[AccessRow], disks: Sequence[AccessRow]) -> _Loss:
@@ -318,7 +318,8 @@ def _loss(chain: Sequence[Layer], strand: Strand, kept: Sequence[AccessRow], dis
     written = all(row.mode == "rw" for row in rows)
     above = zip(chain[: strand.above], there, strict=False)
     tables = tuple(layer for layer, was in above if was and (written or layer.format != "raw"))
-    return _Loss(strand, tables, all(there))
+    compared = (*strand.layers, *chain[strand.on or len(chain) :])  # not what a guest writes
+    return _Loss(strand, tables, all(there), tuple(_state(layer.path) for layer in compared))
 
 
 def _files(found: Sequence[_Loss]) -> set[FileId]:

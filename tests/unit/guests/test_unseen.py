@@ -4,6 +4,7 @@ is played, and the pulls and commits are qemu-img's own, with and without the ta
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import subprocess
 import threading
@@ -23,6 +24,7 @@ from hostagent.images.tool import Tool, ToolLimits
 from hostagent.records import AccessRow, Use
 from hostagent.store import Store
 from jobs.engine import Engine
+from jobs.errors import JobError
 from jobs.model import FileId, Holder, Job, Layer, Need, Operation, Revocation, State
 from jobs.ports import AccessResult, AccessVerdict, SystemClock
 from jobs.world import Limits
@@ -196,7 +198,7 @@ async def test_a_commit_below_the_top_is_proven_by_what_can_be_read_without_it(a
 
 
 @on_an_agent
-async def test_a_commit_that_is_not_written_is_not_proven_and_compared_once(agent: Agent) -> None:
+async def test_a_commit_that_is_not_written_is_not_proven_and_compared_until_that_is_known(agent: Agent) -> None:
     rebase(agent.top, agent.base, safe=False)
     compared = 0
     proving = agent.unseen._file.adds_nothing
@@ -204,23 +206,23 @@ async def test_a_commit_that_is_not_written_is_not_proven_and_compared_once(agen
     async def counted(strand: Sequence[Layer], rest: Sequence[Layer]) -> bool:
         nonlocal compared
         compared += 1
+        if compared == 1:
+            raise JobError("timeout", "it took too long")
         return await proving(strand, rest)
 
     agent.unseen._file.adds_nothing = counted  # type: ignore[method-assign]
     await agent.holding.renew(DRIVE)
+    known = agent.unseen._known.setdefault(agent.image, unseen._Known())
+    with pytest.raises(JobError):
+        await agent.unseen._settle(agent.image, [DRIVE], known)
     for _ in range(3):
-        await agent.unseen._settle(agent.image, [DRIVE], agent.unseen._known.setdefault(agent.image, _fresh()))
-    assert compared == 1 and agent.recorded == []
+        os.utime(agent.top)  # a guest writes there
+        await agent.unseen._settle(agent.image, [DRIVE], known)
+    assert compared == 2 and agent.recorded == []
     assert "gone down into" in (await agent.kept())["middle.qcow2"]
     write(agent.base, 5, 0, 128 * 1024)  # now it is
-    await agent.unseen._settle(agent.image, [DRIVE], agent.unseen._known[agent.image])
-    assert compared == 2 and len(agent.recorded) == 1
-
-
-def _fresh() -> Any:
-    from hostagent.guests.unseen import _Known
-
-    return _Known()
+    await agent.unseen._settle(agent.image, [DRIVE], known)
+    assert compared == 3 and len(agent.recorded) == 1
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])

@@ -8,13 +8,14 @@ all that the dropped layers hold.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import functools
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from hostagent.guests.looks import Late, Looks
 from hostagent.images.covered import missing, same
 from hostagent.images.tool import Tool
 from hostagent.nbd.offline_bitmaps import KIND, Access
@@ -31,6 +32,7 @@ class Durable:
         self._tool = tool
         self._access = access
         self._file_timeout = file_timeout
+        self._looks = Looks(file_timeout)
 
     async def missing(self, job: Job, *, running: bool) -> int:
         """Bytes that are lost if QEMU is killed now, or were when it was. While the guest runs, QEMU's user has the
@@ -77,21 +79,27 @@ class Durable:
                 return await read(handles)
 
     async def _sync(self, layers: Sequence[Layer]) -> None:
-        async with self._handles(layers) as handles:
-            for layer, handle in zip(layers, handles, strict=True):
-                try:
-                    await asyncio.wait_for(asyncio.to_thread(_sync, handle), self._file_timeout)
-                except (OSError, TimeoutError) as error:
-                    raise JobError("io_error", f"{layer.path!r} cannot be synced: {error}") from error
+        for layer in layers:
+            try:
+                await self._look(layer, functools.partial(_sync, layer))
+            except OSError as error:
+                raise JobError("io_error", f"{layer.path!r} cannot be synced: {error}") from error
+
+    async def _look(self, layer: Layer, look: Callable[[], T], *, drop: Callable[[T], None] = lambda _: None) -> T:
+        try:
+            return await self._looks.look(layer.path, look, drop=drop)
+        except Late:
+            message = f"{layer.path!r} does not answer within {self._file_timeout:g} s (libvirt.file_timeout)"
+            raise JobError("io_error", message, remedy="see whether its storage hangs") from None
 
     @contextlib.asynccontextmanager
     async def _handles(self, layers: Sequence[Layer]) -> AsyncIterator[list[int]]:
         found: list[int] = []
         try:
             for layer in layers:
-                found.append(await asyncio.wait_for(asyncio.to_thread(grasp, layer), self._file_timeout))
+                found.append(await self._look(layer, functools.partial(grasp, layer), drop=os.close))
             yield found
-        except (OSError, TimeoutError) as error:
+        except OSError as error:
             raise JobError("io_error", f"the files of {layers[0].path} cannot be opened: {error}") from error
         finally:
             for handle in found:
@@ -107,8 +115,12 @@ class Durable:
             await self._access.release(holder, trigger="map")
 
 
-def _sync(handle: int) -> None:
-    fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def _sync(layer: Layer) -> None:
+    handle = grasp(layer)
+    try:
+        fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(handle)
     try:
         os.fdatasync(fd)
     finally:

@@ -1,0 +1,70 @@
+"""Files on storage that hangs: each keeps one thread, however often it is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from hostagent.guests import durable
+from hostagent.guests.durable import Durable
+from hostagent.images.tool import Tool, ToolLimits
+from jobs.errors import JobError
+from jobs.model import Holder, Layer, Need
+from tests.harness import MIB, overlay, raw_image
+from tests.unit.guests.fake_libvirt import play
+from tests.unit.guests.test_image_rows import layer
+
+
+class Access:
+    """QEMU's user can read all."""
+
+    async def acquire(self, holder: Holder, needs: Sequence[Need]) -> None: ...
+
+    async def release(self, holder: Holder, *, trigger: str) -> None: ...
+
+
+@pytest.mark.parametrize("what", ["sync", "open"])
+def test_a_file_that_hangs_keeps_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    base = raw_image(tmp_path / "base.raw", MIB)
+    middle = overlay(tmp_path / "middle.qcow2", base)
+    top = overlay(tmp_path / "top.qcow2", middle, "qcow2")
+    go, began, open_before = threading.Event(), 0, set(os.listdir("/proc/self/fd"))
+    sync, grasp = os.fdatasync, durable.grasp
+
+    def hang() -> None:
+        nonlocal began
+        began += 1
+        go.wait(20)
+
+    def hanging_sync(fd: int) -> None:
+        hang()
+        sync(fd)
+
+    def hanging_grasp(layer: Layer) -> int:
+        hang()
+        return grasp(layer)
+
+    async def story() -> None:
+        file = Durable(Tool(user=None, limits=ToolLimits(), binary="qemu-img"), Access(), 0.5)
+        if what == "sync":
+            monkeypatch.setattr(os, "fdatasync", hanging_sync)
+        else:
+            monkeypatch.setattr(durable, "grasp", hanging_grasp)
+        try:
+            for _ in range(3):
+                with pytest.raises(JobError) as late:
+                    await file.lacking([layer(top)], [layer(middle)], bare=True)
+                assert (late.value.code, "does not answer" in late.value.message) == ("io_error", True)
+            assert began == 1
+        finally:
+            go.set()
+        await asyncio.sleep(0.2)
+        assert await file.lacking([layer(top)], [layer(middle)], bare=True) == 0
+
+    play(story())
+    assert len(os.listdir("/proc/self/fd")) <= len(open_before), "what came late is closed"

@@ -90,12 +90,13 @@ class _Found:
 
 @dataclass(slots=True)
 class _Known:
-    """What is remembered of an image: when to look at it `again`, after how many `tries`; and in which state the
-    files of a strand, named by its top, were when they were compared in vain."""
+    """What is remembered of an image: when to look at it `again`, after how many `tries`; in which state the files
+    of a strand, named by its top, were when they were compared in vain; and which alarms this process gave."""
 
     again: float = 0.0
     tries: int = 0
     compared: dict[FileId, tuple[object, ...]] = field(default_factory=dict)
+    alarms: tuple[str, ...] = ()
 
 
 class Unseen:
@@ -216,8 +217,12 @@ class Unseen:
                 continue
             unproven.append(loss)
             of_strand = [lost[layer.file] for layer in loss.strand.layers]
-            if await self._say(of_strand, _why(found.chain, loss, lacks, runs=runs)) and not runs:
-                self._alarm(image.id, _mend(loss))
+            await self._say(of_strand, _why(found.chain, loss, lacks, runs=runs))
+        mends = () if runs else tuple(_mend(loss) for loss in unproven)
+        for mend in mends:
+            if mend not in known.alarms:
+                self._alarm(image.id, mend)
+        known.alarms = mends
         # Of two strands that stand on one layer, one may need it.
         proven = [lost[file] for file in sorted(_files(found.losses) - _files(unproven))]
         if operations and len(found.losses) == 1 and len(disks) == 1 and _is_job(found.losses[0], proven):
@@ -253,13 +258,11 @@ class Unseen:
             message = f"its files do not answer within {self._settings.file_timeout:g} s (libvirt.file_timeout)"
             raise JobError("unresponsive", message, remedy="see whether their storage hangs") from None
 
-    async def _say(self, rows: Sequence[AccessRow], reason: str) -> bool:
-        """Whether it is news."""
-        if all(row.reason == reason for row in rows):
-            return False
-        await self._rows.explain_rows([row.id for row in rows], reason)
-        log.warning("it stays open", extra={"fields": {"paths": [row.path for row in rows], "reason": reason}})
-        return True
+    async def _say(self, rows: Sequence[AccessRow], reason: str) -> None:
+        """If it is news."""
+        if any(row.reason != reason for row in rows):
+            await self._rows.explain_rows([row.id for row in rows], reason)
+            log.warning("it stays open", extra={"fields": {"paths": [row.path for row in rows], "reason": reason}})
 
     def _job(self, operation: Operation, drive: Drive, chain: tuple[Layer, ...], strand: Strand) -> Job:
         now, size = self._clock.now(), chain[0].virtual_size

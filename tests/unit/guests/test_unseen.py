@@ -239,6 +239,24 @@ def test_of_a_disk_that_went_over_to_a_copy_only_access_is_settled(tmp_path: Pat
 
 
 @on_an_agent
+async def test_that_an_image_is_not_whole_is_told_again_after_a_restart_and_when_its_guest_was_killed_again(
+    agent: Agent,
+) -> None:
+    rebase(agent.top, None, safe=False)
+    for _ in range(2):
+        await agent.look()
+    assert len(agent.alarms) == 1
+    agent.unseen = agent.proving(LIMITS)
+    for _ in range(2):
+        await agent.look()
+    assert len(agent.alarms) == 2
+    for active in (True, False):
+        agent.libvirt.active = active
+        await agent.look()
+    assert len(agent.alarms) == 3 and agent.recorded == []
+
+
+@on_an_agent
 async def test_another_image_in_its_place_proves_nothing(agent: Agent) -> None:
     """It might be the overlay of a snapshot, pulled into, whose QEMU was killed before it wrote that."""
     other = agent.top.with_name("other.qcow2")

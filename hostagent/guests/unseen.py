@@ -81,7 +81,8 @@ class _Loss:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The image's chain, and what it has lost; `moot` are files that it stands on again, and the disk has."""
+    """The image's chain, and what it has lost; `moot` are files that it stands on again, and the disk
+    has, if one has the image."""
 
     chain: tuple[Layer, ...]
     losses: tuple[_Loss, ...]
@@ -301,7 +302,8 @@ def _read(image: Holder, rows: Sequence[AccessRow], limits: ChainLimits) -> _Fou
     format = next((row.format for row in disks if row.path == image.id and row.format), None)
     chain = chain_of(image.id, format, [layer_of(row) for row in (*kept, *disks)], limits)
     named, needed = {layer.file for layer in chain}, {row.file for row in disks}
-    moot = [row for row in kept if row.file in named & needed]
+    # Of an image that no disk has its header tells alone, as when its domain goes.
+    moot = [row for row in kept if row.file in named and (row.file in needed or not disks)]
     lost = [row for row in kept if row.file not in named | needed]
     found = strands(chain, [layer_of(row) for row in lost]) if lost else ()
     return _Found(chain, tuple(_loss(chain, strand, kept, disks) for strand in found), tuple(moot))

@@ -448,6 +448,23 @@ def test_a_look_that_comes_late_is_thrown_away(tmp_path: Path, monkeypatch: pyte
 
 
 @on_an_agent
+async def test_of_an_image_that_could_not_be_read_when_its_domain_went_its_header_tells_later(agent: Agent) -> None:
+    reading = agent.holding._reading
+    stands_on = reading.stands_on
+
+    async def late(*_: Any) -> None:
+        raise JobError("unresponsive", "the files do not answer")
+
+    reading.stands_on = late  # type: ignore[method-assign]
+    del agent.libvirt.disks["a"]
+    await agent.holding.renew(DRIVE)
+    reading.stands_on = stands_on  # type: ignore[method-assign]
+    assert set(await agent.kept()) == {"middle.qcow2", "base.raw"}
+    await agent.look()
+    assert await agent.kept() == {} and agent.recorded == []
+
+
+@on_an_agent
 async def test_an_image_that_no_domain_has_any_more_is_proven_by_its_file(agent: Agent) -> None:
     rebase(agent.top, None, safe=False)
     del agent.libvirt.disks["a"]

@@ -73,11 +73,19 @@ def strands(chain: Sequence[Layer], lost: Sequence[Layer]) -> tuple[Strand, ...]
 
 
 def is_deleted(layer: Layer) -> bool:
-    """Whether the file is not there, in a folder that is: one of a file system that is away says nothing."""
+    """Whether the file, or its folder, too, is not there, on a file system that is: one that is away says nothing."""
     try:
-        return Path(layer.path).parent.stat().st_dev == layer.file.dev and not os.path.lexists(layer.path)
+        return not os.path.lexists(layer.path) and _nearest(layer.path).st_dev == layer.file.dev
     except OSError:
         return False
+
+
+def _nearest(path: str) -> os.stat_result:
+    """The folder of the path, or what is left above it."""
+    for folder in Path(path).parents:
+        with contextlib.suppress(FileNotFoundError):
+            return folder.stat()
+    raise FileNotFoundError(path)
 
 
 UNKNOWN = FileId(-1, 0)

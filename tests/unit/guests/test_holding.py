@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ from hostagent.drivers.libvirt import DomainRef
 from hostagent.guests import holding
 from hostagent.guests.holding import Holding
 from hostagent.guests.reading import Settings
+from hostagent.guests.strands import is_deleted
 from hostagent.images.member import ChainLimits
 from hostagent.records import AccessFile, AccessRow, Label, Use
 from jobs.errors import JobError
-from jobs.model import Drive, FileId, Holder
+from jobs.model import Drive, FileId, Holder, Layer
 from jobs.ports import AccessResult
 from tests.harness import MIB, overlay, raw_image
 from tests.unit.guests.fake_libvirt import NOW, play
@@ -401,6 +403,32 @@ async def test_an_image_that_was_deleted_with_its_domain_needs_nothing(host: Hos
     host.libvirt.disks.pop("a").unlink()
     host.tell(DomainEventKind.UNDEFINED)
     await host.until(lambda: host.held() == {"b/vda": BOTH["b/vda"]})
+
+
+@on_a_host
+async def test_nor_does_one_whose_folder_was_deleted(host: Host) -> None:
+    folder = host.base.parent / "vm"
+    folder.mkdir()
+    host.libvirt.disks["a"] = overlay(folder / "disk.qcow2", host.base)
+    host.libvirt.below = [host.base]
+    await host.connect()
+    assert host.held()["a/vda"] == {"disk.qcow2", "base.raw"}
+    shutil.rmtree(folder)
+    del host.libvirt.disks["a"]
+    host.tell(DomainEventKind.UNDEFINED)
+    await host.until(lambda: host.held() == {"b/vda": BOTH["b/vda"]})
+
+
+def test_only_on_a_file_system_that_is_there_is_a_file_deleted(tmp_path: Path) -> None:
+    file = identity(raw_image(tmp_path / "disk.raw", MIB))
+    elsewhere = FileId(file.dev + 1, file.ino)  # what is mounted there is away
+    for path, there, away in (
+        (tmp_path / "disk.raw", False, False),
+        (tmp_path / "none.raw", True, False),
+        (tmp_path / "gone" / "far" / "disk.raw", True, False),
+    ):
+        found = [is_deleted(Layer(str(path), "raw", one, 0, 0)) for one in (file, elsewhere)]
+        assert found == [there, away], path
 
 
 @on_a_host

@@ -15,8 +15,8 @@ from hostagent.records import Label, Use
 from jobs.model import FileId, Holder
 
 _INSERT = (
-    "INSERT INTO access_rows (id, dev, ino, path, holder_kind, holder_id, mode, since, reason, label, name, format) "
-    "VALUES (?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (dev, ino, holder_kind, holder_id) DO "
+    "INSERT INTO access_rows (id, dev, ino, path, holder_kind, holder_id, mode, since, reason, label, name, format, "
+    "image) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (dev, ino, holder_kind, holder_id) DO "
 )
 _AS_NEW = "UPDATE SET " + ", ".join(
     f"{column}=excluded.{column}" for column in ("mode", "reason", "path", "label", "name", "format")
@@ -24,7 +24,8 @@ _AS_NEW = "UPDATE SET " + ", ".join(
 _ANEW = (
     "UPDATE SET id=excluded.id, since=excluded.since, reason=excluded.reason, path=excluded.path, name=excluded.name, "
     "mode=max(mode, excluded.mode), format=CASE excluded.format WHEN '' THEN format ELSE excluded.format END, "
-    "label=CASE WHEN label IS NULL OR excluded.label IS NULL THEN NULL ELSE label END"
+    "label=CASE WHEN label IS NULL OR excluded.label IS NULL THEN NULL ELSE label END, "
+    "image=coalesce(excluded.image, image)"
 )
 """Of two needs the greater: rw is more than r, and no label, which asks us for access, more than one."""
 
@@ -43,13 +44,15 @@ def add(db: Connection, holder: Holder, uses: Sequence[Use], *, keep: bool, name
     _insert(db, holder, uses, name, "NOTHING" if keep else _AS_NEW)
 
 
-def lose(db: Connection, image: Holder, uses: Sequence[Use], name: str) -> None:
-    """What the disk `name` lost, and its image may still need. A row that exists gets another id: whoever proved by
-    then that it is not needed does not know of this."""
-    _insert(db, image, uses, name, _ANEW)
+def lose(db: Connection, image: Holder, uses: Sequence[Use], name: str, file: FileId | None) -> None:
+    """What the disk `name` lost, and its image, that `file`, may still need. A row that exists gets another id: whoever
+    proved by then that it is not needed does not know of this."""
+    _insert(db, image, uses, name, _ANEW, file)
 
 
-def _insert(db: Connection, holder: Holder, uses: Sequence[Use], name: str, conflict: str) -> None:
+def _insert(
+    db: Connection, holder: Holder, uses: Sequence[Use], name: str, conflict: str, image: FileId | None = None
+) -> None:
     for need, label in uses:
         layer = need.layer
         db.execute(
@@ -65,6 +68,7 @@ def _insert(db: Connection, holder: Holder, uses: Sequence[Use], name: str, conf
                 None if label is None else str(label),
                 name,
                 layer.format,
+                None if image is None else f"{image.dev}:{image.ino}",
             ),
         )
 
@@ -78,6 +82,10 @@ def manner(db: Connection, holder: Holder) -> tuple[Label | None, str]:
 
 def label_of(text: str | None) -> Label | None:
     return None if text is None else Label(*(int(number) for number in text.split(":")))
+
+
+def image_of(text: str | None) -> FileId | None:
+    return None if text is None else FileId(*(int(number) for number in text.split(":")))
 
 
 def release(db: Connection, holder: Holder) -> list[FileId]:

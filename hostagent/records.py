@@ -63,7 +63,8 @@ class AccessRow:
 
     `label` says that the file is opened by the ownership that libvirt gives it; then the row grants nothing. `name` is
     what people call the holder (a domain's is its name and disk). `format` is the file's, as its namer says; empty
-    where that was not noted.
+    where that was not noted. `image` is the very file that a holder is which is an image and lost this, None where that
+    was not noted.
     """
 
     id: str
@@ -76,6 +77,7 @@ class AccessRow:
     label: Label | None = None
     name: str = ""
     format: str = ""
+    image: FileId | None = None
 
     @property
     def lost(self) -> bool:

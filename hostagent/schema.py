@@ -66,4 +66,8 @@ MIGRATIONS = (
     """
     ALTER TABLE access_rows ADD COLUMN format TEXT NOT NULL DEFAULT '';
     """,
+    # Which file the holder is, if it is an image: "DEV:INO".
+    """
+    ALTER TABLE access_rows ADD COLUMN image TEXT;
+    """,
 )

@@ -18,7 +18,7 @@ from events import cloudevents
 from events.model import Event, Record, now
 from hostagent import forgetting, ledger_rows, records, selection
 from hostagent.database import Connection, Database
-from hostagent.ledger_rows import file_of, key, label_of
+from hostagent.ledger_rows import file_of, image_of, key, label_of
 from hostagent.records import AccessFile, AccessRow, DaemonRecord, ExportRecord, Use, encode
 from jobs.model import FileId, Holder, Job, Need
 from jobs.ports import AccessChange
@@ -209,9 +209,10 @@ class Store:
         """The holder needs these files, too, beside what it has."""
         await self._db.run(lambda db: ledger_rows.add(db, holder, uses, keep=True))
 
-    async def lose_needs(self, image: Holder, uses: Sequence[Use], *, name: str) -> None:
-        """What the disk `name` stands on no more, its image needs until it is proven that it does not."""
-        await self._db.run(lambda db: ledger_rows.lose(db, image, uses, name))
+    async def lose_needs(self, image: Holder, uses: Sequence[Use], *, name: str, file: FileId | None = None) -> None:
+        """What the disk `name` stands on no more, its image needs until it is proven that it does not; `file` is which
+        file that is."""
+        await self._db.run(lambda db: ledger_rows.lose(db, image, uses, name, file))
 
     async def forget_needs(self, holder: Holder, files: Sequence[FileId]) -> None:
         """The holder does not need these files any more."""
@@ -235,7 +236,7 @@ class Store:
 
     async def access_rows(self, files: Sequence[FileId] | None = None) -> list[AccessRow]:
         def work(db: Connection) -> list[Any]:
-            columns = "id, dev, ino, path, holder_kind, holder_id, mode, since, reason, label, name, format"
+            columns = "id, dev, ino, path, holder_kind, holder_id, mode, since, reason, label, name, format, image"
             select = f"SELECT {columns} FROM access_rows"  # noqa: S608
             if files is None:
                 return db.execute(f"{select} ORDER BY path, since").fetchall()
@@ -244,12 +245,13 @@ class Store:
                 found += db.execute(f"{select} WHERE dev=? AND ino=? ORDER BY since", key(file)).fetchall()
             return found
 
-        when = datetime.fromisoformat
+        when, rows = datetime.fromisoformat, await self._db.run(work)
         return [
             AccessRow(
-                i, file_of(dev, ino), path, Holder(kind, id_), mode, when(since), reason, label_of(label), name, format_
+                *(i, file_of(dev, ino), path, Holder(kind, id_), mode, when(since), reason),
+                *(label_of(label), name, format_, image_of(image)),
             )
-            for i, dev, ino, path, kind, id_, mode, since, reason, label, name, format_ in await self._db.run(work)
+            for i, dev, ino, path, kind, id_, mode, since, reason, label, name, format_, image in rows
         ]
 
     async def access_files(self, files: Sequence[FileId] | None = None) -> list[AccessFile]:

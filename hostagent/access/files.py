@@ -140,9 +140,12 @@ def is_former(path: str, file: FileId) -> bool:
     return FileId(found.st_dev, found.st_ino) != file
 
 
-def is_deleted(path: str, dev: int) -> bool:
-    """Whether there is no such file in a folder that is there: a file system that is away says nothing."""
+def is_deleted(path: str, dev: int, file: FileId | None = None) -> bool:
+    """Whether there is no such file in a folder that is there: a file system that is away says nothing. Where it is
+    known which `file` it was, its folder may be gone, too: what is left above is on the file's own file system then."""
     try:
-        return Path(path).parent.stat().st_dev == dev and not os.path.lexists(path)
+        folders = Path(path).parents
+        left = next(one for one in folders if file is None or os.path.lexists(one))
+        return left.stat().st_dev == (dev if file is None else file.dev) and not os.path.lexists(path)
     except OSError:
         return False

@@ -43,7 +43,9 @@ class LedgerStore(Protocol):
 
     async def share_needs(self, holder: Holder, uses: Sequence[Use]) -> None: ...
 
-    async def lose_needs(self, image: Holder, uses: Sequence[Use], *, name: str) -> None: ...
+    async def lose_needs(
+        self, image: Holder, uses: Sequence[Use], *, name: str, file: FileId | None = None
+    ) -> None: ...
 
     async def forget_needs(self, holder: Holder, files: Sequence[FileId]) -> None: ...
 
@@ -144,9 +146,12 @@ class Ledger:
         await self._store.share_needs(holder, uses)
         await self.converge([use.need.layer.file for use in uses], trigger=trigger)
 
-    async def lose(self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str) -> None:
-        """The disk `name` stands on these no more, and its image may: it needs them until the contrary is proven."""
-        await self._store.lose_needs(image, uses, name=name)
+    async def lose(
+        self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str, file: FileId | None = None
+    ) -> None:
+        """The disk `name` stands on these no more, and its image, that `file`, may: it needs them until the contrary is
+        proven."""
+        await self._store.lose_needs(image, uses, name=name, file=file)
         await self.converge([use.need.layer.file for use in uses], trigger=trigger)
 
     async def forget(self, holder: Holder, files: Sequence[FileId], *, trigger: str) -> None:
@@ -297,12 +302,13 @@ class Ledger:
         """The file's rows, oldest first, without those of images that are gone, or stood on a file which is gone."""
         rows = await self._store.access_rows([file])
         images = [row for row in rows if row.holder.kind == "image"]
-        alone, disks = len(rows) == 1, set[str]()
+        alone, disks = len(rows) == 1, list[AccessRow]()
         if any(row.lost for row in images):
-            disks = {row.name for row in await self._store.access_rows() if row.holder.kind == "domain"}
+            disks = [row for row in await self._store.access_rows() if row.holder.kind == "domain"]
+        there = {disk.name for disk in disks} | {disk.file for disk in disks}
+        moved = [row for row in images if row.lost and not there.isdisjoint((row.name, row.image))]
         stale = await self._threads.run(
-            file,
-            lambda: [row for row in images if self._is_stale(row, alone=alone, moved=row.lost and row.name in disks)],
+            file, lambda: [row for row in images if self._is_stale(row, alone=alone, moved=row in moved)]
         )
         for row in stale:
             await self._store.delete_rows([row.id])
@@ -335,8 +341,9 @@ class Ledger:
 
     def _is_stale(self, row: AccessRow, *, alone: bool, moved: bool) -> bool:
         """Whether the image was deleted, or the row tells of a deleted file: inode numbers are used again. One that is
-        only away comes back. `moved`: the disk that lost this is still there, so its image may be elsewhere."""
-        if not moved and is_deleted(row.holder.id, row.file.dev):
+        only away comes back. `moved`: a disk has the image, or the disk that lost this is there, so the image is
+        elsewhere, perhaps."""
+        if not moved and is_deleted(row.holder.id, row.file.dev, row.image):
             return True
         if (handle := self._files.held(row.file)) is not None:
             return os.fstat(handle).st_nlink == 0

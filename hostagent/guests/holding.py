@@ -53,7 +53,9 @@ class Access(Protocol):
 
     async def share(self, holder: Holder, uses: Sequence[Use], *, trigger: str) -> None: ...
 
-    async def lose(self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str) -> None: ...
+    async def lose(
+        self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str, file: FileId | None = None
+    ) -> None: ...
 
     async def forget(self, holder: Holder, files: Sequence[FileId], *, trigger: str) -> None: ...
 
@@ -165,7 +167,7 @@ class Holding:
 
     async def leave_unproven(self, job: Job, layers: Sequence[Layer]) -> None:
         """The image of its disk needs from now on what the job does of these, which left it broken, perhaps."""
-        await self._lose(image_of(job.before.top), drive_of(job), await self._rows_of(job.holder, layers))
+        await self._lose(job.before.top, drive_of(job), await self._rows_of(job.holder, layers))
 
     async def _rows_of(self, holder: Holder, layers: Sequence[Layer]) -> list[AccessRow]:
         rows = await self._rows.access_rows([layer.file for layer in layers])
@@ -325,7 +327,7 @@ class Holding:
             below = {row.file for row in lost if row.mode == "r"}
             # Beside an image that was written before, another is the target of a copy; or what the disk went over from.
             chain = [row for row in lost if row.mode == "r" or new or below & (stands[row.file] or set())]
-            await self._lose(image_of(top.layer), drive, chain)
+            await self._lose(top.layer, drive, chain)
         await self._keep_unproven(drive, lost, stands)
 
     async def _keep_unproven(
@@ -337,7 +339,7 @@ class Holding:
         for top in lost:
             if stands.get(top.file):  # one that was deleted needs nothing
                 below = [row for row in lost if row.mode == "r" and row.file not in named]
-                await self._lose(Holder("image", top.path), drive, below)
+                await self._lose(layer_of(top), drive, below)
 
     async def _stand(
         self, drive: Drive, had: Sequence[AccessRow], lost: Sequence[AccessRow]
@@ -354,9 +356,10 @@ class Holding:
                     found[top.file] = {top.file}
         return found
 
-    async def _lose(self, image: Holder, drive: Drive, lost: Sequence[AccessRow]) -> None:
+    async def _lose(self, image: Layer, drive: Drive, lost: Sequence[AccessRow]) -> None:
         if lost:
-            await self._ledger.lose(image, [_lost(row, drive) for row in lost], name=str(drive), trigger=KIND)
+            uses = [_lost(row, drive) for row in lost]
+            await self._ledger.lose(image_of(image), uses, name=str(drive), trigger=KIND, file=image.file)
 
     async def _release(self, domains: set[str], disks: set[str]) -> None:
         """These domains need nothing any more, but for these disks."""

@@ -564,6 +564,36 @@ class TestAnotherUser:
 
         given_user(scenario)
 
+    def test_an_image_that_a_disk_of_another_name_has_now_keeps_what_it_lost(self, given_user: Play) -> None:
+        async def scenario(host: Host) -> None:
+            overlay, base = host.file("top"), host.file("base")
+            uses = [Use(need(base, "r"), None)]
+            image = Holder("image", str(overlay))
+            await host.ledger.lose(image, uses, name="web1/vda", trigger="domain", file=identity(overlay))
+            moved = overlay.rename(overlay.with_name("moved"))
+            disk = Holder("domain", "uuid/vda")
+            await host.ledger.hold(disk, [Use(need(moved, "rw"), None)], name="web2/vda", trigger="domain")
+            await host.ledger.converge_all(trigger="timer")
+            assert host.can(base)
+            assert [row.image for row in await host.store.access_rows([identity(base)])] == [identity(moved)]
+
+        given_user(scenario)
+
+    @pytest.mark.parametrize("mounted", [True, False])
+    def test_an_image_that_was_deleted_with_its_folder_needs_nothing(self, given_user: Play, mounted: bool) -> None:
+        """But one whose file system is away comes back."""
+
+        async def scenario(host: Host) -> None:
+            base = host.file("base")
+            file = identity(base) if mounted else FileId(identity(base).dev + 1, 1)
+            image = Holder("image", str(host.folder / "vm" / "disks" / "top"))
+            uses = [Use(need(base, "r"), None)]
+            await host.ledger.lose(image, uses, name="web1/vda", trigger="domain", file=file)
+            await host.ledger.converge_all(trigger="timer")
+            assert host.can(base) == (not mounted)
+
+        given_user(scenario)
+
     def test_many_at_once_on_one_file_end_as_the_rows_say(self, given_user: Play) -> None:
         async def scenario(host: Host) -> None:
             file = host.file("base")

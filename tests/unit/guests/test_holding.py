@@ -52,7 +52,9 @@ class FakeLedger:
         had = self.rows.setdefault(holder, [])
         had += [use for use in uses if use.need.layer.file not in {one.need.layer.file for one in had}]
 
-    async def lose(self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str) -> None:
+    async def lose(
+        self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str, file: FileId | None = None
+    ) -> None:
         await self.share(image, uses, trigger=trigger)
 
     async def forget(self, holder: Holder, files: Sequence[FileId], *, trigger: str) -> None:

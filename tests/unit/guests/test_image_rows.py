@@ -42,8 +42,10 @@ class Rows:
     async def share(self, holder: Holder, uses: Sequence[Use], *, trigger: str) -> None:
         await self.store.share_needs(holder, uses)
 
-    async def lose(self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str) -> None:
-        await self.store.lose_needs(image, uses, name=name)
+    async def lose(
+        self, image: Holder, uses: Sequence[Use], *, name: str, trigger: str, file: FileId | None = None
+    ) -> None:
+        await self.store.lose_needs(image, uses, name=name, file=file)
 
     async def forget(self, holder: Holder, files: Sequence[FileId], *, trigger: str) -> None:
         await self.store.forget_needs(holder, files)
@@ -127,6 +129,7 @@ async def test_several_at_once_add_to_an_image(host: Host) -> None:
         (QEMU, "name-a/vda", True, "qcow2"),
         (QEMU, "name-a/vda", True, "raw"),
     }
+    assert {row.image for row in rows} == {host.job.before.top.file}
 
 
 @on_a_host

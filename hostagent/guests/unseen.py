@@ -209,21 +209,27 @@ class Unseen:
             await self._access.delete(found.moot, trigger=TRIGGER)
         operations: list[Operation] = []
         unproven: list[_Loss] = []
+        mends: list[str] = []
         tops = {loss.strand.layers[0].file for loss in found.losses}
         known.compared = {file: state for file, state in known.compared.items() if file in tops}
         for loss in found.losses:
-            operation, lacks = await self._proven(found, loss, known)
+            of_strand = [lost[layer.file] for layer in loss.strand.layers]
+            try:
+                operation, lacks = await self._proven(found, loss, known)
+            except JobError as error:
+                unproven.append(loss)
+                await self._say(of_strand, _unsaid(image, error))
+                continue
             if operation is not None:
                 operations.append(operation)
                 continue
             unproven.append(loss)
-            of_strand = [lost[layer.file] for layer in loss.strand.layers]
+            mends += [] if runs else [_mend(loss)]
             await self._say(of_strand, _why(found.chain, loss, lacks, runs=runs))
-        mends = () if runs else tuple(_mend(loss) for loss in unproven)
         for mend in mends:
             if mend not in known.alarms:
                 self._alarm(image.id, mend)
-        known.alarms = mends
+        known.alarms = tuple(mends)
         # Of two strands that stand on one layer, one may need it.
         proven = [lost[file] for file in sorted(_files(found.losses) - _files(unproven))]
         if operations and len(found.losses) == 1 and len(disks) == 1 and _is_job(found.losses[0], proven):

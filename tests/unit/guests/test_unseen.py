@@ -213,8 +213,8 @@ async def test_a_commit_that_is_not_written_is_not_proven_and_compared_until_tha
     agent.unseen._file.adds_nothing = counted  # type: ignore[method-assign]
     await agent.holding.renew(DRIVE)
     known = agent.unseen._known.setdefault(agent.image, unseen._Known())
-    with pytest.raises(JobError):
-        await agent.unseen._settle(agent.image, [DRIVE], known)
+    await agent.unseen._settle(agent.image, [DRIVE], known)
+    assert "cannot be said: it took too long" in (await agent.kept())["middle.qcow2"] and agent.alarms == []
     for _ in range(3):
         os.utime(agent.top)  # a guest writes there
         await agent.unseen._settle(agent.image, [DRIVE], known)
@@ -346,6 +346,22 @@ async def test_a_raw_file_in_the_place_of_an_image_proves_nothing(agent: Agent) 
     await agent.look()
     kept = await agent.kept()
     assert set(kept) == {"middle.qcow2", "base.raw"} and "is raw" in kept["base.raw"] and agent.recorded == []
+
+
+@on_an_agent
+async def test_what_cannot_be_said_of_one_strand_holds_up_no_other(agent: Agent) -> None:
+    bare = overlay(agent.base.with_name("bare.qcow2"), agent.base)
+    rebase(agent.top, agent.base, safe=False)
+    await agent.holding.renew(DRIVE)
+    await agent.store.lose_needs(agent.image, [Use(Need(layer(bare), "r", ""), None)], name=str(DRIVE))
+
+    async def late(*_: Any) -> bool:
+        raise JobError("timeout", "it took too long")
+
+    agent.unseen._file.adds_nothing = late  # type: ignore[method-assign]
+    await agent.look()
+    kept = await agent.kept()
+    assert set(kept) == {"middle.qcow2"} and "cannot be said" in kept["middle.qcow2"] and agent.recorded == []
 
 
 @on_an_agent

@@ -31,6 +31,9 @@ from jobs.world import World
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+PENDING = 0.05
+"""Seconds until the next look at what awaits its data only, which come soon or late: as much more after each."""
+
 
 class Actor:
     def __init__(self, world: World, job: Job, group: Together | None = None) -> None:
@@ -41,7 +44,7 @@ class Actor:
         self._has_slot = False
         self._refused = 0  # times that the end of a decided member was
         self._end: Observation | None = None  # the look that found the job ended, until it is judged
-        self._pending = False  # whether the last look found that only its data are awaited
+        self._pending = 0  # looks, the last ones, that found that only its data are awaited
 
     @property
     def job(self) -> Job:
@@ -186,7 +189,7 @@ class Actor:
 
     async def _look(self) -> None:
         seen = await self._w.driver.observe(self.job)
-        self._pending = seen.phase is Phase.PENDING
+        self._pending = self._pending + 1 if seen.phase is Phase.PENDING else 0
         if seen.cursor is not None:
             self._keeper.report(seen.cursor)
             await self._keeper.remember()
@@ -529,7 +532,9 @@ class Actor:
     def _interval(self) -> float:
         """Until the next look at what runs. libvirt tells of the end of a guest's job, but not of its data's."""
         limits = self._w.limits
-        return limits.progress_interval if self.job.drive is None or self._pending else limits.live_interval
+        if self._pending:
+            return min(limits.progress_interval, PENDING * self._pending)
+        return limits.progress_interval if self.job.drive is None else limits.live_interval
 
     def _refuse_haste(self) -> None:
         """Killing loses what was not written: first the job has its time to end, or to be heard of again."""

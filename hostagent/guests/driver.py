@@ -41,7 +41,7 @@ TRIES, TRY_AGAIN = 4, 0.25
 END_TOLD = 1.0
 """Seconds to be told how a guest ended that is gone, or a job."""
 REST = 5
-"""Times as long as a look at an image's tables took until the next one."""
+"""Times as long as a look at an image's tables took until the next one; less for the first ones."""
 
 FULL = 1 << 20
 """Bytes: a file system with less free is what a failed pull has filled."""
@@ -61,13 +61,14 @@ class _Known:
     runs there now was begun by us or had the chain that ours has, and has not been heard to end, `pausing` that we
     have ended it to go on later, `said` what libvirt told of its end or of a failed request, `word` QEMU's own reason,
     `ended` how the guest did; `run` is the guest's run that it works in. `waits` says why it is not done although
-    QEMU's part is, `since` when, and `again` when to look anew."""
+    QEMU's part is, `since` when, and `again` when to look anew, after so many `looks`."""
 
     drive: Drive
     run: int | None = None
     waits: str | None = None
     since: float = 0.0
     again: float = 0.0
+    looks: int = 0
     ours: bool = False
     sure: bool = False
     pausing: bool = False
@@ -285,7 +286,8 @@ class GuestDriver:
             waits = f"{WAITS}, and it cannot be seen: {error.message}"
         if known is not None:
             known.since = known.since if known.waits else began
-            known.waits, known.again = waits, clock() + REST * (clock() - began)
+            known.looks = known.looks + 1 if waits else 0
+            known.waits, known.again = waits, clock() + min(known.looks, REST) * (clock() - began)
         return waits is None
 
     async def _why(self, job: Job) -> str:

@@ -24,7 +24,7 @@ from hostagent.guests import chain
 from hostagent.guests.network_disks import uri_of
 from hostagent.images.member import ChainLimits
 from jobs.errors import JobError
-from jobs.model import EXTERNAL, Cursor, Drive, Job, JobSpec, Operation, State
+from jobs.model import EXTERNAL, Chain, Cursor, Drive, Job, JobSpec, Operation, State
 from jobs.ports import Clock
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Lookout:
         self._adopt = adopt
         self._asked: dict[str, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
+        self._taking = asyncio.Lock()
         self._ended: dict[Drive, tuple[str, float]] = {}
         self._settled: deque[tuple[Drive, float]] = deque(maxlen=REMEMBERED)
         self._full = False
@@ -120,15 +121,20 @@ class Lookout:
             return
         async with self._turns:
             began = asyncio.get_running_loop().time()
-            found = await self._hypervisor.call(
-                "block_jobs", lambda s: {target: s.block_job(ref.uuid, target) for target in targets}, domain=ref
-            )
-            jobs = {target: info for target, info in found.items() if info is not None and _operation(info)}
+            jobs = await self._running(ref, targets)
             if jobs:
                 described = await self._domains.describe(ref)
+                still = await self._running(ref, list(jobs))  # else the chain may be what it has left
+                jobs = {target: info for target, info in jobs.items() if target in still}
         for disk in described.disks:
             if (info := jobs.get(disk.target)) is not None:
                 await self._take(ref, disk, info, began)
+
+    async def _running(self, ref: DomainRef, targets: list[str]) -> dict[str, BlockJobInfo]:
+        found = await self._hypervisor.call(
+            "block_jobs", lambda s: {target: s.block_job(ref.uuid, target) for target in targets}, domain=ref
+        )
+        return {target: info for target, info in found.items() if info is not None and _operation(info)}
 
     # Jobs that have ended
 
@@ -173,14 +179,17 @@ class Lookout:
         limits = self._settings.limits
         read = asyncio.to_thread(chain.read_chain, disk, limits)
         before = await asyncio.wait_for(read, self._settings.file_timeout)
-        known = self._taken(drive) or any(one == drive and began <= when for one, when in self._settled)
-        if known or not self._room():
-            return
+        async with self._taking:  # it may be found as it runs, and by its end, at once
+            known = self._taken(drive) or any(one == drive and began <= when for one, when in self._settled)
+            if not known and self._room():
+                await self._adopt(self._job(drive, disk, info, before), said)
+
+    def _job(self, drive: Drive, disk: Disk, info: BlockJobInfo, before: Chain) -> Job:
         now, operation = self._clock.now(), Operation(OPERATIONS[info.type])
         mirror = disk.mirror.layer if disk.mirror else None
         dest = (uri_of(mirror) or mirror.path) if mirror is not None else None
         spec = JobSpec(operation, target=str(drive), dest=dest, bandwidth=info.bandwidth)
-        job = Job(
+        return Job(
             id=str(uuid.uuid4()),
             spec=spec,
             state=State.RUNNING,
@@ -194,7 +203,6 @@ class Lookout:
             bandwidth=info.bandwidth,
             drive=drive,
         )
-        await self._adopt(job, said)
 
     def _taken(self, drive: Drive) -> bool:
         """Whether what runs on the disk is known: somebody else's, or one of ours that has begun."""

@@ -36,6 +36,8 @@ class World:
         self.said: list[str | None] = []
         self.status = self
         self.connected = True
+        self.slow = 0.0
+        self.ends_when_described = False
         self.told: Callable[[DomainRef, Domain, Domain], None] = lambda domain, before, now: None
         self.forgotten: list[str] = []
         this: Any = self
@@ -51,6 +53,7 @@ class World:
         return DomainRef(f"uuid of {name}", name, True), Domain(f"uuid of {name}", name, (disk,))
 
     async def _adopt(self, job: Job, said: str | None) -> None:
+        await asyncio.sleep(self.slow)
         self.active.append(job)
         self.said.append(said)
 
@@ -64,6 +67,8 @@ class World:
         return self.guests
 
     async def describe(self, ref: DomainRef) -> Domain:
+        if self.ends_when_described:
+            self.jobs.clear()
         return next(domain for known, domain in self.guests if known == ref)
 
     def forget(self, uuid: str) -> None:
@@ -139,6 +144,33 @@ def test_one_that_was_too_quick_is_known_by_its_event_and_by_what_the_chain_lost
         assert world.said == ["completed"] and len(world.active[0].before.layers) == 2
         world.lookout.settled(world.active[0])
         assert world.forgotten == [ref.uuid]
+
+    asyncio.run(story())
+
+
+def test_one_that_is_found_as_it_runs_and_by_its_end_is_one(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        world.slow = 0.1
+        (ref, before), _ = world.guests
+        (disk,) = before.disks
+        world.lookout.event(DiskJobEvent(DiskJobKind.COMPLETED, ref.uuid, "web1", "vda", "pull"))
+        world.jobs = {ref.uuid: PULL}
+        world.told(ref, before, replace(before, disks=(replace(disk, layers=disk.layers[:1]),)))
+        await world.looks(1)
+        assert len(world.active) == 1
+
+    asyncio.run(story())
+
+
+def test_a_chain_that_may_be_what_the_job_has_left_is_not_taken_for_what_was_before(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        (ref, _), _ = world.guests
+        world.ends_when_described = True
+        world.jobs = {ref.uuid: PULL}
+        await world.looks(0)
+        assert world.active == []
 
     asyncio.run(story())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import signal
@@ -496,6 +497,7 @@ class Agent:
             revoke=data.revoke_timeout,
         )
         command = [sys.executable, "-m", "hostagent.cli.main", "data", "--config", str(self._runtime_dir / "data.toml")]
+        mark = f"{__version__}-{hashlib.sha256(show(config).encode()).hexdigest()[:16]}"
         files = data.max_connections * 3 + 1000
 
         def launch(command: list[str], fds: list[int]) -> subprocess.Popen[bytes]:
@@ -503,7 +505,7 @@ class Agent:
 
         return child.Child(
             control,
-            child.Settings(command, ready=config.qsd.start_timeout, look=5 * config.qsd.probe_interval),
+            child.Settings(command, mark, ready=config.qsd.start_timeout, look=5 * config.qsd.probe_interval),
             listen=lambda: listeners.listen(config),
             launch=launch,
             tell=self._data_changed,

@@ -18,6 +18,7 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, help="settings (default: /etc/hostagent/hostagent.toml)")
     parser.add_argument("--runtime-dir", metavar="DIR", type=arguments.path, help="agent.runtime_dir")
     parser.add_argument("--inherit", metavar="NAME=FD", action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--mark", default="", help=argparse.SUPPRESS)
     parser.add_argument("--show-config", action="store_true", help="print the settings in force, and where from")
     parser.set_defaults(run=_data)
 
@@ -33,7 +34,7 @@ def _data(args: argparse.Namespace) -> int:
     logs.setup(settings.logs.level, settings.logs.format, sys.stderr)
     from hostagent.data.daemon import run
 
-    return run(settings, dict(map(_inherited, args.inherit)))
+    return run(settings, dict(map(_inherited, args.inherit)), args.mark)
 
 
 def _inherited(text: str) -> tuple[str, int]:

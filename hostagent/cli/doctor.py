@@ -124,7 +124,10 @@ def _ready(state: Json) -> Iterator[Finding]:
 
 def _host(host: Json) -> Iterator[Finding]:
     data = host.get("data_daemon")
-    if data and data.get("running"):
+    if data and data.get("running") and data.get("outdated"):
+        text = f"pid {data['pid']} began with another version, or other settings"
+        yield warn("data daemon", text, "it begins anew when nobody has a ticket of it")
+    elif data and data.get("running"):
         yield ok("data daemon", f"answers, pid {data['pid']}")
     elif data:
         yield fail("data daemon", str(data.get("error")), "see the agent's log; it is tried again by itself")

@@ -32,11 +32,17 @@ class ControlBounds:
 
 
 class Control:
-    """`usable` raises AgentError (invalid, denied) for a ticket whose image no backend serves."""
+    """`usable` raises AgentError (invalid, denied) for a ticket whose image no backend serves; `mark` is told as is."""
 
     def __init__(
-        self, tickets: Tickets, metrics: Metrics, bounds: ControlBounds, usable: Callable[[ticket.Spec], None]
+        self,
+        tickets: Tickets,
+        metrics: Metrics,
+        bounds: ControlBounds,
+        usable: Callable[[ticket.Spec], None],
+        mark: str,
     ) -> None:
+        self._mark = mark
         self._tickets = tickets
         self._usable = usable
         self._metrics = metrics
@@ -58,6 +64,7 @@ class Control:
             return connection.reply(request, Answer(200, body, (("content-type", CONTENT_TYPE),)))
         if request.method == "GET" and request.path == "/healthz":
             found = {"status": "ok", "version": __version__, "pid": os.getpid(), "tickets": len(self._tickets.all())}
+            found["mark"] = self._mark
             return connection.reply(request, answers.of_json(found))
         raise HttpError(404, "No handler for this path")
 

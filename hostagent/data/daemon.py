@@ -51,7 +51,7 @@ STACK = 256 * 1024
 
 
 class Daemon:
-    def __init__(self, config: Config, given: Mapping[str, int]) -> None:
+    def __init__(self, config: Config, given: Mapping[str, int], mark: str) -> None:
         settings = config.data
         self._settings = settings
         self.metrics = Metrics()
@@ -77,6 +77,7 @@ class Daemon:
             self.metrics,
             ControlBounds(settings.revoke_timeout, settings.ticket_size, settings.inactivity_timeout),
             access.usable,
+            mark,
         )
         theirs = inherited(given)
         listeners = theirs or listen(config)
@@ -124,11 +125,12 @@ class Daemon:
             self.tickets.stop_expired(self._settings.keep_expired)
 
 
-def run(config: Config, given: Mapping[str, int]) -> int:
-    """Until SIGTERM or SIGINT; SIGHUP reads the certificate anew. `given` listeners are used instead of own ones."""
+def run(config: Config, given: Mapping[str, int], mark: str = "") -> int:
+    """Until SIGTERM or SIGINT; SIGHUP reads the certificate anew. `given` listeners are used instead of own ones;
+    `mark` is what whoever started this knows it by."""
     threading.stack_size(STACK)
     _keep_to_ourselves()
-    daemon = Daemon(config, given)
+    daemon = Daemon(config, given, mark)
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())

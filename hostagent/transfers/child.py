@@ -1,8 +1,9 @@
 """The data daemon as the agent's child: started, watched, started again, and left alone where it works.
 
 It outlives the agent, as storage daemons do: who downloads notices nothing of the agent's restart. The next agent finds
-it by its control socket, and goes on with it. One that ended is started again, ever more slowly; with it end its
-tickets, which is what its clients and whoever gave these are told by it.
+it by its control socket, and goes on with it; where its version or settings are others than those in force, until
+nobody has a ticket of it. One that ended is started again, ever more slowly; with it end its tickets, which is what its
+clients and whoever gave these are told by it.
 
 The agent binds its sockets: they lie where the daemon's user may make no file.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -27,16 +29,19 @@ log = logging.getLogger(__name__)
 STEADY = 30.0
 """Seconds of life after which an end is no reason to be slow with the next start."""
 
+SILENT = "it does not answer any more"
+
 Launch = Callable[[list[str], list[int]], subprocess.Popen[bytes]]
 """Starts a command as the daemon's user; these descriptors keep their numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`command` is the daemon's; `ready` seconds until it must answer, `look` between two looks at it, `retry` and
-    `retry_max` before it is started again."""
+    """`command` is the daemon's, `mark` tells its version and settings from others; `ready` seconds until it must
+    answer, `look` between two looks at it, `retry` and `retry_max` before it is started again."""
 
     command: list[str]
+    mark: str
     ready: float
     look: float
     retry: float = 1.0
@@ -63,6 +68,8 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self.pid: int | None = None
         self.error: str | None = "it is being started"
+        self.outdated = False
+        """It began with another version, or other settings, than those in force."""
 
     async def run(self) -> None:
         """Until it is cancelled: that leaves the daemon as it is (see `stop`)."""
@@ -73,6 +80,8 @@ class Child:
                 if not await self._answers():
                     await self._start()
                 self._failed(await self._until_it_ends())
+                if self.outdated:
+                    continue
             except (AgentError, OSError) as error:
                 self._failed(str(error))
             if now() - began > STEADY:
@@ -97,22 +106,27 @@ class Child:
             return
         try:
             signal.pidfd_send_signal(handle, signal.SIGTERM)
+            if not select.select([handle], [], [], self._settings.ready)[0]:
+                log.warning("the data daemon takes its time to end", extra={"fields": {"pid": pid}})
         except OSError:
             pass
         finally:
             os.close(handle)
-        if self._process is not None and self._process.pid == pid:
-            try:
-                self._process.wait(self._settings.ready)
-            except subprocess.TimeoutExpired:
-                log.warning("the data daemon takes its time to end", extra={"fields": {"pid": pid}})
+        if self._process is not None:
+            self._process.poll()
 
     async def _answers(self) -> bool:
+        """Whether it does, and may go on: one that is outdated ends as soon as nobody has a ticket."""
         try:
             found = await asyncio.to_thread(self.control.health)
         except AgentError:
             return False
         self.pid = found.get("pid")
+        self.outdated = found.get("mark") != self._settings.mark
+        if self.outdated and found.get("tickets") == 0 and isinstance(self.pid, int):
+            log.info("a data daemon of another version, or other settings, ends", extra={"fields": {"pid": self.pid}})
+            await asyncio.to_thread(self._end, self.pid)
+            return False
         if self.error is not None:
             self.error = None
             self._tell(True, None)
@@ -133,7 +147,7 @@ class Child:
                     await asyncio.wait_for(ended.wait(), self._settings.look)
                 except TimeoutError:
                     if not await self._answers():
-                        return "it does not answer any more"
+                        return "it begins anew, with the settings in force" if self.outdated else SILENT
         except OSError:
             pass  # it ended in this moment
         finally:
@@ -151,7 +165,7 @@ class Child:
         try:
             inherit = [f"--inherit={name}={one.fileno()}" for name, one in listeners.items()]
             fds = [one.fileno() for one in listeners.values()]
-            command = [*self._settings.command, *inherit]
+            command = [*self._settings.command, f"--mark={self._settings.mark}", *inherit]
             self._process = await asyncio.to_thread(self._launch, command, fds)
         finally:
             for listener in listeners.values():
@@ -174,4 +188,4 @@ class Child:
 
     def facts(self) -> dict[str, Any]:
         """For `status`."""
-        return {"running": self.error is None, "pid": self.pid, "error": self.error}
+        return {"running": self.error is None, "pid": self.pid, "error": self.error, "outdated": self.outdated}

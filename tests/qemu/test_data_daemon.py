@@ -80,7 +80,7 @@ def ticket(url: str, size: int, *ops: str) -> dict[str, Any]:
 def test_it_runs_as_nobody_and_the_agent_says_so(agent: AgentProcess) -> None:
     pid = pid_of(agent)
     until(lambda: agent.get("/v1/host")["data_daemon"]["running"])
-    assert agent.get("/v1/host")["data_daemon"] == {"running": True, "pid": pid, "error": None}
+    assert agent.get("/v1/host")["data_daemon"] == {"running": True, "pid": pid, "error": None, "outdated": False}
     status = Path(f"/proc/{pid}/status").read_text()
     if os.geteuid() == 0:
         assert "Uid:\t0" not in status
@@ -131,6 +131,22 @@ def test_it_outlives_the_agent_with_its_tickets_and_is_found_again(agent: AgentP
     control(agent).remove(one["uuid"])
     agent.stop()
     assert until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text())
+
+
+def test_one_with_other_settings_ends_as_soon_as_nobody_has_a_ticket(agent: AgentProcess) -> None:
+    pid = pid_of(agent)
+    one = ticket("nbd:unix:/nowhere", 4096, "read")
+    control(agent).add(one)
+    agent.kill()
+    agent.settings = {**agent.settings, "DATA_MAX_CONNECTIONS": "77"}
+    agent.start()
+    assert until(lambda: agent.get("/v1/host")["data_daemon"]["outdated"])
+    time.sleep(1)  # some looks
+    assert pid_of(agent) == pid
+    control(agent).remove(one["uuid"])
+    again = until(lambda: (found := control(agent).health()["pid"]) != pid and found)
+    assert until(lambda: (found := agent.get("/v1/host")["data_daemon"])["running"] and not found["outdated"])
+    assert pid_of(agent) == again
 
 
 def test_one_that_was_killed_is_started_again(agent: AgentProcess) -> None:

@@ -51,7 +51,7 @@ class LiveLayer:
     """One layer. `index` is QEMU's number for it (vda[3]), None while the domain does not run. `path` is a file or a
     device; of a network image its name, and `protocol` and `hosts` (host:port, or a socket's path) say where. `dac` is
     what is said of this layer alone, `size` the bytes of it that are the disk's, if not all. `volume` is what a pool
-    calls it; `trouble` why it cannot be said what that is, `gone` that there is no such pool or volume."""
+    calls it; `trouble` why it cannot be said what that is, `gone` that its pool runs, and has none such."""
 
     type: SourceType
     path: str | None

@@ -55,20 +55,18 @@ def _layer(session: Session, layer: LiveLayer) -> LiveLayer:
 
 def _by_its_pool(session: Session, layer: LiveLayer, volume: Volume, error: JobError) -> LiveLayer:
     """What can be said of a volume that libvirt does not know. Of a guest that runs nothing is gone: QEMU has it."""
-    off = layer.index is None
     try:
         pool = session.pool(volume.pool)
         kind, folder = domain_xml.pool(pool.xml, size=POOL_SIZE)
     except Lost:
         raise
-    except JobError as unknown:
-        gone = off and unknown.code == "not_found"
-        return replace(layer, gone=gone, trouble=None if gone else error.message)
+    except JobError:
+        return replace(layer, trouble=error.message)
     if kind in REMOTE:
         return replace(layer, type=SourceType.NETWORK)
     if path := _in_folder(volume, kind, folder, active=pool.active):
         return replace(layer, type=SourceType.FILE, path=path)
-    gone = off and pool.active and error.code == "not_found"
+    gone = layer.index is None and pool.active and error.code == "not_found"
     return replace(layer, gone=gone, trouble=None if gone else error.message)
 
 

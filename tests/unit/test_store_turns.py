@@ -104,10 +104,9 @@ def test_the_store_closes_after_what_was_asked_of_it(tmp_path: Path) -> None:
 def test_readers_do_not_suffer_from_a_full_file_system(small: Path) -> None:
     async def scenario(it: Opened) -> None:
         await it.store.save(JOB)
-        with (small / "ballast").open("wb") as ballast, pytest.raises(OSError):
+        with (small / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError):
             while True:
                 ballast.write(bytes(1 << 16))
-                ballast.flush()
         large = [replace(JOB, id=f"{n}", state=State.RUNNING, warnings=("w" * 50_000,)) for n in range(3)]
         *writes, seen = await asyncio.gather(
             *(it.store.save(job, [host_event("x")]) for job in large), it.store.get("j1"), return_exceptions=True

@@ -23,8 +23,8 @@ from hostagent.errors import AgentError
 
 log = logging.getLogger(__name__)
 
-_LINGER = 1.0  # seconds in which a client that is answered and cut may read the answer
-_LINGER_MOST = 1 << 20
+_LINGER = 5.0  # seconds in which a client that is answered and cut may read the answer
+_LINGER_MOST = 16 << 20
 _FAULT = "Server failed to perform the request, check logs"
 
 

@@ -103,7 +103,8 @@ def test_an_image_is_made_on_an_empty_device(agent: AgentProcess, disk: Disk, pa
     job = done(agent, there, completion="finish", format="qcow2")
     assert job["dest"] == {"path": str(there), "format": "qcow2", "state": "complete"}
     assert live_paths(paused)[0] == str(disk.top) and block_job(paused) is None
-    assert backing_of(there) is None and check_clean(there) and nothing_given(agent, there)
+    assert backing_of(there) is None and check_clean(there)
+    until(lambda: nothing_given(agent, there), "it is taken back")
     assert same_content(there, disk.truth, first="qcow2")
     again = error_of(agent, operation="copy", dest=str(there), format="qcow2")
     assert again["code"] == "conflict", "it is an image now"
@@ -157,7 +158,7 @@ def test_an_image_that_outgrows_its_device_fails_and_the_guest_stays(
     job = agent.until_ended(job["id"])
     assert (job["state"], job["error"]["code"], job["dest"]["state"]) == ("failed", "no_space", "unusable"), job
     assert live_paths(paused) == [str(disk.top), str(disk.base)] and block_job(paused) is None
-    assert nothing_given(agent, small)
+    until(lambda: nothing_given(agent, small), "it is taken back")
     paused.destroy()
     assert same_content(disk.top, disk.truth, first="qcow2")
 

@@ -115,6 +115,13 @@ def connected(uri: str) -> Any:
     return client
 
 
+def stand_still(server: subprocess.Popen[bytes]) -> None:
+    """All of its threads: one that is late still answers."""
+    server.send_signal(signal.SIGSTOP)
+    threads = Path(f"/proc/{server.pid}/task")
+    assert eventually(lambda: all(") T" in (one / "stat").read_text() for one in threads.iterdir()))
+
+
 def hanging_read(client: Any) -> None:
     """Send a read that is not waited for."""
     client.aio_pread(nbd.Buffer(4096), 0)
@@ -517,7 +524,7 @@ def test_a_server_that_is_silent_from_the_beginning_holds_up_nobody(
     agent: AgentProcess, folder: Path, images: Pair
 ) -> None:
     with served(folder) as (uri, _, server):
-        server.send_signal(signal.SIGSTOP)
+        stand_still(server)
         asking = [
             subprocess.Popen(
                 [*HOSTAGENT, "--socket", str(agent.socket), "export", "start", uri, "--json"],
@@ -547,7 +554,7 @@ def test_an_agent_that_is_killed_while_it_waits_for_a_silent_server_leaves_nothi
         AgentProcess(tmp_path, {**SETTINGS, "EXPORTS_OPEN_TIMEOUT": "8"}) as agent,
         served(folder) as (uri, _, server),
     ):
-        server.send_signal(signal.SIGSTOP)
+        stand_still(server)
         asking = subprocess.Popen(
             [*HOSTAGENT, "--socket", str(agent.socket), "export", "start", uri],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -576,7 +583,7 @@ def test_a_server_that_falls_silent_holds_up_nobody_and_force_ends_it(
         export = start(agent, uri, writable=writable)
         client = connected(export["uri"])
         assert bytes(client.pread(512, 0)) == disk.read_bytes()[:512]
-        server.send_signal(signal.SIGSTOP)
+        stand_still(server)
         hanging_read(client)
         assert content(other["uri"]) == images.truth.read_bytes()
         assert agent.until_ended(agent.pull(images.top)["id"])["state"] == "completed"

@@ -32,16 +32,26 @@ def unix(path: Path) -> dict[str, str]:
     return {"type": "unix", "path": str(path)}
 
 
+ACCEPTS = 1 << 16
+"""__SO_ACCEPTCON of net.h"""
+
+
 @contextlib.contextmanager
 def served(where: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
-        assert eventually((where / "s").exists)
+        assert eventually(lambda: listens(where / "s"))
         yield process
     finally:
         process.send_signal(signal.SIGCONT)
         process.terminate()
         process.wait(PATIENCE)
+
+
+def listens(path: Path) -> bool:
+    """It is there a moment before that; and who tries is a client already."""
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(line[-1] == str(path) and int(line[3], 16) & ACCEPTS for line in lines[1:])
 
 
 def refusal(server: dict[str, str], export: str = "", timeout: float = WAIT) -> AgentError:

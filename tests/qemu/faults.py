@@ -218,12 +218,22 @@ def open_below(pid: int, folder: Path) -> list[str]:
     return found
 
 
+ACCEPTS = 1 << 16
+"""__SO_ACCEPTCON of net.h"""
+
+
 def eventually(true: Callable[[], Any], timeout: float = PATIENCE) -> Any:
     """The first true value, or the last one when the time is up."""
     deadline = time.monotonic() + timeout
     while not (value := true()) and time.monotonic() < deadline:
         time.sleep(0.01)
     return value
+
+
+def listens(socket: Path) -> bool:
+    """It is there a moment before that; and who tries it is a client already."""
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(line[-1] == str(socket) and int(line[3], 16) & ACCEPTS for line in lines[1:])
 
 
 # Storage

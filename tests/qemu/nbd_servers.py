@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.qemu.faults import PATIENCE, eventually
+from tests.qemu.faults import PATIENCE, eventually, listens
 
 NAME = "disk"
 
@@ -73,7 +73,7 @@ def _folder() -> Iterator[Path]:
 def _running(command: Sequence[str], socket: Path) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(command)
     try:
-        assert eventually(lambda: socket.exists() or process.poll() is not None)
+        assert eventually(lambda: listens(socket) or process.poll() is not None)
         assert process.poll() is None
         yield process
     finally:

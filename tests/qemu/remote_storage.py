@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.qemu.faults import PATIENCE, ROOT, eventually
+from tests.qemu.faults import PATIENCE, ROOT, eventually, listens
 
 needs_fuse = pytest.mark.skipif(
     not ROOT or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs root and FUSE, to serve a file"
@@ -59,7 +59,7 @@ def nbd_server(folder: Path, size: int, *filters: str) -> Iterator[tuple[str, Pa
     command += ["file", str(disk), *[word for word in filters if not word.startswith("--filter")]]
     process = subprocess.Popen(command)
     try:
-        assert eventually((where / "s").exists)
+        assert eventually(lambda: listens(where / "s"))
         (where / "s").chmod(0o666)
         yield f"nbd+unix:///?socket={where / 's'}", disk, process
     finally:

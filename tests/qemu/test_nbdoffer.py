@@ -16,7 +16,7 @@ import pytest
 from hostagent.errors import AgentError
 from hostagent.nbdoffer import Offer, ask
 from tests.harness import MIB
-from tests.qemu.faults import PATIENCE, eventually
+from tests.qemu.faults import PATIENCE, eventually, listens
 from tests.qemu.remote_storage import needs_nbdkit
 
 WAIT = 10.0
@@ -32,10 +32,6 @@ def unix(path: Path) -> dict[str, str]:
     return {"type": "unix", "path": str(path)}
 
 
-ACCEPTS = 1 << 16
-"""__SO_ACCEPTCON of net.h"""
-
-
 @contextlib.contextmanager
 def served(where: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -46,12 +42,6 @@ def served(where: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
         process.send_signal(signal.SIGCONT)
         process.terminate()
         process.wait(PATIENCE)
-
-
-def listens(path: Path) -> bool:
-    """It is there a moment before that; and who tries is a client already."""
-    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-    return any(line[-1] == str(path) and int(line[3], 16) & ACCEPTS for line in lines[1:])
 
 
 def refusal(server: dict[str, str], export: str = "", timeout: float = WAIT) -> AgentError:

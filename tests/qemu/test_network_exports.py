@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.harness import MIB, AgentProcess, ApiError, Json, raw_image, reachable
-from tests.qemu.faults import HASTE, PATIENCE, ROOT, Pair, eventually
+from tests.qemu.faults import HASTE, PATIENCE, ROOT, Pair, eventually, listens
 from tests.qemu.remote_storage import nbd_server, needs_nbdkit
 from tests.qemu.test_apart_exports import bytes_of
 from tests.qemu.test_exports import Client, alive, content, refusal, show, stop
@@ -445,7 +445,7 @@ def nbdkit_again(uri: str, disk: Path) -> subprocess.Popen[bytes]:
     where = Path(uri.partition("socket=")[2])
     where.unlink()
     server = subprocess.Popen(["nbdkit", "-f", "-U", str(where), "file", str(disk)])
-    assert eventually(where.exists)
+    assert eventually(lambda: listens(where))
     where.chmod(0o666)
     return server
 

@@ -29,6 +29,12 @@ _ANEW = (
 )
 """Of two needs the greater: rw is more than r, and no label, which asks us for access, more than one."""
 
+OWED = (
+    "(verdict = 'pending' OR (verdict = 'granted' AND NOT EXISTS (SELECT 1 FROM access_rows AS row "
+    "WHERE row.dev = access_files.dev AND row.ino = access_files.ino)))"
+)
+"""Of `access_files`: those that are still to be taken back. Rows go first, and what was given after them."""
+
 
 def key(file: FileId) -> tuple[int, int]:
     """Inode numbers are unsigned 64 bit, SQLite's integers signed."""

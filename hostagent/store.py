@@ -266,11 +266,18 @@ class Store:
 
         return [records.access_file(json.loads(body)) for (body,) in await self._db.run(work)]
 
+    async def owed_files(self) -> list[AccessFile]:
+        """Those that are still to be taken back: also the one whose last row has gone this moment."""
+        query = f"SELECT body FROM access_files WHERE {ledger_rows.OWED}"  # noqa: S608
+        found = await self._db.run(lambda db: db.execute(query).fetchall())
+        return [records.access_file(json.loads(body)) for (body,) in found]
+
     async def access_gauges(self) -> tuple[int, datetime | None, dict[str, int]]:
-        """How many revocations are pending, since when the oldest, and how many rows there are of each mode."""
+        """How many revocations are owed, since when the oldest is pending, and how many rows there are of each mode."""
 
         def work(db: Connection) -> tuple[int, str | None, dict[str, int]]:
-            query = "SELECT count(*), min(json_extract(body, '$.since')) FROM access_files WHERE verdict='pending'"
+            since = "min(json_extract(body, '$.since')) FILTER (WHERE verdict = 'pending')"
+            query = f"SELECT count(*), {since} FROM access_files WHERE {ledger_rows.OWED}"  # noqa: S608
             pending, oldest = db.execute(query).fetchone()
             modes = dict(db.execute("SELECT mode, count(*) FROM access_rows GROUP BY mode").fetchall())
             return pending, oldest, modes

@@ -98,5 +98,5 @@ class Grants:
         files = {entry.file: entry for entry in await self._store.access_files()}
         rows = await self._store.access_rows()
         held = {row.file for row in rows}
-        left = [f for f in files.values() if f.file not in held and (f.verdict in ("kept", "pending") or f.taken)]
+        left = [f for f in files.values() if f.file not in held and (f.verdict != "revoked" or f.taken)]
         return [*(views.grant(row, files.get(row.file)) for row in rows), *(views.leftover(f) for f in left)]

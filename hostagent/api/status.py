@@ -23,7 +23,6 @@ from hostagent.nbd.chains import Chains
 from hostagent.nbd.exports import Exports
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.watch import Watch
-from hostagent.records import AccessFile
 from hostagent.store import Store
 from jobs.engine import Engine
 from jobs.errors import JobError
@@ -77,8 +76,9 @@ class Status:
         self._troubles = troubles
 
     async def host(self) -> Json:
-        pending = await self._owed()
-        oldest = min(pending, key=lambda file: file.since, default=None)
+        owed = await self._store.owed_files()
+        tried = [file for file in owed if file.verdict == "pending"]
+        oldest = min(tried, key=lambda file: file.since, default=None)
         exports: dict[str, int] = {}
         for record in self._exports.active():
             exports[record.state] = exports.get(record.state, 0) + 1
@@ -99,7 +99,7 @@ class Status:
                 for o in self._chains.orphans
             ],
             "revocations": {
-                "pending": len(pending),
+                "pending": len(owed),
                 "oldest_seconds": (now() - oldest.since).total_seconds() if oldest else None,
                 "oldest": {"path": oldest.path, "reason": oldest.reason} if oldest else None,
             },
@@ -130,12 +130,9 @@ class Status:
             self._drain.record,
             jobs=[*self._drain.holding(), *self._engine.settling()],
             exports=exports,
-            revocations=len(await self._owed()),
+            revocations=len(await self._store.owed_files()),
             beginning=self._drain.beginning,
         )
-
-    async def _owed(self) -> list[AccessFile]:
-        return [f for f in await self._store.access_files() if f.verdict == "pending"]
 
     def _daemon(self, chain: PreparedChain) -> Json:
         assert chain.daemon is not None

@@ -175,7 +175,7 @@ def leftover(file: AccessFile) -> Json:
         "since": time(file.since),
         "reason": "nobody needs it any more",
         "access": file.access,
-        "state": file.verdict,
+        "state": "pending" if file.verdict == "granted" else file.verdict,
         "detail": file.reason,
     }
 

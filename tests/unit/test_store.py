@@ -337,6 +337,23 @@ def test_what_was_taken_back_is_forgotten_when_nobody_can_ask_for_it(tmp_path: P
     run(tmp_path, scenario)
 
 
+def test_a_file_whose_last_row_has_gone_is_owed_before_anybody_looked_at_it(tmp_path: Path) -> None:
+    """A host that says between the two that nothing is to be taken back would be switched off too soon."""
+
+    async def scenario(it: Opened) -> None:
+        verdicts = ("granted", "granted", "pending", "kept", "revoked")
+        files = [entry(FileId(1, n), verdict, since=THEN) for n, verdict in enumerate(verdicts)]
+        for one in files:
+            await it.store.put_access_file(one)
+        await it.store.add_needs(IMAGE, [Need(layer("x", files[0].file), "r", "")])
+        assert await it.store.owed_files() == files[1:3]
+        await it.store.release(IMAGE)
+        assert await it.store.owed_files() == files[:3]
+        assert await it.store.access_gauges() == (3, THEN, {})
+
+    run(tmp_path, scenario)
+
+
 # Lists
 
 

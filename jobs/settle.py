@@ -121,4 +121,8 @@ def classify(job: Job, text: str) -> Failure:
         )
     if "permission denied" in lower:
         return Failure("denied", text, "run `hostagent doctor`")
+    if "root block node" in lower and job.drive is not None:
+        # A mirror that fails while QEMU 7.2 flushes the disks of a guest that it has just stopped, leaves its filter.
+        remedy = "QEMU keeps the filter of a job that failed on this disk: shut the guest down, start it, and try again"
+        return Failure("job_failed", text, remedy)
     return Failure("job_failed", text, again(job))

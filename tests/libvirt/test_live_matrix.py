@@ -196,8 +196,19 @@ def broken(stage: Stage) -> None:
     cell.resume()
     cell.ends(BROKEN)
     cell.begin()
-    cell.completes()
+    if not stage.work.mirrors or not has_kept_its_filter(cell):
+        cell.completes()
     cell.close()
+
+
+def has_kept_its_filter(cell: Cell) -> bool:
+    """A QEMU that stops its guest in the moment in which a mirror fails may keep that one's filter: it takes no other
+    mirror of this disk until it ends, and the user is told."""
+    error = cell.until("running", "ready", "failed")["error"]
+    if error is None or "root block node" not in error["message"]:
+        return False
+    assert "shut the guest down" in error["remedy"], error
+    return True
 
 
 def shared(stage: Stage) -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from hostagent.errors import CODES
 from jobs.machine import Signal
-from jobs.model import Chain, Completion, Cursor, Failure, FileId, Group, Job, JobSpec, Layer, Operation, State
+from jobs.model import Chain, Completion, Cursor, Drive, Failure, FileId, Group, Job, JobSpec, Layer, Operation, State
 from jobs.ports import Contact, Observation, Phase
-from jobs.settle import classify, decide, explain
+from jobs.settle import again, classify, decide, explain
 
 THEN = datetime(2026, 1, 1, tzinfo=UTC)
 TOP = Layer("/top", "qcow2", FileId(1, 1), 100, 100, "base")
@@ -141,6 +141,15 @@ def test_an_error_text_of_qemu_gets_its_code(text: str, code: str) -> None:
     assert failure.code == code
     assert text in failure.message
     assert failure.remedy
+
+
+def test_a_filter_that_a_guests_qemu_has_kept_is_nothing_that_another_try_mends() -> None:
+    guests = replace(JOB, drive=Drive("uuid", "web1", "vda"))
+    for job, remedy in ((guests, "shut the guest down"), (JOB, again(JOB))):
+        failure = classify(job, "'blockdev-mirror': Need a root block node")
+        assert failure.code == "job_failed"
+        assert failure.remedy is not None
+        assert remedy in failure.remedy
 
 
 def test_a_concluded_job_without_error_and_proof_is_unproven() -> None:

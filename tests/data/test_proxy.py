@@ -399,7 +399,8 @@ def before(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def test_a_client_works_through_it_as_with_the_other_one(before: Daemon, origin: Daemon, image: Path) -> None:
-    ticket = before.ticket(origin.url(origin.ticket(f"file://{image}", SIZE, "read", "write")), SIZE, "read", "write")
+    there = origin.ticket(f"file://{image}", SIZE, "read", "write")
+    ticket = before.ticket(origin.url(there), SIZE, "read", "write")
     expected = bytearray(image.read_bytes())
     with before.tcp() as wire:
         assert wire.ask("OPTIONS", f"/images/{ticket}").json["max_readers"] == 8
@@ -415,6 +416,7 @@ def test_a_client_works_through_it_as_with_the_other_one(before: Daemon, origin:
         assert sum(one["length"] for one in wire.ask("GET", f"/images/{ticket}/extents").json) == SIZE
         sums = [wire.ask("GET", f"/images/{ticket}/checksum").json["checksum"]]
     assert image.read_bytes() == expected
+    assert origin.delete(there).status == 204  # nobody has it open for writing then
     with origin.tcp() as wire:
         direct = origin.ticket(f"file://{image}", SIZE)
         sums.append(wire.ask("GET", f"/images/{direct}/checksum").json["checksum"])

@@ -25,6 +25,7 @@ from hostagent.nbd.copying import Copy
 from hostagent.nbd.operations import Operation, job_name
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull
+from hostagent.nbd.write_out import WriteOut
 from jobs import model
 from jobs.errors import JobError
 from jobs.model import Completion, FileId, Holder, Job, JobSpec, Need, Plan, State
@@ -62,6 +63,7 @@ class OfflineDriver:
         self._copy = copy
         self._commit = commit
         self._check_auto = check_auto
+        self._write_out = WriteOut()
         self._operations: dict[model.Operation, Operation] = {
             model.Operation.PULL: pull,
             model.Operation.COPY: copy,
@@ -185,12 +187,21 @@ class OfflineDriver:
                     return Observation(Contact.UNRESPONSIVE)
                 contact = Contact.DEAD
         cursor = None if job.incremental else found.cursor
+        if chain is not None and cursor is not None and found.phase is Phase.RUNNING:
+            self._write_out.begin(job.id, cursor, self._written(job, chain))
         if found.phase not in (Phase.ABSENT, Phase.CONCLUDED):
             return Observation(contact, found.phase, cursor, found.error)
         proven = await self._proven(job, chain)
         if proven is None:
             return Observation(Contact.UNRESPONSIVE)
         return Observation(contact, found.phase, cursor, found.error, proven)
+
+    def _written(self, job: Job, chain: PreparedChain) -> list[int]:
+        """The agent's own descriptors of what the job writes."""
+        files = [*self._operations[job.spec.operation].writes(job)]
+        if job.target is not None and job.target.file is not None:
+            files.append(job.target.file)
+        return [fd for fd in map(chain.descriptor, files) if fd is not None]
 
     async def _proven(self, job: Job, chain: PreparedChain | None) -> bool | None:
         """What stable storage says. A file that is gone, replaced or no image is an answer, too; None when it cannot be
@@ -353,6 +364,7 @@ class OfflineDriver:
         await chain.close_for_writing()
 
     async def leave(self, job: Job) -> None:
+        self._write_out.forget(job.id)
         chain = self._find(job)
         if chain is None or job.holder not in chain.users:
             return

@@ -35,6 +35,9 @@ from jobs.ports import AccessResult, AccessVerdict, Clock
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 4
+"""Files that one call settles side by side: each takes some looks at its storage, in a thread."""
+
 
 class LedgerStore(Protocol):
     async def add_needs(self, holder: Holder, needs: Sequence[Need]) -> None: ...
@@ -208,10 +211,18 @@ class Ledger:
         `at` is where the caller found them: of a file that no row names, nothing else tells it from a deleted one whose
         inode number it has.
         """
+        width = asyncio.Semaphore(AT_ONCE)
+
+        async def settled(file: FileId) -> AccessResult:
+            async with width, self._locks.alone(file):
+                return await self._settle(file, trigger, at=(at or {}).get(file))
+
+        done = await asyncio.gather(*map(settled, files), return_exceptions=True)
         results = {}
-        for file in files:
-            async with self._locks.alone(file):
-                results[file] = await self._settle(file, trigger, at=(at or {}).get(file))
+        for file, result in zip(files, done, strict=True):
+            if isinstance(result, BaseException):
+                raise result
+            results[file] = result
         return results
 
     async def converge_all(self, *, trigger: str) -> dict[FileId, AccessResult]:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from hostagent.client.address import is_url
 from hostagent.client.checksum import Checksum, local_checksum, remote_checksum
 from hostagent.client.download import Download, download
-from hostagent.client.extents import Extent, clipped
+from hostagent.client.extents import Extent
 from hostagent.client.local import open_image
 from hostagent.client.options import Options, Patience, Storage, Tls
 from hostagent.client.progress import Progress, Show, Tell, nobody
@@ -29,6 +29,7 @@ from hostagent.client.remote import Remote
 from hostagent.client.result import Result
 from hostagent.client.server import ask, contact, read_extents, size_of
 from hostagent.client.upload import Upload, upload
+from hostagent.extents import clipped
 
 __all__ = [
     "Checksum", "Download", "Extent", "Options", "Patience", "Progress", "Result", "Storage", "Tls", "Upload",

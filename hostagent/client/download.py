@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hostagent.client.crew import Crew, Ends
-from hostagent.client.extents import Extent, Kind, Piece, clipped, cut
+from hostagent.client.extents import Extent, Kind, Piece, cut
 from hostagent.client.opening import opened
 from hostagent.client.options import REQUEST_MOST, Options
 from hostagent.client.place import Place
@@ -19,6 +19,7 @@ from hostagent.client.server import Extents, Server, ask, contact, read_extents,
 from hostagent.client.target import Target
 from hostagent.client.throttle import Throttle
 from hostagent.errors import AgentError
+from hostagent.extents import clipped
 
 
 @dataclass(frozen=True, slots=True)

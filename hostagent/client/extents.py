@@ -34,28 +34,6 @@ class Piece(NamedTuple):
     kind: Kind
 
 
-def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Neighbours that say the same become one."""
-    before: Extent | None = None
-    for one in extents:
-        if before is not None and before[2:] == one[2:] and before.start + before.length == one.start:
-            before = before._replace(length=before.length + one.length)
-            continue
-        if before is not None:
-            yield before
-        before = one
-    if before is not None:
-        yield before
-
-
-def clipped(extents: Iterable[Extent], start: int, end: int) -> Iterator[Extent]:
-    """What of the extents lies in these bytes."""
-    for one in extents:
-        first, last = max(one.start, start), min(one.start + one.length, end)
-        if first < last:
-            yield one._replace(start=first, length=last - first)
-
-
 def cut(runs: Iterable[Piece], done: RangeSet, data_most: int, zero_most: int) -> Iterator[Piece]:
     """The pieces that are left to do of these runs: no larger than that, and nothing twice. What is skipped stays
     whole."""

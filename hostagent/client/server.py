@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
 from hostagent.client.dial import Dial, dial
-from hostagent.client.extents import Extent, merged
+from hostagent.client.extents import Extent
 from hostagent.client.features import Features
 from hostagent.client.options import Options
 from hostagent.client.remote import Remote
 from hostagent.client.retry import Retries
 from hostagent.errors import AgentError
+from hostagent.extents import merged
 
 T = TypeVar("T")
 

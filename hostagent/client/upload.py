@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostagent.client.crew import Crew
-from hostagent.client.extents import Kind, Piece, cut, merged
+from hostagent.client.extents import Kind, Piece, cut
 from hostagent.client.journal import Identity, Journal, misfit
 from hostagent.client.layers import Layers
 from hostagent.client.local import Image, open_image
@@ -22,6 +22,7 @@ from hostagent.client.sending import Sender
 from hostagent.client.server import Server, ask, contact
 from hostagent.client.throttle import Throttle
 from hostagent.errors import AgentError
+from hostagent.extents import merged
 from hostagent.rangeset import RangeSet
 
 SUFFIX = ".hostagent-resume"

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 
 from hostagent.data import access, answers, asked, checksum
 from hostagent.data.access import Access
-from hostagent.data.backends.base import DirtyExtent, Extent, ImageBackend, merged
+from hostagent.data.backends.base import DirtyExtent, Extent, ImageBackend
 from hostagent.data.connection import Connection
 from hostagent.data.errors import HttpError
 from hostagent.data.metered import Download
 from hostagent.data.ranges import parse_range
 from hostagent.data.tickets import Operation, Ticket
 from hostagent.data.wire import Request, head
+from hostagent.extents import merged
 
 _LOOK_EVERY = 1024  # extents between two looks at whether the ticket still holds
 _WARNING = ("warning", '199 hostagent "no dirty bitmap: everything is called dirty"')

@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from hostagent.data.backends.base import DirtyExtent, Extent, ImageBackend, merged
+from hostagent.data.backends.base import DirtyExtent, Extent, ImageBackend
 from hostagent.errors import AgentError
+from hostagent.extents import merged
 from tests.contract.backend_suite import MIB, BackendSuite, Rig
 
 

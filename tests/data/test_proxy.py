@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from hostagent.data.backends.base import ImageBackend, merged
+from hostagent.data.backends.base import ImageBackend
 from hostagent.data.backends.http import daemons
 from hostagent.data.backends.origin import ProxyWaits
 from hostagent.data.backends.registry import Opening
 from hostagent.data.streams import PeerGone, Stopped
 from hostagent.errors import AgentError
+from hostagent.extents import merged
 from tests.contract.backend_guards import StallSuite, ended_by
 from tests.contract.backend_laws import ExtentsSuite
 from tests.contract.backend_suite import MIB, Collected, Given, RangeSuite, Rig, pattern

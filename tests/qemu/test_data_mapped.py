@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hostagent.data.backends.base import Extent, ImageBackend, merged
+from hostagent.data.backends.base import Extent, ImageBackend
 from hostagent.data.backends.holds import Holds
 from hostagent.data.backends.layers import open_layers
 from hostagent.data.backends.mapped import mapped
@@ -26,6 +26,7 @@ from hostagent.data.backends.qemu_map import MapLimits
 from hostagent.data.backends.registry import Opening
 from hostagent.data.streams import PIECE, Stopped
 from hostagent.errors import AgentError
+from hostagent.extents import merged
 from hostagent.qemu_locks import AGENT_BYTE, first_taken
 from tests.ends import Collected, noise
 from tests.qemu_export import Export

@@ -23,7 +23,7 @@ LEAVES = {
         *("config", "config_data", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify"),
         *("nbdclient", "nbdconnection", "nbddial", "nbdoffer", "nbdstream"),
         *("locks", "schema", "selection", "turns", "unix_http"),
-        *("blocks", "inodes", "qcow2", "qemu_locks", "rangeset"),
+        *("blocks", "extents", "inodes", "qcow2", "qemu_locks", "rangeset"),
     )
 }
 SIBLINGS = ("store", "images", "drivers", "nbd", "guests", "access", "transfers")

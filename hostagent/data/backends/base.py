@@ -13,12 +13,13 @@ not_found, image_changed).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from hostagent.data.streams import PIECE, Sink, Source
 from hostagent.errors import AgentError
+from hostagent.extents import clipped
 
 
 class Extent(NamedTuple):
@@ -37,9 +38,6 @@ class DirtyExtent(NamedTuple):
     length: int
     dirty: bool
     zero: bool
-
-
-E = TypeVar("E", Extent, DirtyExtent)
 
 
 class BackendSession(ABC):
@@ -180,14 +178,14 @@ class ImageBackend(ABC):
         return written
 
     def extents(self, start: int, length: int) -> Iterator[Extent]:
-        """In order, without gaps, of exactly these bytes; neighbours may be alike (see `merged`)."""
+        """In order, without gaps, of exactly these bytes; neighbours may be alike (see hostagent.extents)."""
         return clipped(
             (
                 Extent(one["start"], one["length"], one["zero"], one.get("hole", False))
                 for one in self.get_allocation_extents()
             ),
             start,
-            length,
+            start + length,
         )
 
     def dirty_extents(self, start: int, length: int) -> Iterator[DirtyExtent]:
@@ -197,7 +195,9 @@ class ImageBackend(ABC):
             raise AgentError("not_found", "the image has no dirty bitmap, or more than one")
         found = self.get_dirty_extents(context)
         return clipped(
-            (DirtyExtent(one["start"], one["length"], one["dirty"], one["zero"]) for one in found), start, length
+            (DirtyExtent(one["start"], one["length"], one["dirty"], one["zero"]) for one in found),
+            start,
+            start + length,
         )
 
     def intact(self) -> bool:
@@ -218,26 +218,3 @@ class ImageBackend(ABC):
 
 def beyond(size: int) -> AgentError:
     return AgentError("range", f"the request goes beyond the end of the image, which has {size} bytes", size=size)
-
-
-def clipped(extents: Iterable[E], start: int, length: int) -> Iterator[E]:
-    """What of the extents lies in these bytes."""
-    end = start + length
-    for one in extents:
-        first, last = max(one.start, start), min(one.start + one.length, end)
-        if first < last:
-            yield one._replace(start=first, length=last - first)
-
-
-def merged(extents: Iterable[E]) -> Iterator[E]:
-    """Neighbours that say the same become one."""
-    before: E | None = None
-    for one in extents:
-        if before is not None and before[2:] == one[2:] and before.start + before.length == one.start:
-            before = before._replace(length=before.length + one.length)
-            continue
-        if before is not None:
-            yield before
-        before = one
-    if before is not None:
-        yield before

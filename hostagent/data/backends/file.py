@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from hostagent import blocks
 from hostagent.data.backends import whole
-from hostagent.data.backends.base import BackendSession, Extent, ImageBackend, beyond, merged
+from hostagent.data.backends.base import BackendSession, Extent, ImageBackend, beyond
 from hostagent.data.backends.faults import fault
 from hostagent.data.backends.holds import Held, Holds
 from hostagent.data.backends.places import check_usable, open_below, path_of
@@ -27,6 +27,7 @@ from hostagent.data.backends.same import Same
 from hostagent.data.backends.writing import Writer, write_all
 from hostagent.data.streams import PIECE, Sink, Source, Stopped
 from hostagent.errors import AgentError
+from hostagent.extents import merged
 
 FIRST = "first"
 """Its name in Opening.shared."""

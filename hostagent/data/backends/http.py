@@ -22,8 +22,6 @@ from hostagent.data.backends.base import (
     Extent,
     ImageBackend,
     beyond,
-    clipped,
-    merged,
 )
 from hostagent.data.backends.file import read_only
 from hostagent.data.backends.lists import READ, objects
@@ -32,6 +30,7 @@ from hostagent.data.backends.registry import Factory, Opening
 from hostagent.data.backends.whole import Body
 from hostagent.data.streams import PIECE, PeerGone, Sink, Source
 from hostagent.errors import AgentError
+from hostagent.extents import clipped, merged
 
 PORTS = {"http": 80, "https": 443}
 _FLUSHING = {False: "?flush=n", True: "?flush=y"}
@@ -238,11 +237,13 @@ class HttpBackend(ImageBackend):
 
     def extents(self, start: int, length: int) -> Iterator[Extent]:
         found = self._listed("zero", start, length)
-        return clipped((Extent(at, size, zero, hole) for at, size, zero, hole, _ in found), start, length)
+        return clipped((Extent(at, size, zero, hole) for at, size, zero, hole, _ in found), start, start + length)
 
     def dirty_extents(self, start: int, length: int) -> Iterator[DirtyExtent]:
         found = self._listed("dirty", start, length)
-        return clipped((DirtyExtent(at, size, dirty, zero) for at, size, zero, _, dirty in found), start, length)
+        return clipped(
+            (DirtyExtent(at, size, dirty, zero) for at, size, zero, _, dirty in found), start, start + length
+        )
 
     def get_allocation_extents(self) -> list[dict[str, Any]]:
         return [one._asdict() for one in merged(self.extents(0, self.size()))]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-from hostagent.data.backends.base import BackendSession, DirtyExtent, Extent, ImageBackend, beyond, merged
+from hostagent.data.backends.base import BackendSession, DirtyExtent, Extent, ImageBackend, beyond
 from hostagent.data.backends.faults import fault
 from hostagent.data.backends.file import read_only
 from hostagent.data.backends.holds import Holds
@@ -25,6 +25,7 @@ from hostagent.data.backends.qemu_map import MapLimits
 from hostagent.data.backends.registry import Factory, Opening
 from hostagent.data.backends.shared_map import SharedMap, Use
 from hostagent.data.streams import PIECE, Sink, Source, Stopped
+from hostagent.extents import merged
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
-from hostagent.data.backends.base import BackendSession, DirtyExtent, Extent, ImageBackend, beyond, merged
+from hostagent.data.backends.base import BackendSession, DirtyExtent, Extent, ImageBackend, beyond
 from hostagent.data.backends.nbd_url import server_of
 from hostagent.data.backends.registry import Factory, Opening
 from hostagent.data.streams import Sink, Source, Stopped
 from hostagent.errors import AgentError
+from hostagent.extents import merged
 from hostagent.nbdconnection import DIRTY, ZERO
 from hostagent.nbddial import Fence, Fenced, Server, Waits
 from hostagent.nbdstream import Facts, Stream

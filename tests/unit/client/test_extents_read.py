@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostagent.client.dial import dial
-from hostagent.client.extents import Extent, Kind, Piece, clipped, cut
+from hostagent.client.extents import Extent, Kind, Piece, cut
 from hostagent.client.features import Features
 from hostagent.client.options import Options
 from hostagent.client.remote import Remote
 from hostagent.client.server import Server, read_extents
 from hostagent.errors import AgentError
+from hostagent.extents import clipped
 from hostagent.rangeset import RangeSet
 
 DIAL = dial("http://127.0.0.1:1/images/x", Options())

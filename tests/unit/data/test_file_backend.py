@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hostagent.data.backends import whole
-from hostagent.data.backends.base import Extent, ImageBackend, merged
+from hostagent.data.backends.base import Extent, ImageBackend
 from hostagent.data.backends.file import files, handed_over
 from hostagent.data.backends.holds import Holds
 from hostagent.data.backends.registry import Opening
 from hostagent.data.streams import PIECE, PeerGone, Stopped
 from hostagent.errors import AgentError
+from hostagent.extents import merged
 from tests.ends import Collected, Given, noise
 
 MIB = 1 << 20

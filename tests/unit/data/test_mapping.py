@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hostagent.data.backends.base import Extent, merged
+from hostagent.data.backends.base import Extent
 from hostagent.data.backends.mapping import Map, Piece, Unmappable, Where, batched, made
 from hostagent.data.backends.qemu_map import parsed
+from hostagent.extents import merged
 
 SIZES = [1 << 40, 1 << 40]
 Entry = dict[str, Any]

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from hostagent.data.backends.base import DirtyExtent, Extent, merged
+from hostagent.data.backends.base import DirtyExtent, Extent
 from hostagent.data.backends.nbd import NbdBackend, NbdSettings
 from hostagent.errors import AgentError
+from hostagent.extents import merged
 from hostagent.nbdconnection import STATUS_SPAN, pairs
 from hostagent.nbdconnection import merged as cut
 from hostagent.nbddial import Server

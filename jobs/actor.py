@@ -202,6 +202,8 @@ class Actor:
         elif seen.phase is Phase.PENDING:
             await self._audit()
             await self._w.driver.finalize(self.job)
+        elif seen.phase is Phase.PAUSED and self.job.drive is not None:  # a pause that was given up came through
+            await self._w.driver.resume(self.job)
         elif seen.phase is Phase.READY and self.job.state is State.RUNNING:
             first = self.job.ready is None  # not again when only contact was lost meanwhile
             kind = JobEventKind.READY if first else None

@@ -206,7 +206,8 @@ class GuestDriver:
         proven = await self._proof.of_running(job)
         if proven is None:
             return Observation(Contact.UNRESPONSIVE)
-        if not proven and (job.state is State.PAUSED or (known is not None and known.pausing)):
+        pausing = known is not None and known.pausing and job.state in (State.RUNNING, State.UNKNOWN)
+        if not proven and (job.state is State.PAUSED or pausing):
             return Observation(Contact.ALIVE, Phase.PAUSED)
         if proven and not await self._durable(job, known):
             if job.intent != "abort":
@@ -325,8 +326,13 @@ class GuestDriver:
             await self._disks.abort(drive)
 
     async def pause(self, job: Job) -> None:
-        self._jobs[job.id].pausing = True
-        await self._pulling.end(job)
+        known = self._jobs[job.id]
+        known.pausing = True
+        try:
+            await self._pulling.end(job)
+        except JobError as error:
+            known.pausing = error.code in ("unresponsive", "unavailable")  # it may end all the same
+            raise
 
     async def resume(self, job: Job) -> None:
         if not self._disks.connected:

@@ -114,6 +114,30 @@ async def test_a_pause_whose_job_hangs_is_unknown_and_paused_when_it_is_gone(hos
 
 
 @on_a_host
+async def test_a_paused_pull_that_is_aborted_has_ended(host: Host) -> None:
+    job = await host.started()
+    await host.driver.pause(job)
+    aborting = replace(job, state=State.ABORTING, intent="abort")
+    await host.driver.cancel(aborting)
+    seen = await host.driver.observe(aborting)
+    assert seen.phase is Phase.ABSENT
+    assert decide(aborting, seen).signal is Signal.PROVEN_ABORTED
+    failed = replace(job, state=State.COMPLETING, error=Failure("internal", "a fault", ""))
+    assert decide(failed, await host.driver.observe(failed), failed.error).signal is Signal.PROVEN_FAILED
+
+
+@on_a_host
+async def test_a_pause_that_libvirt_refused_hides_no_end(host: Host) -> None:
+    job = await host.started()
+    host.disks.error = JobError("busy", "another call has the domain")
+    with pytest.raises(JobError, match="another call"):
+        await host.driver.pause(job)
+    host.disks.error, host.disks.job = None, None
+    host.driver.event(QEMU_SAID)
+    assert decide(job, await host.driver.observe(job)).signal is Signal.PROVEN_FAILED
+
+
+@on_a_host
 async def test_a_job_that_ran_is_never_begun_again_by_a_start(host: Host) -> None:
     job = await host.started()
     host.disks.job = None

@@ -3,9 +3,9 @@
 The rules are those of an image (nbd.committing): nobody else may stand on what is written. Of the layers that are read
 QEMU's own locks are the lease, and what other disks, exports and jobs use is asked of those who know.
 
-Below the top the proof is libvirt's chain and the header above, and that QEMU has written the base: it does before it
-says that it is done, so only one that was killed in between may not have. A commit of the top is a mirror: where the
-guest goes over, its disk says so; where the overlay stays, QEMU's word is the proof.
+Below the top the proof is libvirt's chain and the header above, and that the base has on its file what went down into
+it: QEMU flushes it before it says that it is done, and does not say when that failed. A commit of the top is a mirror:
+where the guest goes over, its disk says so; where the overlay stays, QEMU's word is the proof.
 """
 
 from __future__ import annotations
@@ -113,7 +113,14 @@ class GuestCommit(Work):
             return found == wanted if runs else found[:1] == wanted[:1]
         if found[:1] != wanted[:1] or (runs and found != wanted):
             return False
-        return await self._in_header(job, parent) and (runs or await self._is_written(job))
+        if not await self._in_header(job, parent):
+            return False
+        if not await self._is_written(job):
+            if not runs:
+                return False
+            base = job.after.layers[-1].path
+            raise JobError("unresponsive", f"{base!r} does not have on its file yet all that was committed")
+        return True
 
     async def _in_header(self, job: Job, parent: Layer) -> bool:
         try:
@@ -126,10 +133,10 @@ class GuestCommit(Work):
         return resolved == base.path
 
     async def _is_written(self, job: Job) -> bool:
-        """Of a QEMU that is gone, perhaps before it said that it was done: the base has what the others had."""
+        """The base has what the others had, and on stable storage."""
         _, base = commit.resolve(job.before, _by_real_paths(job.spec))
         bare = job.after.layers[-1].file == base.file
-        return await self._file.missing_from([base, *job.dropped], bare=bare, running=False) == 0
+        return await self._file.lacking([base], job.dropped, bare=bare) == 0
 
     async def named(self, job: Job) -> bool:
         return False

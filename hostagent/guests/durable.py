@@ -40,7 +40,10 @@ class Durable:
         if not job.dropped:
             return 0
         bare = len(job.after.layers) == 1
-        return await self.missing_from([job.before.top, *job.dropped], bare=bare, running=running)
+        lost = await self.missing_from([job.before.top, *job.dropped], bare=bare, running=running)
+        if lost == 0:
+            await self._sync([job.before.top])
+        return lost
 
     async def missing_from(self, layers: Sequence[Layer], *, bare: bool, running: bool) -> int:
         """Bytes that the first of these does not have on its file, and the others have; `bare`: it has no base."""

@@ -60,7 +60,7 @@ class Access:
 
     @contextlib.contextmanager
     def flushing(self, ticket: Ticket, connection: Connection, backend: ImageBackend) -> Iterator[None]:
-        shared = backend.max_writers > 1
+        shared = backend.flush_covers_all
         with self.looking(ticket, connection), ticket.durability.flushing(connection, shared=shared, intact=_intact):
             yield
 

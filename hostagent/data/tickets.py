@@ -24,6 +24,9 @@ from hostagent.data.throttle import Lane
 from hostagent.data.ticket import Spec
 from hostagent.rangeset import RangeSet
 
+MOMENT = 0.05
+"""Seconds for what an expired ticket still has open; what takes longer is seen to at the next look."""
+
 
 class Holder(Protocol):
     """A connection that has used a ticket, as the ticket knows it."""
@@ -168,8 +171,7 @@ class Ticket:
             running, idle = set(self.running.values()), self.holders - set(self.running.values())
         for holder in running:
             holder.stop()
-        for holder in idle:
-            holder.let_go()
+        _let_go(idle)
         with self.turned:
             while (self.running or self.holders) and (left := limit - time.monotonic()) > 0:
                 self.turned.wait(left)
@@ -294,13 +296,23 @@ class Tickets:
                 idle = ticket.holders - running if over else set()
             for holder in running:
                 holder.stop()
-            for holder in idle:
-                holder.let_go()
+            _let_go(idle)
             ended += bool(running)
-            if time.monotonic() - ticket.expires > keep:
+            if over and time.monotonic() - ticket.expires > keep:
                 with contextlib.suppress(HttpError):
-                    self._revoke(ticket, 0, "its time")
+                    self._revoke(ticket, MOMENT, "its time")
         return ended
+
+
+def _let_go(holders: set[Holder]) -> None:
+    """Their files and connections are closed, which may take as long as dead storage: nobody else waits for that."""
+
+    def close() -> None:
+        for holder in holders:
+            holder.let_go()
+
+    if holders:
+        threading.Thread(target=close, name="let-go", daemon=True).start()
 
 
 def described(ticket: Ticket) -> dict[str, Any]:

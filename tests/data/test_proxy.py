@@ -226,6 +226,12 @@ def test_writes_that_may_be_lost_are_never_flushed_by_another_connection(origin:
         backend.flush()
 
 
+def test_a_flush_says_nothing_of_what_another_connection_wrote(origin: Daemon, image: Path) -> None:
+    """The other host may have lost its power since: no connection that is idle tells of that."""
+    with opened(origin.url(origin.ticket(f"file://{image}", SIZE, "read", "write")), writable=True) as backend:
+        assert not backend.flush_covers_all
+
+
 def test_a_client_that_breaks_off_leaves_no_half_request(origin: Daemon, image: Path) -> None:
     url = origin.url(origin.ticket(f"file://{image}", SIZE, "read", "write"))
     with opened(url, writable=True) as backend, pytest.raises((Stopped, PeerGone)):

@@ -200,6 +200,11 @@ class ImageBackend(ABC):
             start + length,
         )
 
+    @property
+    def flush_covers_all(self) -> bool:
+        """Whether a flush covers what was written over other connections, too, as long as they are `intact`."""
+        return self.max_writers > 1
+
     def intact(self) -> bool:
         """From another thread: whether what it has written is still with who took it (a server that is connected)."""
         return True

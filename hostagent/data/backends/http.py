@@ -125,6 +125,11 @@ class HttpBackend(ImageBackend):
     def max_writers(self) -> int:
         return max(1, self.can().writers)
 
+    @property
+    def flush_covers_all(self) -> bool:
+        """No: that host may have lost its power and be back, which a connection that is idle does not tell."""
+        return False
+
     def get_capabilities(self) -> dict[str, bool]:
         can = self.can()
         writes = self._opening.writable and can.writes

@@ -100,6 +100,11 @@ class NbdBackend(ImageBackend):
         """More than one only where a flush of any connection covers what all have written."""
         return self._settings.connections if self._facts().multi_conn else 1
 
+    @property
+    def flush_covers_all(self) -> bool:
+        """Of a server on another host an idle connection does not tell that it lost its power and is back."""
+        return self._facts().multi_conn and bool(self._server.socket)
+
     def size(self) -> int:
         return self._facts().size
 

@@ -274,6 +274,15 @@ def test_several_connections_are_offered_where_the_server_can_have_them(host: Ho
     assert backend.get_capabilities()["read_only"] == bool(flags & READ_ONLY)
 
 
+@pytest.mark.parametrize(("flags", "all_"), [(USUAL, True), (USUAL & ~MULTI_CONN, False)])
+def test_a_flush_covers_others_where_the_server_says_so_and_is_on_this_host(host: Host, flags: int, all_: bool) -> None:
+    host.serve(bytes(MIB), flags=flags)
+    backend = host.backend()
+    assert backend.flush_covers_all is all_
+    backend._server = Server("", host="elsewhere")
+    assert not backend.flush_covers_all
+
+
 # Extents
 
 LAYERS = {

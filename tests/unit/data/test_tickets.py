@@ -215,8 +215,49 @@ def test_a_ticket_whose_time_is_long_over_is_revoked_and_its_idle_holders_let_go
     ticket.join(holder)
     ticket.expires = time.monotonic() - 5
     tickets.stop_expired(60)
-    assert holder.freed.is_set()
+    assert holder.freed.wait(5)
     assert tickets.get("id") is ticket
     tickets.stop_expired(1)
     assert tickets.get("id") is None
     assert told == ["granted", "revoked"]
+
+
+def test_what_runs_for_long_by_a_ticket_that_drains_is_not_ended(tickets: Tickets, told: list[str]) -> None:
+    ticket = tickets.add(replace(SPEC, drains=True), 1)
+    holder = FakeHolder()
+    [thread] = runs(ticket, holder)
+    ticket.expires = time.monotonic() - 5000
+    assert tickets.stop_expired(1) == 0
+    assert tickets.get("id") is ticket
+    assert not holder.stopped.is_set()
+    holder.stopped.set()
+    thread.join(5)
+    tickets.use("id", "read")  # and from now on its time begins anew
+    assert told == ["granted"]
+
+
+class Hanging(FakeHolder):
+    """Its file is on dead storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+
+    def let_go(self) -> None:
+        self.released.wait(30)
+
+
+def test_an_idle_file_that_cannot_be_closed_keeps_nobody_else_waiting(tickets: Tickets) -> None:
+    hangs, other = Hanging(), FakeHolder()
+    for name, holder in (("hangs", hangs), ("other", other)):
+        holder.ticket = tickets.add(replace(SPEC, uuid=name, timeout=1), 1)
+        holder.ticket.join(holder)
+        holder.ticket.expires = time.monotonic() - 5
+    began = time.monotonic()
+    tickets.stop_expired(60)
+    assert other.freed.wait(5)
+    with pytest.raises(HttpError) as stuck:
+        tickets.remove("hangs", 0.1)
+    assert stuck.value.status == 409
+    assert time.monotonic() - began < 10
+    hangs.released.set()

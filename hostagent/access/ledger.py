@@ -215,7 +215,13 @@ class Ledger:
 
         async def settled(file: FileId) -> AccessResult:
             async with width, self._locks.alone(file):
-                return await self._settle(file, trigger, at=(at or {}).get(file))
+                try:
+                    return await self._settle(file, trigger, at=(at or {}).get(file))
+                except JobError:  # the store's
+                    raise
+                except Exception as error:
+                    log.exception("a fault of the agent")
+                    return AccessResult("", AccessVerdict.PENDING, f"a fault of the agent: {error!r}")
 
         done = await asyncio.gather(*map(settled, files), return_exceptions=True)
         results = {}
@@ -464,16 +470,16 @@ class Ledger:
         if was.labels and (disk := self._named.get(was.file)) is not None:
             reason = "the image of a domain's disk names it as what it stands on"
             return _Finding(replace(kept, reason=reason, holders=(disk,)), GrantEventKind.KEPT)
-        if (kept_open := await self._kept_open(was)) is not None:
-            return kept_open
         obstacle = None
-        if was.labels:
-            try:
-                was, obstacle = await self._give_back(was)
-            except FileNotFoundError:
-                return self._not_found(was, trigger)
-            if was.taken is not None and (kept_open := await self._kept_open(was)) is not None:
+        try:
+            if (kept_open := await self._kept_open(was)) is not None:
                 return kept_open
+            if was.labels:
+                was, obstacle = await self._give_back(was)
+                if was.taken is not None and (kept_open := await self._kept_open(was)) is not None:
+                    return kept_open
+        except FileNotFoundError:
+            return self._not_found(was, trigger)
         return await self._threads.run(was.file, lambda: self._take_back(was, trigger, obstacle))
 
     async def _kept_open(self, was: AccessFile) -> _Finding | None:

@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MOST_LATE = 4
+"""Works on one file system that have not returned: each keeps one of the agent's threads."""
+
 
 class Threads:
     """`timeout` is access.converge_timeout, in seconds."""
@@ -30,6 +33,8 @@ class Threads:
         """
         if file in self._late:
             raise JobError("timeout", "an earlier change of the file's access still hangs", remedy="see its storage")
+        if sum(late.dev == file.dev for late in self._late) >= MOST_LATE:
+            raise JobError("timeout", "its storage hangs, with other files of it", remedy="see that storage")
         future = asyncio.get_running_loop().run_in_executor(None, work)
         try:
             return await asyncio.wait_for(asyncio.shield(future), self._timeout)

@@ -293,7 +293,10 @@ class Holding:
         self, domain: DomainRef, found: tuple[DiskNeeds, ...], proven: Mapping[str, frozenset[FileId]]
     ) -> None:
         self._seen.pop(domain.uuid, None)
-        await self._name(domain.uuid, self._names_of(domain, found))
+        names = self._names_of(domain, found)
+        await self._name(
+            domain.uuid, self._named.get(domain.uuid, {}) | names
+        )  # what gets a row keeps its name till then
         rows = await self._rows.access_rows()
         for needs in found:
             drive = Drive(domain.uuid, domain.name, needs.target)
@@ -304,6 +307,7 @@ class Holding:
             else:
                 await self._keep_lost(drive, needs.uses, had, proven.get(needs.target, frozenset()))
             await self._ledger.hold(holder_of(drive), list(uses.values()), name=str(drive), trigger=KIND)
+        await self._name(domain.uuid, names)
         await self._release({domain.uuid}, {needs.target for needs in found})
         if (trouble := next((needs.unknown for needs in found if needs.unknown), None)) is not None:
             raise JobError("unavailable", f"domain {domain.name}: {trouble.message}", remedy=trouble.remedy)

@@ -21,6 +21,7 @@ from hostagent.drivers.domains import Domains
 from hostagent.drivers.hypervisor import Hypervisor
 from hostagent.drivers.libvirt import BlockJobInfo, DomainRef
 from hostagent.guests import chain
+from hostagent.guests.looks import Looks
 from hostagent.guests.network_disks import uri_of
 from hostagent.images.member import ChainLimits
 from jobs.errors import JobError
@@ -72,6 +73,7 @@ class Lookout:
         self._asked: dict[str, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._taking = asyncio.Lock()
+        self._looks = Looks(settings.file_timeout)
         self._ended: dict[Drive, tuple[str, float]] = {}
         self._settled: deque[tuple[Drive, float]] = deque(maxlen=REMEMBERED)
         self._full = False
@@ -176,9 +178,7 @@ class Lookout:
     ) -> None:
         """`began` is when it was seen, on the loop's clock."""
         drive = Drive(ref.uuid, ref.name, disk.target)
-        limits = self._settings.limits
-        read = asyncio.to_thread(chain.read_chain, disk, limits)
-        before = await asyncio.wait_for(read, self._settings.file_timeout)
+        before = await self._looks.look(f"{drive}", lambda: chain.read_chain(disk, self._settings.limits))
         async with self._taking:  # it may be found as it runs, and by its end, at once
             known = self._taken(drive) or any(one == drive and began <= when for one, when in self._settled)
             if not known and self._room():

@@ -26,13 +26,13 @@ class Looks:
     async def look(self, key: str, look: Callable[[], T], *, drop: Callable[[T], None] = lambda _: None) -> T:
         """What it found, or a Late; `drop` gets what is thrown away. Cancelled, it hangs until it returns."""
         if key in self._hanging or len(self._hanging) >= MOST_HANGING:
-            raise Late
+            raise Late("an earlier look at it, or at others, has not returned")
         work = asyncio.ensure_future(asyncio.to_thread(look))
         try:
             await asyncio.wait({work}, timeout=self._timeout)
             if work.done():
                 return work.result()
-            raise Late
+            raise Late(f"nothing came within {self._timeout:g} s")
         finally:
             if not work.done():
                 self._hanging.append(key)

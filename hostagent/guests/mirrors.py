@@ -54,6 +54,7 @@ class _Known:
     the guest did not go over, and `again` when it is asked anew."""
 
     drive: Drive
+    operation: Operation
     run: int | None = None
     ours: bool = False
     word: QemuJobEvent | None = None
@@ -300,7 +301,7 @@ class Mirrors:
         return self._of(job)
 
     def _of(self, job: Job) -> _Known:
-        return self._jobs.setdefault(job.id, _Known(drive_of(job)))
+        return self._jobs.setdefault(job.id, _Known(drive_of(job), job.spec.operation))
 
     # What libvirt tells: hints, and QEMU's last word
 
@@ -355,8 +356,9 @@ async def _within(look: Awaitable[T], timeout: float) -> T:
 
 def _note(known: _Known, event: HypervisorEvent) -> None:
     if isinstance(event, QemuJobEvent) and event.disk == known.drive.target:
-        known.word = event
-        known.heard.set()
+        if event.operation == known.operation:
+            known.word = event
+            known.heard.set()
     elif isinstance(event, DiskJobEvent) and event.disk == known.drive.target:
         known.said = event.reason or known.said
     elif isinstance(event, DiskErrorEvent):

@@ -172,13 +172,28 @@ def backing_name(overlay: str, base: Layer, chain: Chain) -> str:
 async def durable_backing(layer: Layer, chain: PreparedChain | None, timeout: float) -> tuple[str | None, str | None]:
     """The backing file that the layer's header on stable storage names, and where that leads to."""
     fd = chain.descriptor(layer.file) if chain else None
-    name = await asyncio.wait_for(asyncio.to_thread(_durable_backing, layer, fd), timeout)
-    if name is None:
-        return None, None
-    return name, await asyncio.to_thread(os.path.realpath, Path(layer.path).parent / name)
+    if layer.file in _hanging:
+        raise TimeoutError
+    look = asyncio.ensure_future(asyncio.to_thread(_durable_backing, layer, fd))
+    try:
+        return await asyncio.wait_for(asyncio.shield(look), timeout)
+    finally:
+        if not look.done():
+            _hanging.add(layer.file)
+            look.add_done_callback(lambda look: _came_late(layer.file, look))
 
 
-def _durable_backing(layer: Layer, fd: int | None) -> str | None:
+_hanging: set[FileId] = set()
+"""Files of which such a look has not returned. It keeps its thread; another one, at each retry, would keep one more."""
+
+
+def _came_late(file: FileId, look: asyncio.Future[Any]) -> None:
+    _hanging.discard(file)
+    if not look.cancelled():
+        look.exception()
+
+
+def _durable_backing(layer: Layer, fd: int | None) -> tuple[str | None, str | None]:
     """Raises when the file is not the job's image."""
     handle = os.open(layer.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC) if fd is None else os.dup(fd)
     try:
@@ -190,9 +205,10 @@ def _durable_backing(layer: Layer, fd: int | None) -> str | None:
         os.close(handle)
     try:
         os.fdatasync(own)
-        return read_backing(own)
+        name = read_backing(own)
     finally:
         os.close(own)
+    return name, None if name is None else os.path.realpath(Path(layer.path).parent / name)
 
 
 async def room(place: Path | int, timeout: float) -> int | None:

@@ -33,7 +33,10 @@ class WriteOut:
         if cursor.cur - self._begun.get(job, 0) < STEP or self._working == AT_ONCE:
             return
         self._begun[job] = cursor.cur
-        names = [os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC) for fd in files]
+        names: list[int] = []
+        with contextlib.suppress(OSError):  # no more descriptors
+            for fd in files:
+                names.append(os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC))
         self._working += 1
         asyncio.get_running_loop().run_in_executor(None, _all, names).add_done_callback(self._done)
 

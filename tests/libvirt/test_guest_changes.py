@@ -11,13 +11,13 @@ import pytest
 from tests.harness import AgentProcess, reachable
 from tests.libvirt import holds
 from tests.libvirt.booted import Booted
-from tests.libvirt.holds import STOPPED
-from tests.libvirt.jobs import block_job
-from tests.libvirt.live import Cell
+from tests.libvirt.holds import COMPLETED, STOPPED
+from tests.libvirt.jobs import block_job, live_paths, pivot, speed_up
+from tests.libvirt.live import PAUSED, Cell
 from tests.libvirt.private import PrivateLibvirt, until
 from tests.libvirt.works import SIZE, STEP, WORKS, Scene, Work
 
-INCREMENTS, COPY = WORKS[2], WORKS[4]
+PULL, INCREMENTS, COPY, PIVOTED, BELOW = (WORKS[n] for n in (0, 2, 4, 5, 7))
 DETACHED = "<disk type='file' device='disk'><target dev='vda' bus='virtio'/></disk>"
 NO_METADATA, DISK_ONLY = 4, 16
 """VIR_DOMAIN_SNAPSHOT_CREATE_…"""
@@ -117,6 +117,82 @@ def test_a_guest_that_is_undefined(cell: Cell, ends: bool) -> None:
         cell.completes()
     holds.written(cell, cell.scene.before if ends else cell.scene.after)
     holds.nothing_left(cell)
+
+
+def pulled_and_not_flushed(cell: Cell) -> None:
+    """The guest stands still: what was pulled is in QEMU's memory only, and of a job libvirt knows nothing any more."""
+    cell.begin()
+    cell.midway()
+    with cell.guest.domain() as domain:
+        domain.suspend()
+    cell.speed(0)
+    until(
+        lambda: block_job(cell.guest) is None and not cell.scene.headers(cell.scene.after)[str(cell.scene.top)], "done"
+    )
+    assert cell.until("running")
+
+
+@pytest.mark.parametrize("work", [PULL], ids=str)
+def test_a_guest_that_is_saved_before_it_flushed_what_was_pulled(cell: Cell) -> None:
+    pulled_and_not_flushed(cell)
+    with cell.guest.domain() as domain:
+        domain.managedSave(0)
+    cell.ends(COMPLETED)
+    cell.guest.start()
+    with cell.guest.domain() as domain:
+        domain.resume()
+    cell.guest.until_flushed(2)  # its console begins anew
+    cell.close()
+
+
+@pytest.mark.parametrize("work", [PULL], ids=str)
+def test_a_snapshot_before_the_guest_flushed_what_was_pulled(cell: Cell) -> None:
+    pulled_and_not_flushed(cell)
+    snapshot(cell)
+    completed_below_a_snapshot(cell)
+
+
+def snapshot(cell: Cell) -> None:
+    with cell.guest.domain() as domain:
+        domain.snapshotCreateXML("<domainsnapshot><name>s</name></domainsnapshot>", DISK_ONLY | NO_METADATA)
+
+
+def completed_below_a_snapshot(cell: Cell) -> None:
+    job = cell.agent.until_ended(cell.job["id"])
+    assert job["state"] == "completed", job["error"]
+    assert job["chain"]["after"] == cell.scene.after == live_paths(cell.guest)[1:]
+    assert {*job["chain"]["revoked"]} == {str(path) for path in cell.scene.dropped}
+    with cell.guest.domain() as domain:
+        if domain.state()[0] == PAUSED:
+            domain.resume()
+    cell.guest.until_flushed(cell.guest.flushed + 2)
+    cell.guest.destroy()
+    cell.guest.verify(Path(str(live_paths(cell.guest)[0])), before=cell.scene.truth)
+
+
+@pytest.mark.parametrize("work", [PULL, COPY, PIVOTED, BELOW], ids=str)
+def test_a_job_that_ended_unseen_and_a_snapshot_after_it(cell: Cell) -> None:
+    cell.begin()
+    cell.midway()
+    cell.agent.kill()
+    speed_up(cell.guest)
+    if cell.work.completion:
+        until(lambda: try_pivot(cell), "it has gone over")
+    until(lambda: block_job(cell.guest) is None, "it has ended")
+    cell.guest.until_flushed(cell.guest.flushed + 2)
+    snapshot(cell)
+    cell.agent.start()
+    completed_below_a_snapshot(cell)
+
+
+def try_pivot(cell: Cell) -> bool:
+    import libvirt
+
+    try:
+        pivot(cell.guest)
+    except libvirt.libvirtError:  # it is not ready yet
+        return False
+    return True
 
 
 @pytest.mark.parametrize("work", [INCREMENTS], ids=str)

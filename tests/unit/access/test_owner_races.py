@@ -12,6 +12,7 @@ from test_ledger import USER, Host, Play, identity, need, play, verdict
 from test_owner import ALICE, DB, LIBVIRT, ROOT, WEB, drop, entry_of, hold, owned, pulled, relabel
 from test_reused_inodes import successor
 
+from hostagent.access.ownership import Ownership
 from hostagent.access.prober import Prober
 from hostagent.records import Label, Use
 from jobs.errors import JobError
@@ -108,6 +109,38 @@ def test_a_process_of_another_user_that_has_the_file_open_keeps_it(given_user: P
         assert owned(file) == ALICE
 
     given_user(scenario)
+
+
+def test_a_file_that_moved_while_it_was_given_back_is_told_and_stops_nobody(
+    given_user: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(host: Host) -> None:
+        file, other = host.file("base"), host.file("other")
+        await pulled(host, other)
+        await pulled(host, file)
+        with monkeypatch.context() as crash:
+            crash.setattr(Ownership, "change", late)
+            assert (await hold(host, WEB, other))[identity(file)].verdict is AccessVerdict.PENDING
+        host.restart()
+        host.ledger.know_domains(True)
+        away = file.with_name("away")
+        away.mkdir()
+        with file.rename(away / file.name).open("rb") as opened:
+            process = subprocess.Popen(["/bin/sleep", "60"], stdin=opened, user=64077, group=USER, cwd="/")
+        try:
+            found = await host.ledger.converge_all(trigger="timer")
+        finally:
+            process.kill()
+            process.wait(30)
+        moved = found[identity(away / file.name)]
+        assert moved.verdict is AccessVerdict.KEPT
+        assert "not in its folder" in str(moved.reason)
+
+    given_user(scenario)
+
+
+def late(*_: object) -> None:
+    raise JobError("timeout", "its storage hangs")
 
 
 @pytest.mark.parametrize("after", [False, True])

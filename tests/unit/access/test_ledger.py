@@ -33,7 +33,7 @@ USER = 64042
 JOB, EXPORT = Holder("job", "j"), Holder("export", "e")
 
 
-class Crash(Exception):
+class Crash(BaseException):
     """The agent is killed here."""
 
 

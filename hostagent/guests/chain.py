@@ -17,7 +17,7 @@ from hostagent.images.header import read_header
 from hostagent.images.member import ChainLimits, Wanted, open_member
 from jobs import pull
 from jobs.errors import JobError
-from jobs.model import Chain, FileId, Layer
+from jobs.model import Chain, FileId, Job, Layer
 
 _INDEXED = re.compile(r"(?P<target>[^\[\]/]+)\[(?P<index>\d{1,9})\]")
 
@@ -42,6 +42,13 @@ def files_of(disk: Disk) -> list[FileId | None]:
         except JobError:
             found.append(None)
     return found
+
+
+def has_become(disk: Disk, job: Job) -> bool:
+    """Whether the disk of a guest that runs stands on the chain that the job makes, and on nothing that it takes away:
+    as its top, or below the overlay of a snapshot that came after it."""
+    found, wanted = files_of(disk), [layer.file for layer in job.after.layers]
+    return found[-len(wanted) :] == wanted and {layer.file for layer in job.dropped}.isdisjoint(found)
 
 
 def resolve_base(disk: Disk, chain: Chain, base: str | None) -> Layer | None:

@@ -200,9 +200,11 @@ class GuestCopy(Work):
 
     async def proven(self, job: Job, disk: Disk) -> bool:
         """What the disk consists of now; of a copy that gets its name when it is whole, also that."""
-        if job.after != job.before and disk.layers and disk.layers[0].path == _target(job).path:
-            found = await self._aside(chain.files_of, disk)
-            return found[:1] == [_target(job).file]
+        target = _target(job)
+        if job.after != job.before and any(layer.path == target.path for layer in disk.layers):
+            if disk.layers[0].index is not None:
+                return await self._aside(chain.has_become, disk, job)
+            return (await self._aside(chain.files_of, disk))[:1] == [target.file]
         return job.completion is Completion.FINISH and await self.named(job)
 
     async def named(self, job: Job) -> bool:

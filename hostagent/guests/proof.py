@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from hostagent.guests.chain import files_of
+from hostagent.guests.chain import has_become
 from hostagent.guests.disks import Disks, drive_of
 from hostagent.nbd.operations import durable_backing
 from jobs import pull
@@ -55,11 +55,11 @@ class Proof:
     async def _live(self, job: Job) -> bool | None:
         try:
             disk = await self._disks.describe(drive_of(job))
-            found = await asyncio.wait_for(asyncio.to_thread(files_of, disk), self._timeout)
+            shown = await asyncio.wait_for(asyncio.to_thread(has_become, disk, job), self._timeout)
         except JobError as error:
             return False if error.code == "not_found" else None
         except TimeoutError:
             return None
         if disk.layers[0].index is None:
             return None  # that is its definition: the guest has ended since it was seen to run
-        return found == [layer.file for layer in job.after.layers]
+        return shown

@@ -27,8 +27,11 @@ LIVE, PEER, UNSAFE = 1, 2, 512
 ESSENTIAL = (COPY,)
 
 
-def works() -> list[Any]:
-    return [pytest.param(work, id=str(work), marks=[] if work in ESSENTIAL else pytest.mark.slow) for work in WORKS]
+def works(*some: Work) -> list[Any]:
+    essential = some[:1] or ESSENTIAL
+    return [
+        pytest.param(work, id=str(work), marks=[] if work in essential else pytest.mark.slow) for work in some or WORKS
+    ]
 
 
 @pytest.fixture
@@ -170,7 +173,7 @@ def completed_below_a_snapshot(cell: Cell) -> None:
     cell.guest.verify(Path(str(live_paths(cell.guest)[0])), before=cell.scene.truth)
 
 
-@pytest.mark.parametrize("work", [PULL, COPY, PIVOTED, BELOW], ids=str)
+@pytest.mark.parametrize("work", works(PULL, COPY, PIVOTED, BELOW))
 def test_a_job_that_ended_unseen_and_a_snapshot_after_it(cell: Cell) -> None:
     cell.begin()
     cell.midway()

@@ -176,7 +176,9 @@ class Guest:
                 if domain.isActive():
                     domain.destroy()
                 if domain.isPersistent():
-                    domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+                    kept = ("MANAGED_SAVE", "CHECKPOINTS_METADATA")
+                    flags = [getattr(libvirt, f"VIR_DOMAIN_UNDEFINE_{one}") for one in kept]
+                    domain.undefineFlags(sum(flags))
         except libvirt.libvirtError as error:
             return bool(error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
         return False

@@ -11,7 +11,7 @@ import pytest
 from tests.harness import AgentProcess, reachable
 from tests.libvirt import holds
 from tests.libvirt.booted import Booted
-from tests.libvirt.holds import COMPLETED, STOPPED
+from tests.libvirt.holds import STOPPED
 from tests.libvirt.jobs import block_job, live_paths, pivot, speed_up
 from tests.libvirt.live import PAUSED, Cell
 from tests.libvirt.private import PrivateLibvirt, until
@@ -140,7 +140,8 @@ def test_a_guest_that_is_saved_before_it_flushed_what_was_pulled(cell: Cell) -> 
     pulled_and_not_flushed(cell)
     with cell.guest.domain() as domain:
         domain.managedSave(0)
-    cell.ends(COMPLETED)
+    job = cell.agent.until_ended(cell.job["id"])
+    assert (job["state"], job["revocation"]) == ("completed", "done"), job
     cell.guest.start()
     with cell.guest.domain() as domain:
         domain.resume()

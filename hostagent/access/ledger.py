@@ -1,10 +1,10 @@
 """The ledger says who needs which file; the converger makes the files match it.
 
 Access is a function of the rows and nothing else. `converge` may run at any time and any number of times: after a
-job's end, at start, by timer. It gives a file the most that any row asks, and takes back what we gave when no row is
-left; so a lost event, a crash between any two steps or a restart still ends in revocation, and nothing is taken that a
-row still holds. What we do to a file is written down before it is done (`before`, the ACL to go back to), and what is
-said of it is proven afterwards, as the hypervisor user: `revoked` means that this user could not open the file.
+job's end, at start, by timer. It gives a file the most that any row asks, and takes back what we gave when no row asks
+for anything; so a lost event, a crash between any two steps or a restart still ends in revocation, and nothing is taken
+that a row still holds. What we do to a file is written down before it is done (`before`, the ACL to go back to), and
+what is said of it is proven afterwards, as the hypervisor user: `revoked` means that this user could not open the file.
 
 A row with a label asks for nothing: libvirt makes the file the domain's own. When no row is left, what libvirt leaves
 so is given back as owner.py says.
@@ -13,6 +13,7 @@ so is given back as owner.py says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -442,7 +443,10 @@ class Ledger:
         if labels:
             given = await self._threads.run(was.file, functools.partial(self._ownership.note, given, labels))
         given = replace(given, access="acl" if asking or given.mode else "owner")
-        if not asking:  # what we gave before stays while anybody needs the file
+        if not asking:
+            if given.mode:  # by an ACL, to somebody who needs it no more; libvirt sees to the others
+                with contextlib.suppress(FileNotFoundError, JobError):  # where it cannot be now, at the next look
+                    given = await self._threads.run(was.file, functools.partial(self._withdraw, given))
             return _Finding(given, None)
         if was.mode == "":
             plan = await self._threads.run(was.file, functools.partial(self._grants.plan, given, need))
@@ -453,6 +457,13 @@ class Ledger:
             given = replace(plan, verdict=AccessVerdict.GRANTED)
         applied = await self._threads.run(was.file, functools.partial(self._grants.apply, given, need))
         return _Finding(applied, GrantEventKind.GRANTED)
+
+    def _withdraw(self, given: AccessFile) -> AccessFile:
+        """Undo what we gave, of a file that is still needed."""
+        with self._files.opened(given) as fd:
+            self._grants.undo(fd, given)
+        self._files.forget(given.file)
+        return replace(cleared(given), access="owner")
 
     # Taking back
 

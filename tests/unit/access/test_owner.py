@@ -151,6 +151,27 @@ def test_what_only_the_header_of_a_domains_image_names_is_kept_and_all_else_is_g
     given_user(scenario)
 
 
+def test_what_a_job_was_given_goes_with_it_though_a_domain_needs_the_file(given_user: Play) -> None:
+    async def scenario(host: Host) -> None:
+        file, job = host.file("base"), Holder("job", "j1")
+        relabel(file, ALICE)
+        await hold(host, WEB, file)
+        before = look(file)
+        await host.acquire(job, (file, "rw"))
+        assert (host.can(file, "rw"), (await entry_of(host, file)).access) == (True, "acl")
+        await host.release(job)
+        assert (host.can(file), look(file), owned(file)) == (False, before, ALICE)
+        entry = await entry_of(host, file)
+        assert (entry.verdict, entry.access, entry.mode) == ("granted", "owner", "")
+        relabel(file)  # as it is started
+        await hold(host, WEB, file)
+        host.ledger.know_domains(True)
+        assert (await drop(host)).verdict is AccessVerdict.REVOKED
+        assert owned(file) == ALICE
+
+    given_user(scenario)
+
+
 def test_until_all_domains_are_known_nothing_is_given_back(given_user: Play) -> None:
     async def scenario(host: Host) -> None:
         file = host.file("base")

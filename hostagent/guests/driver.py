@@ -209,6 +209,13 @@ class GuestDriver:
         pausing = known is not None and known.pausing and job.state in (State.RUNNING, State.UNKNOWN)
         if not proven and (job.state is State.PAUSED or pausing):
             return Observation(Contact.ALIVE, Phase.PAUSED)
+        if not proven:
+            try:
+                runs, _ = await self._disks.look(drive)
+            except JobError:
+                return Observation(Contact.UNRESPONSIVE)
+            if runs is None:  # it ended since the first look, which is no end of the job's own
+                return await self._without_guest(job)
         if proven and not await self._durable(job, known):
             if job.intent != "abort":
                 return Observation(Contact.ALIVE, Phase.PENDING, Cursor(job.cursor.end, job.cursor.end))

@@ -156,7 +156,9 @@ class Mirrors:
                 ready = disk.mirror is not None and disk.mirror.ready
                 cursor = Cursor(found.cur, found.end)
                 return Observation(Contact.ALIVE, Phase.READY if ready else Phase.RUNNING, cursor)
-            if disk is not None and disk.layers[0].index is None:
+            if disk is None and runs is not None:  # it was detached; or the guest ended since, and was undefined before
+                runs, _ = await self._disks.look(drive)
+            elif disk is not None and disk.layers[0].index is None:
                 runs = None  # that is its definition: it has ended since the look
         except JobError:
             return Observation(Contact.UNRESPONSIVE)

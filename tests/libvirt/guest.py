@@ -184,6 +184,14 @@ class Guest:
         return False
 
     @property
+    def waits_for_qemu(self) -> bool:
+        """Whether a call of libvirt's waits for the monitor's answer."""
+        import libvirt
+
+        with self.domain() as domain:
+            return bool(domain.controlInfo()[0] == libvirt.VIR_DOMAIN_CONTROL_OCCUPIED)
+
+    @property
     def exists(self) -> bool:
         """Not any more when it has ended and was undefined."""
         with self._libvirt.connection() as connection:

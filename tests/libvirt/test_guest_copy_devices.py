@@ -171,6 +171,7 @@ def test_an_agent_that_was_killed_as_the_copy_began_knows_its_device(
     with paused.frozen():
         job = copy(agent, there, format="qcow2")
         until(lambda: there.read_bytes()[:4] == b"QFI\xfb", "the image is made")
+        until(lambda: paused.waits_for_qemu, "libvirt asks QEMU for the copy")
         agent.kill()
     until(lambda: block_job(paused), "libvirt does what it was asked for")
     agent.start()

@@ -276,7 +276,7 @@ class Agent:
             self._chains,
             self._store,
             self._ledger,
-            Claims(self._store, self._dependents, openers=_openers, jobs=lambda: self._engine.active()),
+            Claims(self._ledger, self._dependents, openers=_openers, jobs=lambda: self._engine.active()),
             settings=nbd_exports.Settings(
                 exports.limit, exports.nbd_timeout, exports.merge_timeout, exports.idle_check, tls
             ),

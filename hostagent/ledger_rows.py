@@ -45,9 +45,11 @@ def file_of(dev: int, ino: int) -> FileId:
     return FileId(dev, ino + (1 << 64) if ino < 0 else ino)
 
 
-def add(db: Connection, holder: Holder, uses: Sequence[Use], *, keep: bool, name: str = "") -> None:
-    """Rows for the holder; `keep` leaves one that exists as it is."""
-    _insert(db, holder, uses, name, "NOTHING" if keep else _AS_NEW)
+def add(
+    db: Connection, holder: Holder, uses: Sequence[Use], *, keep: bool, name: str = "", image: FileId | None = None
+) -> None:
+    """Rows for the holder; `keep` leaves one that exists as it is. `image`: the file of a holder that is one."""
+    _insert(db, holder, uses, name, "NOTHING" if keep else _AS_NEW, image)
 
 
 def lose(db: Connection, image: Holder, uses: Sequence[Use], name: str, file: FileId | None) -> None:

@@ -63,8 +63,7 @@ class AccessRow:
 
     `label` says that the file is opened by the ownership that libvirt gives it; then the row grants nothing. `name` is
     what people call the holder (a domain's is its name and disk). `format` is the file's, as its namer says; empty
-    where that was not noted. `image` is the very file that a holder is which is an image and lost this, None where that
-    was not noted.
+    where that was not noted. `image` is the very file of a holder that is an image, None where that was not noted.
     """
 
     id: str

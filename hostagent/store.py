@@ -125,7 +125,8 @@ class Store:
             ledger_rows.delete(db, change.rows)
             for holder, need in change.gains:
                 label, name = as_before[holder]
-                ledger_rows.add(db, holder, [Use(need, label)], keep=True, name=name)
+                image = job.before.top.file if holder.kind == "image" else None
+                ledger_rows.add(db, holder, [Use(need, label)], keep=True, name=name, image=image)
             return released
 
         return await self._change(work, events)

@@ -251,9 +251,14 @@ class Ledger:
             except JobError as error:
                 log.warning("the ledger cannot be read", extra={"fields": {"error": error.message}})
 
+    async def rows(self, file: FileId) -> list[AccessRow]:
+        """The file's rows, oldest first; none that tells of a deleted one which had its inode number."""
+        async with self._locks.alone(file):
+            return await self._rows(file)
+
     async def keepers(self, file: FileId, leaving: Collection[Holder], path: str) -> list[str]:
         """Who would keep the file when `leaving` need it no more: other rows, and foreign processes."""
-        rows = [row for row in await self._store.access_rows([file]) if row.holder not in leaving]
+        rows = [row for row in await self.rows(file) if row.holder not in leaving]
         entry = await self._known(file)
         if entry is None or await self._is_reused(entry, [path]):
             entry = self._blank(file, path)

@@ -27,16 +27,18 @@ one that tries accesses, may have it for a moment."""
 
 
 class Rows(Protocol):
-    async def access_rows(self, files: Sequence[FileId] | None = None) -> list[AccessRow]: ...
+    """The access ledger."""
+
+    async def rows(self, file: FileId) -> list[AccessRow]: ...
 
 
 class Claims:
     """`openers` are the processes that have a file open, other than this one (blocking); `jobs` those not ended."""
 
     def __init__(
-        self, rows: Rows, search: Search, *, openers: Callable[[FileId], list[str]], jobs: Callable[[], list[Job]]
+        self, ledger: Rows, search: Search, *, openers: Callable[[FileId], list[str]], jobs: Callable[[], list[Job]]
     ) -> None:
-        self._rows = rows
+        self._ledger = ledger
         self._search = search
         self._openers = openers
         self._jobs = jobs
@@ -57,7 +59,7 @@ class Claims:
 
     async def _refuse_needs(self, holder: Holder, top: Layer) -> None:
         jobs = [job.holder for job in self._jobs() if top.file in _files(job)]
-        needs = [row.holder for row in await self._rows.access_rows([top.file]) if row.holder != holder]
+        needs = [row.holder for row in await self._ledger.rows(top.file) if row.holder != holder]
         others = {*jobs, *needs} - {Holder("image", top.path)}
         self._refuse(top, sorted(str(other) for other in others))
 

@@ -198,7 +198,7 @@ def test_a_job_that_did_not_complete_leaves_its_backing_files_to_the_image(tmp_p
         for _ in range(2):  # again, as after a crash just behind the commit
             await it.store.finish(ended(state), [], access_change(ended(state), ()))
         (row,) = await it.store.access_rows()
-        assert (row.file, row.holder, row.mode) == (HUGE, IMAGE, "r")
+        assert (row.file, row.holder, row.mode, row.image) == (HUGE, IMAGE, "r", TOP.file)
         assert state.value in row.reason
         assert await it.store.unsettled() == []
 

@@ -589,6 +589,7 @@ class TestAnotherUser:
             image = Holder("image", str(host.folder / "vm" / "disks" / "top"))
             uses = [Use(need(base, "r"), None)]
             await host.ledger.lose(image, uses, name="web1/vda", trigger="domain", file=file)
+            assert len(await host.ledger.rows(identity(base))) == (not mounted)
             await host.ledger.converge_all(trigger="timer")
             assert host.can(base) == (not mounted)
 

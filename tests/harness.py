@@ -283,8 +283,14 @@ def same_content(one: Path, other: Path, *, running: bool = False, first: str | 
 
 
 def check_clean(path: Path) -> bool:
-    """Neither corruption nor leaked clusters: what an image is whose QEMU was not killed."""
-    done = subprocess.run(["qemu-img", "check", str(path)], capture_output=True, text=True)
+    """Neither corruption nor leaked clusters: what an image is whose QEMU was not killed. One that was told to end may
+    have it open for a moment."""
+    deadline = time.monotonic() + 20
+    while True:
+        done = subprocess.run(["qemu-img", "check", str(path)], capture_output=True, text=True)
+        if "lock" not in done.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     return True
 

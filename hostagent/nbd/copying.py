@@ -9,7 +9,10 @@ hypervisor's word is the only one, and where it is lost the job failed and its t
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
+import os
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -139,16 +142,16 @@ class Copy:
             source = chain.descriptor(chain.file)
             assert source is not None
             target = replace(target, part=copy_files.part_of(target, job.id))
-            target = await self._aside(copy_files.make, target, source, _size(job))
+            target = await self._on(source, functools.partial(_made, target, _size(job)))
         await self._hold(replace(job, target=target), chain)
         if not target.made and target.file is not None and job.started is None:
             await self._refuse_dependents(_layer_of(target, _size(job)))  # again: now it is leased
             if target.file in chain.begun:
                 pass  # the agent was killed while the job started: what the target holds is ours
             elif target.fresh and (fd := chain.descriptor(target.file)) is not None:
-                await self._aside(devices.refuse_content, target.path, fd)
+                await self._on(fd, functools.partial(devices.refuse_content, target.path))
             elif job.spec.shallow and (fd := chain.descriptor(target.file)) is not None:
-                await self._aside(copy_files.refuse_own_data, target.path, fd)
+                await self._on(fd, functools.partial(copy_files.refuse_own_data, target.path))
         if target == job.target:
             return {}
         after = job.after if job.after == job.before else copy.after(job.before, job.spec, target)
@@ -215,7 +218,7 @@ class Copy:
                 await self._hold(job, chain)
                 fd = chain.descriptor(target.file)
                 assert fd is not None
-                await self._aside(copy_files.refuse_strange, target, fd)
+                await self._on(fd, functools.partial(copy_files.refuse_strange, target))
             except JobError as error:
                 if error.code != "timeout":
                     raise
@@ -265,18 +268,36 @@ class Copy:
         fd = chain.descriptor(job.target.file)
         if fd is None:
             raise JobError("storage_daemon_died", f"the storage daemon of {job.before.top.path!r} ended")
-        await self._aside(copy_files.settle, job.target, fd, named)
+        await self._on(fd, functools.partial(_settled, job.target, named))
 
     async def discard(self, job: Job, chain: PreparedChain | None) -> None:
         place = None
         if chain is not None:
             fd = chain.descriptor(job.target.file) if job.target and job.target.file else None
-            place = await self._aside(copy_files.place, fd) if fd is not None else None
+            place = await self._on(fd, copy_files.place) if fd is not None else None
             await chain.close_beside()
             chain.give_up_target()
         if job.target is not None and job.target.made and not job.decided:
             await self._aside(copy_files.delete, job.target, job.id, place)
         self.release(job)
+
+    async def _on(self, fd: int, work: Callable[[int], T]) -> T:
+        """Blocking work on a descriptor of the chain's, by one of its own: the chain's are closed when the storage
+        daemon dies, and their numbers are other files' then. The lease lasts as long as that."""
+        own = [os.dup(fd)]
+
+        def run() -> T:
+            mine = own.pop()
+            try:
+                return work(mine)
+            finally:
+                os.close(mine)
+
+        try:
+            return await self._aside(run)
+        finally:
+            with contextlib.suppress(IndexError):  # it was never begun
+                os.close(own.pop())
 
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:
         """Blocking work on files, bounded by exports.nbd_timeout."""
@@ -284,6 +305,14 @@ class Copy:
             return await asyncio.wait_for(asyncio.to_thread(work, *args), self._timeout)
         except TimeoutError:
             raise JobError("timeout", "the target's storage does not answer", remedy="see whether it hangs") from None
+
+
+def _made(target: Target, size: int, source: int) -> Target:
+    return copy_files.make(target, source, size)
+
+
+def _settled(target: Target, named: bool, fd: int) -> None:
+    copy_files.settle(target, fd, named)
 
 
 def remote_target(spec: JobSpec) -> Target:

@@ -90,7 +90,7 @@ class Cell:
             return
         self.speed(0)
         while self.work.increment:
-            job = self.agent.until(self.job["id"], lambda job: job["state"] != "running")
+            job = self.until("waiting", "completed", "failed", "aborted")
             if job["state"] != "waiting":
                 return
             self.ask("next", cursor=job["cursor"]["cur"])

@@ -177,10 +177,14 @@ def test_an_export_serves_the_image_to_several_clients_at_once(agent: AgentProce
     assert_no_grants(agent, images)
 
 
+def granted(agent: AgentProcess, images: Pair) -> set[str]:
+    return {grant["path"] for grant in agent.get("/v1/grants")["items"]} & {str(images.top), str(images.base)}
+
+
 def assert_no_grants(agent: AgentProcess, images: Pair) -> None:
+    """As it must be when the answer to whoever ended it is there. What ends by itself is told first: `eventually`."""
     if ROOT:
-        paths = {grant["path"] for grant in agent.get("/v1/grants")["items"]}
-        assert not paths & {str(images.top), str(images.base)}
+        assert not granted(agent, images)
 
 
 def test_an_export_is_served_when_the_request_returns(agent: AgentProcess, images: Pair) -> None:
@@ -341,8 +345,8 @@ def test_an_export_ends_with_its_time_to_live_clients_or_not(agent: AgentProcess
         assert reader.cut_off()
     ended = show(agent, export)
     assert "time to live" in ended["reason"]
-    assert not alive(export["pid"])
-    assert_no_grants(agent, images)
+    assert eventually(lambda: not alive(export["pid"]))
+    assert eventually(lambda: not granted(agent, images))
 
 
 def test_an_idle_timeout_counts_only_while_no_client_is_there(agent: AgentProcess, images: Pair) -> None:

@@ -39,7 +39,7 @@ from tests.qemu.faults import (
     stopped,
     writable_for_qemu,
 )
-from tests.qemu.test_exports import assert_no_grants, content, refusal, show, stop
+from tests.qemu.test_exports import assert_no_grants, content, granted, refusal, show, stop
 
 nbd: Any = importlib.import_module("nbd")
 
@@ -206,7 +206,7 @@ def test_what_was_flushed_survives_a_killed_storage_daemon(agent: AgentProcess, 
     send(signal.SIGKILL, export["pid"])
     assert eventually(lambda: show(agent, export)["state"] == "lost")
     assert holds(images.top, bytes(expected), folder)
-    assert_no_grants(agent, images)
+    assert eventually(lambda: not granted(agent, images))
     stop(agent, agent.export(images.top, writable=True))
 
 

@@ -53,29 +53,8 @@ from hostagent.data import listeners
 from hostagent.drain import Drain
 from hostagent.drivers import process, qsd_process
 from hostagent.gauges import Gauges
-from hostagent.guests.blank import Blank
-from hostagent.guests.committing import GuestCommit
-from hostagent.guests.copying import GuestCopy
-from hostagent.guests.disks import Disks
-from hostagent.guests.driver import GuestDriver
-from hostagent.guests.driver import Settings as GuestSettings
-from hostagent.guests.durable import Durable
-from hostagent.guests.external import ExternalDriver
-from hostagent.guests.external import Settings as ExternalSettings
-from hostagent.guests.finding import Finder
-from hostagent.guests.holding import Holding
-from hostagent.guests.lookout import Lookout
-from hostagent.guests.lookout import Settings as LookoutSettings
-from hostagent.guests.mirrors import Mirrors
-from hostagent.guests.mirrors import Settings as MirrorSettings
-from hostagent.guests.nbd_copying import NbdCopy
-from hostagent.guests.nbd_copying import Settings as NbdCopySettings
-from hostagent.guests.proof import Proof
-from hostagent.guests.pulling import Pulling
-from hostagent.guests.reading import Settings as ReadingSettings
+from hostagent.guest_jobs import GuestJobs, Parts
 from hostagent.guests.router import Router
-from hostagent.guests.unseen import Settings as UnseenSettings
-from hostagent.guests.unseen import Unseen
 from hostagent.images.dependents import Dependent, ScanLimits, find_dependents
 from hostagent.images.drift import Drift
 from hostagent.images.measure import Measure
@@ -100,7 +79,6 @@ from hostagent.nbd.prepared import PreparedChain
 from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.nbd.space import Space
 from hostagent.nbd.tls import TlsSettings
-from hostagent.nbd.uri import is_uri
 from hostagent.nbd.watch import Watch
 from hostagent.records import ExportRecord
 from hostagent.retention import Retention, keep_house
@@ -108,7 +86,7 @@ from hostagent.store import Store
 from hostagent.transfers import child
 from hostagent.transfers.control import Control
 from jobs.engine import Engine
-from jobs.model import FileId, Job, Operation, State
+from jobs.model import FileId, Job, State
 from jobs.outcome import job_event
 from jobs.ports import SystemClock
 from jobs.world import Limits
@@ -197,14 +175,7 @@ class Agent:
         self._dependents = Search(self._find_dependents, self._config.images.scan_timeout)
         self._exports = self._make_exports()
         self._driver = self._make_driver()
-        self._finder = Finder(self._live.domains, self._live.hypervisor.claims, self._live.off)
-        self._disks = Disks(self._live.hypervisor, self._live.domains, config.libvirt.connect_timeout)
-        self._holding = self._make_holding()
         self._guests = self._make_guests()
-        self._mirrors = self._make_mirrors()
-        self._external = self._make_external()
-        self._lookout = self._make_lookout()
-        self._unseen = self._make_unseen()
         self._bitmaps = self._make_bitmaps()
         self._watch = Watch(self._chains, interval=config.images.watch_interval, tell=self._drifted)
         self._engine = self._make_engine()
@@ -309,134 +280,25 @@ class Agent:
             check_auto=images.check_auto_size,
         )
 
-    def _make_holding(self) -> Holding:
-        libvirt, images = self._config.libvirt, self._config.images
-        settings = ReadingSettings(
-            libvirt.xml_size,
-            libvirt.refresh,
-            libvirt.file_timeout,
-            ChainLimits(tuple(images.pools), images.max_depth),
-            self._user.uid,
-            libvirt.qemu_conf,
+    def _make_guests(self) -> GuestJobs:
+        run_as, tools = self._tools()
+        return GuestJobs(
+            Parts(
+                self._config,
+                self._live,
+                self._ledger,
+                self._store,
+                self._chains,
+                self._copy,
+                self._commit,
+                self._clock,
+                self._user,
+                run_as,
+                tools,
+                engine=lambda: self._engine,
+                alarm=self._not_whole,
+            )
         )
-        holding = Holding(self._live.hypervisor, self._ledger, self._store, settings)
-        self._live.tell(holding, lost=holding.lost)
-        return holding
-
-    def _make_guests(self) -> GuestDriver:
-        config, live = self._config, self._live
-        disks = self._disks
-        timeout = config.libvirt.file_timeout
-        user, tools = self._tools()
-        limits = replace(tools, output=config.images.map_output)
-        self._durable = Durable(Tool(user=user, limits=limits, binary=config.images.qemu_img), self._ledger, timeout)
-        proof = Proof(disks, timeout=timeout, agree=config.libvirt.agree_timeout)
-        guests = GuestDriver(
-            disks,
-            live.hypervisor.claims,
-            Pulling(disks, proof, file_timeout=timeout, end_timeout=config.jobs.abort_timeout),
-            proof,
-            self._durable,
-            settings=GuestSettings(ChainLimits(tuple(config.images.pools)), timeout),
-            finder=self._finder,
-            hint=lambda job: self._engine.hint(job),
-            holding=self._holding,
-        )
-        live.tell(guests)
-        return guests
-
-    def _make_mirrors(self) -> Mirrors:
-        config, live = self._config, self._live
-        limits, timeout = ChainLimits(tuple(config.images.pools)), config.libvirt.file_timeout
-        user, tools = self._tools()
-        blank = Blank(Tool(user=user, limits=tools, binary=config.images.qemu_img), self._ledger, timeout)
-        copy = GuestCopy(self._disks, self._finder, self._copy, blank, FileLease, limits=limits, file_timeout=timeout)
-        commit = GuestCommit(self._disks, self._finder, self._commit, self._chains, self._durable, file_timeout=timeout)
-        nbd = NbdCopy(
-            self._disks,
-            self._chains.uris,
-            NbdCopySettings(config.exports.nbd_timeout, config.jobs.abort_timeout, self._user.name),
-        )
-        mirrors = Mirrors(
-            self._disks,
-            live.hypervisor.claims,
-            self._finder,
-            lambda spec: commit if spec.operation is Operation.COMMIT else nbd if is_uri(spec.dest or "") else copy,
-            settings=MirrorSettings(
-                limits,
-                timeout,
-                config.libvirt.agree_timeout,
-                config.libvirt.pivot_attempts,
-                config.libvirt.pivot_wait,
-            ),
-            holding=self._holding,
-            hint=lambda job: self._engine.hint(job),
-        )
-        live.tell(mirrors)
-        return mirrors
-
-    def _make_external(self) -> ExternalDriver:
-        config, live = self._config, self._live
-        limits = ChainLimits(tuple(config.images.pools))
-        settings = ExternalSettings(limits, config.libvirt.file_timeout, config.libvirt.agree_timeout)
-        external = ExternalDriver(
-            self._disks,
-            live.hypervisor.claims,
-            self._guests,
-            settings,
-            holding=self._holding,
-            hint=lambda job: self._engine.hint(job),
-        )
-        live.tell(external)
-        return external
-
-    def _make_lookout(self) -> Lookout:
-        config, live = self._config.libvirt, self._live
-        limits = ChainLimits(tuple(self._config.images.pools))
-        lookout = Lookout(
-            live.hypervisor,
-            live.domains,
-            LookoutSettings(limits, config.sample, config.file_timeout, config.external_jobs),
-            clock=self._clock,
-            active=self._on_disks,
-            adopt=self._adopt,
-        )
-        live.tell(lookout)
-        return lookout
-
-    def _make_unseen(self) -> Unseen:
-        config, images, live = self._config.libvirt, self._config.images, self._live
-        unseen = Unseen(
-            self._holding,
-            self._store,
-            self._ledger,
-            self._durable,
-            UnseenSettings(
-                ChainLimits(tuple(images.pools), images.max_depth),
-                config.file_timeout,
-                config.refresh,
-                config.agree_timeout,
-            ),
-            clock=self._clock,
-            ready=lambda: live.off is not None or live.status.connected,
-            active=self._on_disks,
-            record=lambda job, rows: self._engine.record(job, rows),
-            alarm=self._not_whole,
-        )
-        live.tell(unseen)
-        return unseen
-
-    def _on_disks(self) -> list[Job]:
-        """Jobs that have not ended, or whose end is being settled."""
-        return [*self._engine.active(), *self._engine.settling()]
-
-    def _not_whole(self, path: str, remedy: str) -> None:
-        what = "it stands no more on what it needs, and is not whole"
-        self._service.troubles.append(Trouble(now(), path, what, remedy))
-
-    async def _adopt(self, job: Job, said: str | None) -> None:
-        self._external.follow(job, said)
-        await self._engine.adopt(job)
 
     def _make_bitmaps(self) -> Bitmaps:
         images = self._config.images
@@ -466,7 +328,7 @@ class Agent:
     def _make_engine(self) -> Engine:
         jobs = self._config.jobs
         return Engine(
-            Router(self._driver, self._guests, self._mirrors, self._external, self._live),
+            Router(self._driver, self._guests.pulls, self._guests.mirrors, self._guests.external, self._live),
             self._store,
             self._ledger,
             clock=self._clock,
@@ -528,12 +390,7 @@ class Agent:
         unsettled = await self._store.unsettled()
         claims = [job for job in unsettled if job.state not in (State.QUEUED, State.WAITING)]
         await asyncio.gather(*map(self._driver.claim, claims))
-        for job in unsettled:
-            if job.drive is not None and not job.external:
-                (self._guests if job.spec.operation is Operation.PULL else self._mirrors).recover(job)
-        for job in unsettled:
-            if job.external:
-                self._external.follow(job)
+        self._guests.recover(unsettled)
         await self._chains.sweep()
         await self._bitmaps.recover(self._store)
         await self._ledger.converge_all(trigger="start")
@@ -543,16 +400,15 @@ class Agent:
         self._later(self._drain.settle())
         self._make_service()
         await self._gauges.refresh()
-        self._later(self._holding.run())
+        self._later(self._guests.holding.run())
         self._live.start()
         listener = host.listen(self._config.api.socket, self._group)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="api")
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._watch.run(), name="watch"),
-            asyncio.create_task(self._lookout.run(), name="lookout"),
-            asyncio.create_task(self._unseen.run(), name="unseen"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
+            *(asyncio.create_task(look, name=name) for name, look in self._guests.looks().items()),
         ]
         if self._data is not None:
             (self._runtime_dir / "data.toml").write_text(show(self._config))
@@ -621,7 +477,7 @@ class Agent:
             drain=self._drain,
             watch=self._watch,
             live=self._live,
-            holding=self._holding,
+            holding=self._guests.holding,
             data=self._data.facts if self._data is not None else None,
         )
         names = {item.name for item in fields(HttpSettings)} - {"host", "stop_timeout"}
@@ -693,7 +549,7 @@ class Agent:
         self._changes.tell(f"job {job.id}")
         self._drain.job_changed(job)
         if job.state.terminal:
-            self._lookout.settled(job)
+            self._guests.settled(job)
         if job.state is State.RUNNING:
             self._bus.publish(Record(0, now(), job_event(job, JobEventKind.PROGRESS)))
 
@@ -716,6 +572,10 @@ class Agent:
         trouble = trouble_of(event, now())
         if trouble is not None and hasattr(self, "_service"):
             self._service.troubles.append(trouble)
+
+    def _not_whole(self, path: str, remedy: str) -> None:
+        what = "it stands no more on what it needs, and is not whole"
+        self._service.troubles.append(Trouble(now(), path, what, remedy))
 
     def _drifted(self, drift: Drift) -> None:
         self._service.troubles.append(Trouble(now(), "a file that is in use", str(drift), drift.remedy))

@@ -71,6 +71,7 @@ from hostagent.nbd.claims import Claims
 from hostagent.nbd.committing import Commit
 from hostagent.nbd.copying import Copy
 from hostagent.nbd.exports import Exports
+from hostagent.nbd.headers import Headers
 from hostagent.nbd.network import Settings as NetworkSettings
 from hostagent.nbd.offline import OfflineDriver
 from hostagent.nbd.offline_bitmaps import Bitmaps
@@ -268,13 +269,14 @@ class Agent:
         )
         measure = Measure(user=user, limits=replace(tools, timeout=images.measure_timeout), binary=images.qemu_img)
         space = Space(measure, self._ledger)
+        headers = Headers(timeout)
         self._copy = Copy(self._chains, self._dependents, space, timeout)
-        self._commit = Commit(self._dependents, space, timeout)
+        self._commit = Commit(self._dependents, space, headers, timeout)
         return OfflineDriver(
             self._chains,
             self._ledger,
             QemuImg(user=user, limits=tools, binary=images.qemu_img),
-            pull=Pull(slices),
+            pull=Pull(slices, headers),
             copy=self._copy,
             commit=self._commit,
             check_auto=images.check_auto_size,

@@ -39,6 +39,7 @@ from hostagent.live import Live
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import Commit
 from hostagent.nbd.copying import Copy
+from hostagent.nbd.headers import Headers
 from hostagent.nbd.uri import is_uri
 from hostagent.store import Store
 from jobs.engine import Engine
@@ -79,7 +80,8 @@ class GuestJobs:
         disks = Disks(hypervisor, live.domains, libvirt.connect_timeout)
         maps = replace(parts.tools, output=images.map_output)
         durable = Durable(Tool(user=parts.run_as, limits=maps, binary=images.qemu_img), parts.ledger, timeout)
-        proof = Proof(disks, timeout=timeout, agree=libvirt.agree_timeout)
+        headers = Headers(timeout)
+        proof = Proof(disks, headers, timeout=timeout, agree=libvirt.agree_timeout)
         self.holding = Holding(
             hypervisor,
             parts.ledger,
@@ -99,7 +101,7 @@ class GuestJobs:
         )
         blank = Blank(Tool(user=parts.run_as, limits=parts.tools, binary=images.qemu_img), parts.ledger, timeout)
         copy = GuestCopy(disks, finder, parts.copy, blank, FileLease, limits=top, file_timeout=timeout)
-        commit = GuestCommit(disks, finder, parts.commit, parts.chains, durable, file_timeout=timeout)
+        commit = GuestCommit(disks, finder, parts.commit, parts.chains, durable, headers, file_timeout=timeout)
         nbd = NbdCopy(
             disks,
             parts.chains.uris,
@@ -118,6 +120,7 @@ class GuestJobs:
             disks,
             claims,
             self.pulls,
+            headers,
             ExternalSettings(top, timeout, libvirt.agree_timeout),
             holding=self.holding,
             hint=self._hint,

@@ -20,15 +20,13 @@ from hostagent.drivers import domain_xml, volumes
 from hostagent.drivers.domain_xml import Disk, Domain, LiveLayer
 from hostagent.drivers.hypervisor import Hypervisor
 from hostagent.drivers.libvirt import BlockJobInfo, DomainRef, Session
+from hostagent.looks import Late, Looks
 from jobs.errors import JobError
 from jobs.model import FileId
 
 log = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"(?P<target>[^\[\]/]+)\[(?P<index>\d{1,9})\]")
-
-MOST_LOOKS = 4
-"""Looks at domains' files that have not returned, of the 32 threads for all files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ class Domains:
         self.told: Callable[[DomainRef, Domain, Domain], None] = lambda domain, before, now: None
         self._stale: set[str] = set()
         self._all_stale = True
-        self._looks: set[asyncio.Future[list[tuple[FileId, Use]]]] = set()
+        self._looks = Looks(settings.file_timeout)
         self._wake = asyncio.Event()
         self._fresh = asyncio.Event()
 
@@ -216,16 +214,10 @@ class Domains:
                 log.warning("a domain could not be read", extra={"fields": fields})
 
     async def _look(self, domain: DomainRef, described: Domain) -> list[tuple[FileId, Use]]:
-        """A look at files on dead storage never returns, and keeps its thread: there may be a few of these."""
-        if len(self._looks) >= MOST_LOOKS:
-            raise JobError("unavailable", "looks at other domains' files have not returned")
-        look = asyncio.ensure_future(asyncio.to_thread(_uses, domain, described))
-        self._looks.add(look)
-        look.add_done_callback(self._looks.discard)
-        await asyncio.wait({look}, timeout=self._settings.file_timeout)
-        if not look.done():
-            raise JobError("unresponsive", "its files do not answer")
-        return look.result()
+        try:
+            return await self._looks.look(domain.uuid, lambda: _uses(domain, described))
+        except Late as late:
+            raise JobError("unresponsive", f"its files do not answer: {late}") from None
 
 
 def _uses(domain: DomainRef, described: Domain) -> list[tuple[FileId, Use]]:

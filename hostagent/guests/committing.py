@@ -27,7 +27,8 @@ from hostagent.guests.work import Work
 from hostagent.images.header import read_backing, read_header
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import Commit, refuse_devices
-from hostagent.nbd.operations import durable_backing, preflight, room
+from hostagent.nbd.headers import Headers
+from hostagent.nbd.operations import preflight, room
 from jobs import commit
 from jobs.errors import JobError
 from jobs.model import Chain, Drive, FileId, Job, JobSpec, Layer, Plan
@@ -41,13 +42,22 @@ class GuestCommit(Work):
     types: tuple[int, ...] = (COMMIT, ACTIVE_COMMIT)
 
     def __init__(
-        self, disks: Disks, finder: Finder, offline: Commit, chains: Chains, file: Durable, *, file_timeout: float
+        self,
+        disks: Disks,
+        finder: Finder,
+        offline: Commit,
+        chains: Chains,
+        file: Durable,
+        headers: Headers,
+        *,
+        file_timeout: float,
     ) -> None:
         self._disks = disks
         self._finder = finder
         self._offline = offline
         self._chains = chains
         self._file = file
+        self._headers = headers
         self._timeout = file_timeout
 
     async def plan(self, spec: JobSpec, found: Found, before: Chain) -> Plan:
@@ -124,7 +134,7 @@ class GuestCommit(Work):
 
     async def _in_header(self, job: Job, parent: Layer) -> bool:
         try:
-            _, resolved = await durable_backing(parent, None, self._timeout)
+            _, resolved = await self._headers.backing(parent)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, TimeoutError) as error:

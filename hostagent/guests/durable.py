@@ -15,9 +15,9 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from hostagent.guests.looks import Late, Looks
 from hostagent.images.covered import missing, same
 from hostagent.images.tool import Tool
+from hostagent.looks import Late, Looks
 from hostagent.nbd.offline_bitmaps import KIND, Access
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Job, Layer, Need
@@ -90,7 +90,7 @@ class Durable:
 
     async def _look(self, layer: Layer, look: Callable[[], T], *, drop: Callable[[T], None] = lambda _: None) -> T:
         try:
-            return await self._looks.look(layer.path, look, drop=drop)
+            return await self._looks.look(layer.path, look, place=layer.file.dev, drop=drop)
         except Late:
             message = f"{layer.path!r} does not answer within {self._file_timeout:g} s (libvirt.file_timeout)"
             raise JobError("io_error", message, remedy="see whether its storage hangs") from None

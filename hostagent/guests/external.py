@@ -21,7 +21,7 @@ from hostagent.guests import chain
 from hostagent.guests.disks import Disks, drive_of
 from hostagent.guests.holding import Holding
 from hostagent.images.member import ChainLimits
-from hostagent.nbd.operations import durable_backing
+from hostagent.nbd.headers import Headers
 from jobs import pull
 from jobs.errors import JobError
 from jobs.model import Chain, Cursor, Drive, FileId, Holder, Job, JobSpec, Operation, Plan
@@ -70,6 +70,7 @@ class ExternalDriver:
         disks: Disks,
         claims: DomainClaims,
         guests: Guests,
+        headers: Headers,
         settings: Settings,
         *,
         holding: Holding,
@@ -78,6 +79,7 @@ class ExternalDriver:
         self._disks = disks
         self._claims = claims
         self._guests = guests
+        self._headers = headers
         self._settings = settings
         self._holding = holding
         self._hint = hint
@@ -192,7 +194,7 @@ class ExternalDriver:
             text = f"domain {drive_of(job).name} ended while somebody's {job.spec.operation} of {top.path} ran"
             return Observation(Contact.DEAD, error=f"{text}; see its definition for where the disk stands now")
         try:
-            name, path = await durable_backing(top, None, self._settings.file_timeout)
+            name, path = await self._headers.backing(top)
         except (FileNotFoundError, NotADirectoryError, JobError):
             return Observation(Contact.DEAD)
         except (TimeoutError, OSError):

@@ -21,9 +21,9 @@ from hostagent.drivers.domains import Domains
 from hostagent.drivers.hypervisor import Hypervisor
 from hostagent.drivers.libvirt import BlockJobInfo, DomainRef
 from hostagent.guests import chain
-from hostagent.guests.looks import Looks
 from hostagent.guests.network_disks import uri_of
 from hostagent.images.member import ChainLimits
+from hostagent.looks import Looks
 from jobs.errors import JobError
 from jobs.model import EXTERNAL, Chain, Cursor, Drive, Job, JobSpec, Operation, State
 from jobs.ports import Clock

@@ -10,7 +10,7 @@ import logging
 
 from hostagent.guests.chain import has_become
 from hostagent.guests.disks import Disks, drive_of
-from hostagent.nbd.operations import durable_backing
+from hostagent.nbd.headers import Headers
 from jobs import pull
 from jobs.errors import JobError
 from jobs.model import Job
@@ -24,8 +24,9 @@ LOOK_AGAIN = 0.1
 class Proof:
     """`timeout`: seconds for files; `agree`: until header and libvirt, which follows it, must agree."""
 
-    def __init__(self, disks: Disks, *, timeout: float, agree: float) -> None:
+    def __init__(self, disks: Disks, headers: Headers, *, timeout: float, agree: float) -> None:
         self._disks = disks
+        self._headers = headers
         self._timeout = timeout
         self._agree = agree
 
@@ -43,7 +44,7 @@ class Proof:
     async def of_header(self, job: Job) -> bool | None:
         """What the image itself says; a file that is gone or replaced says no. None when it cannot be read now."""
         try:
-            name, resolved = await durable_backing(job.before.top, None, self._timeout)
+            name, resolved = await self._headers.backing(job.before.top)
         except (FileNotFoundError, NotADirectoryError, JobError) as error:
             log.warning("the image proves nothing", extra={"fields": {"job": job.id, "error": str(error)}})
             return False

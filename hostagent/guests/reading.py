@@ -14,10 +14,10 @@ from hostagent.drivers.hypervisor import Hypervisor
 from hostagent.drivers.libvirt import DomainRef, Session
 from hostagent.guests import labels
 from hostagent.guests.labels import Labels
-from hostagent.guests.looks import Late, Looks
 from hostagent.guests.needs import DiskNeeds, read_needs
 from hostagent.guests.strands import chain_of, is_deleted, layer_of
 from hostagent.images.member import ChainLimits
+from hostagent.looks import Late, Looks
 from hostagent.records import AccessRow, Label
 from jobs.errors import JobError
 from jobs.model import Drive, FileId

@@ -27,9 +27,9 @@ from hostagent.drivers.libvirt import DomainRef
 from hostagent.guests.driver import REST, WAITS
 from hostagent.guests.durable import Durable
 from hostagent.guests.holding import KIND
-from hostagent.guests.looks import Late, Looks
 from hostagent.guests.strands import Strand, chain_of, layer_of, strands
 from hostagent.images.member import ChainLimits
+from hostagent.looks import Late, Looks
 from hostagent.records import AccessRow
 from jobs.errors import JobError
 from jobs.model import EXTERNAL, Chain, Cursor, Drive, FileId, Holder, Job, JobSpec, Layer, Operation, Revocation, State

@@ -21,13 +21,13 @@ from typing import Any, TypedDict
 
 from hostagent.images.chain import OpenChain
 from hostagent.nbd import base_bitmaps
+from hostagent.nbd.headers import Headers
 from hostagent.nbd.operations import (
     Dependent,
     Search,
     at_most,
     backing_name,
     dependents,
-    durable_backing,
     job_name,
     node_of,
     refuse_dependents,
@@ -51,7 +51,8 @@ class Around(TypedDict):
 
 
 class Commit:
-    def __init__(self, search: Search, space: Space, file_timeout: float) -> None:
+    def __init__(self, search: Search, space: Space, headers: Headers, file_timeout: float) -> None:
+        self._headers = headers
         self._search = search
         self._space = space
         self._timeout = file_timeout
@@ -153,7 +154,7 @@ class Commit:
         if parent is None:
             return False
         _, base = commit.resolve(job.before, job.spec)
-        _, resolved = await durable_backing(parent, chain, self._timeout)
+        _, resolved = await self._headers.backing(parent, chain)
         return resolved == base.path
 
     async def audit(self, job: Job, chain: PreparedChain | None) -> tuple[str, ...]:

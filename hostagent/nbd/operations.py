@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hostagent.images.chain import OpenChain
-from hostagent.images.header import read_backing
 from hostagent.nbd.prepared import PreparedChain
 from hostagent.records import Node
 from jobs.errors import JobError
@@ -167,48 +166,6 @@ def backing_name(overlay: str, base: Layer, chain: Chain) -> str:
         assert above.backing is not None
         return str(Path(above.path).parent / above.backing)
     return Path(base.path).name if Path(base.path).parent == Path(overlay).parent else base.path
-
-
-async def durable_backing(layer: Layer, chain: PreparedChain | None, timeout: float) -> tuple[str | None, str | None]:
-    """The backing file that the layer's header on stable storage names, and where that leads to."""
-    fd = chain.descriptor(layer.file) if chain else None
-    if layer.file in _hanging:
-        raise TimeoutError
-    look = asyncio.ensure_future(asyncio.to_thread(_durable_backing, layer, fd))
-    try:
-        return await asyncio.wait_for(asyncio.shield(look), timeout)
-    finally:
-        if not look.done():
-            _hanging.add(layer.file)
-            look.add_done_callback(lambda look: _came_late(layer.file, look))
-
-
-_hanging: set[FileId] = set()
-"""Files of which such a look has not returned. It keeps its thread; another one, at each retry, would keep one more."""
-
-
-def _came_late(file: FileId, look: asyncio.Future[Any]) -> None:
-    _hanging.discard(file)
-    if not look.cancelled():
-        look.exception()
-
-
-def _durable_backing(layer: Layer, fd: int | None) -> tuple[str | None, str | None]:
-    """Raises when the file is not the job's image."""
-    handle = os.open(layer.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC) if fd is None else os.dup(fd)
-    try:
-        found = os.fstat(handle)
-        if FileId(found.st_dev, found.st_ino) != layer.file:
-            raise JobError("image_changed", f"{layer.path!r} is another file now", remedy="see who replaced it")
-        own = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    finally:
-        os.close(handle)
-    try:
-        os.fdatasync(own)
-        name = read_backing(own)
-    finally:
-        os.close(own)
-    return name, None if name is None else os.path.realpath(Path(layer.path).parent / name)
 
 
 async def room(place: Path | int, timeout: float) -> int | None:

@@ -18,7 +18,8 @@ from hostagent.drivers.qsd import COPY_ON_READ
 from hostagent.drivers.qsd_process import MOMENT
 from hostagent.errors import AgentError
 from hostagent.images.chain import OpenChain
-from hostagent.nbd.operations import at_most, backing_name, durable_backing, job_name, node_of, preflight, room
+from hostagent.nbd.headers import Headers
+from hostagent.nbd.operations import at_most, backing_name, job_name, node_of, preflight, room
 from hostagent.nbd.prepared import CONTROL, READER, PreparedChain
 from jobs import pull
 from jobs.errors import JobError
@@ -36,8 +37,9 @@ class SliceLimits:
 
 
 class Pull:
-    def __init__(self, limits: SliceLimits) -> None:
+    def __init__(self, limits: SliceLimits, headers: Headers) -> None:
         self._limits = limits
+        self._headers = headers
 
     async def plan(self, spec: JobSpec, opened: OpenChain, *, preview: bool) -> Plan:
         chain = opened.chain
@@ -79,7 +81,7 @@ class Pull:
         await chain.flush(job.before.top.file)
 
     async def proven(self, job: Job, chain: PreparedChain | None) -> bool:
-        name, resolved = await durable_backing(job.before.top, chain, self._limits.nbd_timeout)
+        name, resolved = await self._headers.backing(job.before.top, chain)
         return pull.proven(job, name, resolved)
 
     async def audit(self, job: Job, chain: PreparedChain) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from hostagent.nbd import network
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import Commit
 from hostagent.nbd.copying import Copy
+from hostagent.nbd.headers import Headers
 from hostagent.nbd.offline import OfflineDriver
 from hostagent.nbd.operations import Search
 from hostagent.nbd.prepared import Lease, PreparedChain
@@ -105,14 +106,15 @@ def make_driver(chains: Chains, store: Store) -> OfflineDriver:
         daemons=lambda: {},
         observe=lambda trigger, result: None,
     )
+    headers = Headers(10.0)
     space = Space(Measure(user=None, limits=ToolLimits(), binary="qemu-img"), ledger)
     return OfflineDriver(
         chains,
         ledger,
         QemuImg(user=None, limits=ToolLimits()),
-        pull=Pull(SliceLimits(slice=2 * MIB, requests_in_flight=4, request_size=MIB, nbd_timeout=10.0)),
+        pull=Pull(SliceLimits(slice=2 * MIB, requests_in_flight=4, request_size=MIB, nbd_timeout=10.0), headers),
         copy=Copy(chains, Search(lambda files, folders, skip: [], 30.0), space, 10.0),
-        commit=Commit(Search(lambda files, folders, skip: [], 30.0), space, 10.0),
+        commit=Commit(Search(lambda files, folders, skip: [], 30.0), space, headers, 10.0),
         check_auto=1 << 30,
     )
 

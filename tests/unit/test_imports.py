@@ -22,7 +22,7 @@ LEAVES = {
     for name in (
         *("config", "config_data", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify"),
         *("nbdclient", "nbdconnection", "nbddial", "nbdoffer", "nbdstream"),
-        *("locks", "schema", "selection", "turns", "unix_http"),
+        *("locks", "looks", "schema", "selection", "turns", "unix_http"),
         *("blocks", "extents", "inodes", "qcow2", "qemu_locks", "rangeset"),
     )
 }

@@ -18,6 +18,7 @@ from hostagent.guests.holding import Holding
 from hostagent.guests.proof import Proof
 from hostagent.guests.pulling import Pulling
 from hostagent.images.member import ChainLimits
+from hostagent.nbd.headers import Headers
 from jobs.errors import JobError
 from jobs.model import Chain, Cursor, Drive, FileId, Holder, Job, JobSpec, Layer, Operation, State
 
@@ -90,7 +91,7 @@ class FakeProof(Proof):
     """What the header says is `header`; libvirt's word is as the disks have it."""
 
     def __init__(self, disks: Any) -> None:
-        super().__init__(disks, timeout=10, agree=0.2)
+        super().__init__(disks, Headers(10), timeout=10, agree=0.2)
         self.header: bool | None = False
 
     async def of_header(self, job: Job) -> bool | None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hostagent.guests.looks import MOST_HANGING, Late, Looks
+from hostagent.looks import MOST_HANGING, Late, Looks
 from tests.unit.guests.fake_libvirt import play
 
 
-def test_of_one_key_one_hangs_and_of_all_a_few() -> None:
+def test_of_one_key_one_hangs_and_in_one_place_a_few() -> None:
     go, began = threading.Event(), list[str]()
 
     def hang(key: str) -> str:
@@ -30,6 +30,7 @@ def test_of_one_key_one_hangs_and_of_all_a_few() -> None:
             assert began == keys
             with pytest.raises(Late):
                 await looks.look("another", lambda: "not looked")
+            assert await looks.look("another", lambda: "looked", place="elsewhere") == "looked"
         finally:
             go.set()
         while len(dropped) < len(keys):

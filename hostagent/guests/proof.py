@@ -34,7 +34,7 @@ class Proof:
         """Of a guest that runs, and has no job on the disk; None when it cannot be asked now."""
         deadline = asyncio.get_running_loop().time() + self._agree
         while True:
-            header, live = await self.of_header(job), await self._live(job)
+            header, live = await asyncio.gather(self.of_header(job), self._live(job))
             if header is None or live is None:
                 return None
             if header == live or asyncio.get_running_loop().time() > deadline:

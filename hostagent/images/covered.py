@@ -10,6 +10,7 @@ does; QEMU's stream writes them down as such. What a guest has discarded since i
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator, Sequence
 
@@ -28,8 +29,16 @@ async def missing(
     """Bytes that `below` (the first of them on top) hold, and `above`, mostly an image alone, do not. `bare`: nothing
     is left below, so zeros need not be held. `handles` lead to the files of all of them. A JobError when that cannot
     be found out."""
-    has = await _map(tool, above, handles[: len(above)], "present")
-    needs = await _map(tool, below, handles[len(above) :], "data" if bare else "present")
+    maps = [
+        asyncio.ensure_future(_map(tool, above, handles[: len(above)], "present")),
+        asyncio.ensure_future(_map(tool, below, handles[len(above) :], "data" if bare else "present")),
+    ]
+    try:
+        has, needs = await asyncio.gather(*maps)
+    finally:  # the handles are closed now
+        for one in maps:
+            one.cancel()
+        await asyncio.gather(*maps, return_exceptions=True)
     return sum(end - begin for begin, end in _without(needs, has, above[0].virtual_size))
 
 

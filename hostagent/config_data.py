@@ -99,6 +99,9 @@ class Data:
         low=0,
         high=864000,
     )
+    handover_wait: float = setting(
+        60.0, "Seconds for which descriptors that were handed over are kept until their ticket comes.", low=1, high=3600
+    )
     expiry_interval: float = setting(0.5, "Seconds between two looks for tickets whose time is over.", low=0.1, high=60)
     stop_timeout: float = setting(10.0, "Seconds that running requests get when the daemon stops.", low=0, high=600)
     nbd_connect_timeout: float = setting(

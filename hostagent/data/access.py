@@ -95,4 +95,5 @@ def _opening(spec: Spec, shared: dict[str, Any]) -> Opening:
         bitmap=spec.bitmap,
         image=spec.image,
         shared=shared,
+        ticket=spec.uuid,
     )

@@ -65,7 +65,7 @@ class Daemon:
 
         self.tickets = Tickets(most=settings.tickets, lane=lambda own: Lane(Rate(own), host), told=told)
         self.metrics.tickets = self.tickets
-        self.descriptors = Descriptors(settings.tickets)
+        self.descriptors = Descriptors(settings.tickets, settings.handover_wait)
         self._certificate = _certificate(settings)
         access = Access(
             self.tickets, registry(config, self.descriptors, self.metrics), self.metrics, settings.turn_timeout
@@ -123,6 +123,7 @@ class Daemon:
     def _expire(self) -> None:
         while not self._ending.wait(self._settings.expiry_interval):
             self.tickets.stop_expired(self._settings.keep_expired)
+            self.descriptors.look(lambda ticket: self.tickets.get(ticket) is not None)
 
 
 def run(config: Config, given: Mapping[str, int], mark: str = "") -> int:

@@ -48,10 +48,10 @@ class Control:
         """When this returns nobody uses the ticket any more. AgentError conflict when that is not so."""
         self._call("DELETE", _path(ticket_id))
 
-    def hand_over(self, name: str, fds: Sequence[int]) -> None:
-        """The daemon gets duplicates of these, under `name`: `fd:NAME` is the URL of an image of one file. None of
-        them takes the name back; what has begun goes on."""
-        message = json.dumps({"name": name, "files": len(fds)}).encode()
+    def hand_over(self, ticket_id: str, name: str, fds: Sequence[int]) -> None:
+        """The daemon gets duplicates of these for the ticket that is added next, under `name`: `fd:NAME` is the URL of
+        an image of one file. They go with the ticket. None of them takes the name back; what has begun goes on."""
+        message = json.dumps({"ticket": ticket_id, "name": name, "files": len(fds)}).encode()
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
                 sock.settimeout(self._timeout)

@@ -162,16 +162,30 @@ def test_an_image_that_it_may_not_open_is_handed_over(agent: AgentProcess, tmp_p
     image = tmp_path / "image.raw"
     image.write_bytes(content)
     image.chmod(0o600)
-    name = str(uuid.uuid4())
+    one, other = (ticket("fd:disk", len(content), "read") for _ in range(2))
     with image.open("rb") as file:
-        control(agent).hand_over(name, [file.fileno()])
-    one = ticket(f"fd:{name}", len(content), "read")
+        control(agent).hand_over(one["uuid"], "disk", [file.fileno()])
     control(agent).add(one)
-    assert data(agent, "GET", f"/images/{one['uuid']}") == (200, content)
-    control(agent).hand_over(name, [])
-    other = ticket(f"fd:{name}", len(content), "read")
     control(agent).add(other)
-    assert data(agent, "GET", f"/images/{other['uuid']}")[0] == 404
+    assert data(agent, "GET", f"/images/{one['uuid']}") == (200, content)
+    assert data(agent, "GET", f"/images/{other['uuid']}")[0] == 404, "it is the other ticket's"
+    assert str(image) in open_in(pid_of(agent))
+    control(agent).remove(one["uuid"])
+    assert until(lambda: str(image) not in open_in(pid_of(agent))), "it goes with its ticket"
+    with image.open("rb") as file:
+        control(agent).hand_over(other["uuid"], "disk", [file.fileno()])
+    assert data(agent, "GET", f"/images/{other['uuid']}") == (200, content)
+    control(agent).hand_over(other["uuid"], "disk", [])
+    with pytest.raises(AgentError, match="not understood"):
+        control(agent).hand_over("", "disk", [])
+
+
+def open_in(pid: int) -> set[str]:
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(str(link.readlink()))
+    return found
 
 
 def test_what_is_no_handover_is_refused_and_the_next_one_is_taken(agent: AgentProcess, tmp_path: Path) -> None:
@@ -179,8 +193,14 @@ def test_what_is_no_handover_is_refused_and_the_next_one_is_taken(agent: AgentPr
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock, (tmp_path / "f").open("w+b") as file:
         sock.settimeout(10)
         sock.connect(str(agent.runtime / "data-handover.sock"))
-        for message in (b"nonsense", b"[]", b'{"name": 5, "files": 1}', b'{"name": "x", "files": 2}'):
+        for message in (
+            b"nonsense",
+            b"[]",
+            b'{"ticket": "t", "name": 5, "files": 1}',
+            b'{"name": "x", "files": 1}',
+            b'{"ticket": "t", "name": "x", "files": 2}',
+        ):
             socket.send_fds(sock, [message], [file.fileno()])
             assert b"error" in sock.recv(1000)
-        socket.send_fds(sock, [b'{"name": "x", "files": 1}'], [file.fileno()])
+        socket.send_fds(sock, [b'{"ticket": "t", "name": "x", "files": 1}'], [file.fileno()])
         assert sock.recv(1000) == b'{"ok": true}'

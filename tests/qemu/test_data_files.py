@@ -170,7 +170,7 @@ def test_the_agent_s_leases_count_for_what_the_daemon_opens_itself(image: Path, 
 
 def test_what_the_agent_leased_and_handed_over_is_written(image: Path, holds: Holds) -> None:
     with image.open("r+b") as file, Lease.exclusive(file.fileno()):
-        factory = handed_over(lambda _: [os.dup(file.fileno())], holds)
+        factory = handed_over(lambda _, name: [os.dup(file.fileno())], holds)
         with factory(Opening("fd:one", 1 << 30, writable=True)) as backend:
             backend.write(b"xyz", 0)
             assert not reads(image)
@@ -386,7 +386,7 @@ def test_a_long_flush_holds_up_nobody_who_closes(image: Path, holds: Holds, monk
 
 def test_of_one_description_that_was_handed_over_nobody_takes_the_other_s_marks(image: Path, holds: Holds) -> None:
     fd = os.open(image, os.O_RDWR)
-    factory = handed_over(lambda name: [os.dup(fd)], holds)
+    factory = handed_over(lambda _, name: [os.dup(fd)], holds)
     with (
         factory(Opening("fd:disk", 4 * MIB, writable=True)) as writer,
         factory(Opening("fd:disk", 4 * MIB)) as reader,

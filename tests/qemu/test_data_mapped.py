@@ -61,7 +61,12 @@ class Stage:
     ) -> ImageBackend:
         folders = [str(self.image.parent)] if self.folders is None else self.folders
         factory = mapped(
-            self.export.factory(), folders, claim or (lambda _: []), self.holds, self.limits, self.told.append
+            self.export.factory(),
+            folders,
+            lambda _, name: claim(name) if claim else [],
+            self.holds,
+            self.limits,
+            self.told.append,
         )
         said: dict[str, object] = {"path": str(self.image), "format": self.format} if image is None else image
         return factory(Opening("nbd:", 1 << 50, image=said, shared=self.shared))

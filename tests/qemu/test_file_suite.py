@@ -48,7 +48,7 @@ class TestDescriptor(RangeSuite, ExtentsSuite, GuardSuite):
         path = with_holes(folder / "disk.raw")
         with path.open("r+b") as file:
             direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-            factory = handed_over(lambda _: [os.dup(file.fileno()), os.dup(direct)], Holds())
+            factory = handed_over(lambda _, name: [os.dup(file.fileno()), os.dup(direct)], Holds())
             yield Rig(
                 lambda writable=True: factory(Opening("fd:one", SIZE, writable=writable)),
                 path.read_bytes(),

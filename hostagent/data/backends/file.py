@@ -22,7 +22,7 @@ from hostagent.data.backends.base import BackendSession, Extent, ImageBackend, b
 from hostagent.data.backends.faults import fault
 from hostagent.data.backends.holds import Held, Holds
 from hostagent.data.backends.places import check_usable, open_below, path_of
-from hostagent.data.backends.registry import Factory, Opening
+from hostagent.data.backends.registry import Claim, Factory, Opening
 from hostagent.data.backends.same import Same
 from hostagent.data.backends.writing import Writer, write_all
 from hostagent.data.streams import PIECE, Sink, Source, Stopped
@@ -31,8 +31,6 @@ from hostagent.extents import merged
 
 FIRST = "first"
 """Its name in Opening.shared."""
-Claim = Callable[[str], list[int]]
-"""Duplicates of the descriptors that were handed over by that name, for the caller to close; AgentError not_found."""
 
 
 def files(folders: Sequence[str], holds: Holds) -> Factory:
@@ -58,7 +56,7 @@ def handed_over(claim: Claim, holds: Holds) -> Factory:
         name = opening.url.partition(":")[2]
 
         def grasp() -> Held:
-            fds = claim(name)
+            fds = claim(opening.ticket, name)
             try:
                 _check_handed(fds, opening)
             except BaseException:

@@ -32,7 +32,7 @@ from hostagent.qcow2 import Qcow2Header, read_header
 
 FORMATS = ("raw", "qcow2")
 _CLOCK = 5  # CLOCK_REALTIME_COARSE, from which files have their times
-Claim = Callable[[str], list[int]]
+Handed = Callable[[str], list[int]]
 Stamp = tuple[int, ...]
 """What a file's change would change."""
 
@@ -113,7 +113,7 @@ def check_image(image: Mapping[str, object]) -> None:
     raise AgentError("invalid", "the ticket's image cannot be understood", field="image", remedy=remedy)
 
 
-def open_layers(image: Mapping[str, object], folders: Sequence[str], claim: Claim, holds: Holds) -> Layers:
+def open_layers(image: Mapping[str, object], folders: Sequence[str], claim: Handed, holds: Holds) -> Layers:
     """Unmappable when they may not be read directly, or not now."""
     with contextlib.ExitStack() as stack:
         try:
@@ -149,7 +149,7 @@ def _walk(path: str, format: str, folders: Sequence[str], holds: Holds, stack: c
 
 
 def _handed(
-    name: str, formats: list[str], claim: Claim, holds: Holds, stack: contextlib.ExitStack
+    name: str, formats: list[str], claim: Handed, holds: Holds, stack: contextlib.ExitStack
 ) -> tuple[list[Layer], int | None]:
     fds = claim(name)
     found: list[Layer] = []

@@ -8,6 +8,7 @@ be read so, goes by the export, as everything else does.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -19,10 +20,10 @@ from hostagent.data.backends.base import BackendSession, DirtyExtent, Extent, Im
 from hostagent.data.backends.faults import fault
 from hostagent.data.backends.file import read_only
 from hostagent.data.backends.holds import Holds
-from hostagent.data.backends.layers import Claim, check_image, open_layers
+from hostagent.data.backends.layers import check_image, open_layers
 from hostagent.data.backends.mapping import Batch, Piece, Unmappable, Where, batched
 from hostagent.data.backends.qemu_map import MapLimits
-from hostagent.data.backends.registry import Factory, Opening
+from hostagent.data.backends.registry import Claim, Factory, Opening
 from hostagent.data.backends.shared_map import SharedMap, Use
 from hostagent.data.streams import PIECE, Sink, Source, Stopped
 from hostagent.extents import merged
@@ -55,7 +56,8 @@ def mapped(
         check_image(image)
         known = opening.shared.get(SHARED)
         if known is None:
-            made = SharedMap(lambda: open_layers(image, folders, claim, holds), limits)
+            theirs = functools.partial(claim, opening.ticket)
+            made = SharedMap(lambda: open_layers(image, folders, theirs, holds), limits)
             known = opening.shared.setdefault(SHARED, made)
         return MappedBackend(export, known, told)
 

@@ -139,7 +139,7 @@ def test_a_file_without_storage_is_refused(holds: Holds) -> None:
 
 
 def handed(fds: list[int], holds: Holds, *, writable: bool = False, size: int = 1 << 30) -> ImageBackend:
-    factory = handed_over(lambda name: [os.dup(fd) for fd in fds] if name == "one" else [], holds)
+    factory = handed_over(lambda _, name: [os.dup(fd) for fd in fds] if name == "one" else [], holds)
     return factory(Opening("fd:one", size, writable=writable))
 
 

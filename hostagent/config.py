@@ -90,7 +90,7 @@ class Libvirt:
     uri: str = setting(
         "",
         "The libvirt whose domains are looked after. Empty is none. One that is absent is tried again and again, and "
-        "holds up nothing.",
+        "holds up nothing. Of another host's nothing is done to files.",
         unset="for a plain user empty",
         usual="qemu:///system",
     )

@@ -402,7 +402,6 @@ class Agent:
         self._later(self._drain.settle())
         self._make_service()
         await self._gauges.refresh()
-        self._later(self._guests.holding.run())
         self._live.start()
         listener = host.listen(self._config.api.socket, self._group)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="api")

@@ -76,7 +76,7 @@ class GuestJobs:
         hypervisor, claims, timeout = live.hypervisor, live.hypervisor.claims, libvirt.file_timeout
         top, whole = ChainLimits(tuple(images.pools)), ChainLimits(tuple(images.pools), images.max_depth)
         self._engine = parts.engine
-        finder = Finder(live.domains, claims, live.off)
+        finder = Finder(live.domains, claims, live.no_jobs)
         disks = Disks(hypervisor, live.domains, libvirt.connect_timeout)
         maps = replace(parts.tools, output=images.map_output)
         durable = Durable(Tool(user=parts.run_as, limits=maps, binary=images.qemu_img), parts.ledger, timeout)
@@ -145,6 +145,9 @@ class GuestJobs:
             record=lambda job, rows: self._engine().record(job, rows),
             alarm=parts.alarm,
         )
+        self._here = not live.elsewhere
+        if not self._here:
+            return
         live.tell(self.holding, lost=self.holding.lost)
         for follower in (self.pulls, self.mirrors, self.external, self._lookout, self._unseen):
             live.tell(follower)
@@ -159,8 +162,11 @@ class GuestJobs:
                 self.external.follow(job)
 
     def looks(self) -> Mapping[str, Coroutine[Any, Any, None]]:
-        """What looks for the jobs of others as long as the agent lives, by name."""
-        return {"lookout": self._lookout.run(), "unseen": self._unseen.run()}
+        """What reads domains and looks for the jobs of others as long as the agent lives, by name. Of another host's
+        nothing: the files of this one may have the same names."""
+        if not self._here:
+            return {}
+        return {"holding": self.holding.run(), "lookout": self._lookout.run(), "unseen": self._unseen.run()}
 
     def settled(self, job: Job) -> None:
         self._lookout.settled(job)

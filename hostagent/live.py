@@ -13,6 +13,7 @@ import os
 import shlex
 from collections.abc import Callable
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from events.model import (
     DiskErrorEvent,
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
+ELSEWHERE = "its domains are told of, and as their files are not this host's nothing is done to them"
 SUBJECT = "libvirt"
 """Of the host's events that tell of this connection."""
 
@@ -64,6 +66,7 @@ class Live:
         self._count = count
         self._tasks: list[asyncio.Task[None]] = []
         self.off = "off: libvirt.uri is empty" if not config.uri else absent()
+        self.elsewhere = bool(config.uri) and leads_elsewhere(config.uri)
         settings = hypervisor.Settings(
             uri=config.uri,
             connect_timeout=config.connect_timeout,
@@ -109,6 +112,15 @@ class Live:
         return self.hypervisor.status
 
     @property
+    def no_jobs(self) -> tuple[str, str] | None:
+        """Why no job can work on a guest's disk, and the remedy; None when it can."""
+        if self.off is not None:
+            return self.off, "set libvirt.uri"
+        if self.elsewhere:
+            return f"another host's ({self._config.uri}): {ELSEWHERE}", "ask the agent of that host"
+        return None
+
+    @property
     def version(self) -> str:
         """libvirtd's; empty while it was never connected."""
         return self.status.versions.libvirt if self.status.versions else ""
@@ -129,7 +141,9 @@ class Live:
         if self.off is not None:
             return {"ok": True, "detail": self.off}
         connected = f"connected to {self._config.uri}, version {self.version}"
-        if self.status.connected and self.status.deaf is not None:
+        if self.elsewhere:
+            connected += f"; it is another host's: {ELSEWHERE}"
+        elif self.status.connected and self.status.deaf is not None:
             return {
                 "ok": True,
                 "detail": f"{connected}; QEMU's own events are not heard ({self.status.deaf}): copies and commits of "
@@ -194,6 +208,13 @@ class Live:
         self.domains.resync()
         for follower in self._followers:
             follower.resync()
+
+
+def leads_elsewhere(uri: str) -> bool:
+    """Whether a connection's URI names another host, or may do so: an alias of libvirt.conf can be anything
+    (https://libvirt.org/uri.html)."""
+    found = urlsplit(uri)
+    return bool(found.netloc) or not found.scheme or found.scheme.partition("+")[2] not in ("", "unix")
 
 
 def _ended(task: asyncio.Task[None]) -> None:

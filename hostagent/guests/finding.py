@@ -23,9 +23,9 @@ class Found:
 
 
 class Finder:
-    """`off` says why there are no guests here; None when there may be."""
+    """`off` says why no job can work on a guest's disk, and the remedy; None when it can."""
 
-    def __init__(self, domains: Domains, claims: DomainClaims, off: str | None) -> None:
+    def __init__(self, domains: Domains, claims: DomainClaims, off: tuple[str, str] | None) -> None:
         self._domains = domains
         self._claims = claims
         self._off = off
@@ -37,8 +37,8 @@ class Finder:
             return JobError(code, message, field="target", value=spec.target, remedy=remedy)
 
         if self._off is not None:
-            message = f"{spec.target!r} is a guest's disk, and libvirt is {self._off}"
-            raise error("not_supported", message, "set libvirt.uri")
+            why, remedy = self._off
+            raise error("not_supported", f"{spec.target!r} is a guest's disk, and libvirt is {why}", remedy)
         found = await self._domains.disk(spec.target)
         drive, top = Drive(found.domain.uuid, found.domain.name, found.disk.target), found.disk.top
         assert top is not None

@@ -61,7 +61,8 @@ class _Known:
     runs there now was begun by us or had the chain that ours has, and has not been heard to end, `pausing` that we
     have ended it to go on later, `said` what libvirt told of its end or of a failed request, `word` QEMU's own reason,
     `ended` how the guest did; `run` is the guest's run that it works in. `waits` says why it is not done although
-    QEMU's part is, `since` when, and `again` when to look anew, after so many `looks`."""
+    QEMU's part is, `since` when, and `again` when to look anew, after so many `looks`; `foreseeing` finds out, while it
+    runs, what its end must have written."""
 
     drive: Drive
     run: int | None = None
@@ -75,6 +76,7 @@ class _Known:
     said: str | None = None
     word: str | None = None
     ended: str | None = None
+    foreseeing: asyncio.Task[None] | None = None
 
 
 class GuestDriver:
@@ -200,6 +202,7 @@ class GuestDriver:
             paused = job.state is State.PAUSED
             return Observation(Contact.ALIVE, Phase.PAUSED) if paused else Observation(Contact.UNRESPONSIVE)
         if found is not None and mine:
+            self._foresee(job, known)
             return Observation(Contact.ALIVE, Phase.RUNNING, None if job.incremental else Cursor(found.cur, found.end))
         if runs is None or (known is not None and known.run not in (None, runs)):
             return await self._without_guest(job)
@@ -222,6 +225,10 @@ class GuestDriver:
             proven = False
         error = None if proven else await self._why(job)
         return Observation(Contact.ALIVE, Phase.ABSENT, None, error, proven)
+
+    def _foresee(self, job: Job, known: _Known | None) -> None:
+        if known is not None and known.foreseeing is None:
+            known.foreseeing = asyncio.create_task(self._file.foresee(job), name=f"foresee {job.id}")
 
     async def _is_ours(self, job: Job) -> bool:
         """Of a pull that runs on the disk. While one runs the chain stays what it is: where it is not what ours has,
@@ -393,7 +400,9 @@ class GuestDriver:
         await self._holding.end(job)
 
     async def leave(self, job: Job) -> None:
-        self._jobs.pop(job.id, None)
+        known = self._jobs.pop(job.id, None)
+        if known is not None and known.foreseeing is not None:
+            known.foreseeing.cancel()
         self._claims.release(drive_of(job).uuid, claimant(job))
 
     def recover(self, job: Job) -> None:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from hostagent.images.covered import missing, same
+from hostagent.images import covered
+from hostagent.images.covered import Range
+from hostagent.images.tables import unmentioned
 from hostagent.images.tool import Tool
 from hostagent.looks import Late, Looks
 from hostagent.nbd.offline_bitmaps import KIND, Access
@@ -23,6 +26,11 @@ from jobs.errors import JobError
 from jobs.model import FileId, Holder, Job, Layer, Need
 
 T = TypeVar("T")
+
+KNOWN_MOST, RANGES_MOST = 64, 4096
+"""Of so many chains it is remembered what they hold, where it lies in no more pieces."""
+REST = 1_000_000_000
+"""ns"""
 
 
 class Durable:
@@ -33,6 +41,13 @@ class Durable:
         self._access = access
         self._file_timeout = file_timeout
         self._looks = Looks(file_timeout)
+        self._known: dict[tuple[tuple[_State, ...], bool], list[Range]] = {}
+
+    async def foresee(self, job: Job) -> None:
+        """Find out, while it runs, what a pull must have written when it is done: that is the longer part of it."""
+        with contextlib.suppress(JobError):
+            async with self._handles(job.dropped) as handles:
+                await self._held(job.dropped, handles, bare=len(job.after.layers) == 1)
 
     async def missing(self, job: Job, *, running: bool) -> int:
         """Bytes that are lost if QEMU is killed now, or were when it was. While the guest runs, QEMU's user has the
@@ -47,25 +62,54 @@ class Durable:
 
     async def missing_from(self, layers: Sequence[Layer], *, bare: bool, running: bool) -> int:
         """Bytes that the first of these does not have on its file, and the others have; `bare`: it has no base."""
+
+        async def look(handles: Sequence[int]) -> int:
+            needs = await self._held(layers[1:], handles[1:], bare=bare)
+            return await self._lacking(needs, layers[:1], handles)
+
         async with self._handles(layers) as handles:
             if running:
-                return await missing(self._tool, layers[:1], layers[1:], handles, bare=bare)
+                return await look(handles)
             async with self._readable(layers):
-                return await missing(self._tool, layers[:1], layers[1:], handles, bare=bare)
+                return await look(handles)
 
     async def lacking(self, above: Sequence[Layer], strand: Sequence[Layer], *, bare: bool) -> int:
         """Bytes that `above`, together, do not have on their files, and those in `strand` have; `bare`: they stand on
         nothing. When it is none, the files of `above` are on stable storage, too."""
-        lacks = await self._reading(
-            [*above, *strand], lambda handles: missing(self._tool, above, strand, handles, bare=bare)
-        )
+
+        async def look(handles: Sequence[int]) -> int:
+            needs = await covered.held(self._tool, strand, handles[len(above) :], bare=bare)
+            return await self._lacking(needs, above, handles)
+
+        lacks = await self._reading([*above, *strand], look)
         if lacks == 0:
             await self._sync(above)
         return lacks
 
+    async def _lacking(self, needs: Sequence[Range], above: Sequence[Layer], handles: Sequence[int]) -> int:
+        if len(above) == 1:
+            quick = await self._look(above[0], functools.partial(_unmentioned, handles[0], needs))
+            if quick is not None:
+                return quick
+        return await covered.lacking(self._tool, needs, above, handles[: len(above)])
+
+    async def _held(self, layers: Sequence[Layer], handles: Sequence[int], *, bare: bool) -> list[Range]:
+        """What a running pull takes in nobody writes: it is remembered while the files are what they were."""
+        state = await self._look(layers[0], lambda: tuple(map(_state, handles)))
+        known = self._known.pop((state, bare), None)
+        if known is None:
+            known = await covered.held(self._tool, layers, handles, bare=bare)
+        if len(known) <= RANGES_MOST and _at_rest(state):
+            self._known[state, bare] = known
+            while len(self._known) > KNOWN_MOST:
+                del self._known[next(iter(self._known))]
+        return known
+
     async def adds_nothing(self, strand: Sequence[Layer], rest: Sequence[Layer]) -> bool:
         """Whether `rest` reads the same without `strand` on top of it: what was there has gone down."""
-        added = not await self._reading([*strand, *rest], lambda handles: same(self._tool, strand, rest, handles))
+        added = not await self._reading(
+            [*strand, *rest], lambda handles: covered.same(self._tool, strand, rest, handles)
+        )
         if not added:
             await self._sync(rest)
         return not added
@@ -116,6 +160,39 @@ class Durable:
             yield
         finally:
             await self._access.release(holder, trigger="map")
+
+
+def _unmentioned(handle: int, ranges: Sequence[Range]) -> int | None:
+    """None also where we may not read it, which QEMU's user may."""
+    try:
+        fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except PermissionError:
+        return None
+    try:
+        return unmentioned(fd, ranges)
+    finally:
+        os.close(fd)
+
+
+class _State(NamedTuple):
+    """Which file, and as of when; times in ns."""
+
+    dev: int
+    ino: int
+    size: int
+    written: int
+    changed: int
+
+
+def _state(handle: int) -> _State:
+    found = os.fstat(handle)
+    return _State(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _at_rest(files: Sequence[_State]) -> bool:
+    """One that was written just now may be written again within the same tick of the kernel's clock."""
+    now = time.time_ns()
+    return all(file.written < now - REST for file in files)
 
 
 def _sync(layer: Layer) -> None:

@@ -10,7 +10,6 @@ does; QEMU's stream writes them down as such. What a guest has discarded since i
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator, Sequence
 
@@ -23,22 +22,15 @@ Range = tuple[int, int]
 """Begin and end, in bytes of the virtual disk."""
 
 
-async def missing(
-    tool: Tool, above: Sequence[Layer], below: Sequence[Layer], handles: Sequence[int], *, bare: bool
-) -> int:
-    """Bytes that `below` (the first of them on top) hold, and `above`, mostly an image alone, do not. `bare`: nothing
-    is left below, so zeros need not be held. `handles` lead to the files of all of them. A JobError when that cannot
-    be found out."""
-    maps = [
-        asyncio.ensure_future(_map(tool, above, handles[: len(above)], "present")),
-        asyncio.ensure_future(_map(tool, below, handles[len(above) :], "data" if bare else "present")),
-    ]
-    try:
-        has, needs = await asyncio.gather(*maps)
-    finally:  # the handles are closed now
-        for one in maps:
-            one.cancel()
-        await asyncio.gather(*maps, return_exceptions=True)
+async def held(tool: Tool, layers: Sequence[Layer], handles: Sequence[int], *, bare: bool) -> list[Range]:
+    """What these layers (the first of them on top) hold that whoever stood on them must have; `bare`: nothing is left
+    below, so zeros need not be held. `handles` lead to their files. A JobError when that cannot be found out."""
+    return await _map(tool, layers, handles, "data" if bare else "present")
+
+
+async def lacking(tool: Tool, needs: Sequence[Range], above: Sequence[Layer], handles: Sequence[int]) -> int:
+    """Bytes of these ranges that `above`, mostly an image alone, do not have. `handles` as above. A JobError, too."""
+    has = await _map(tool, above, handles, "present")
     return sum(end - begin for begin, end in _without(needs, has, above[0].virtual_size))
 
 

@@ -105,6 +105,8 @@ class FakeFile:
         self.lost = 0
         self.error: JobError | None = None
 
+    async def foresee(self, job: Job) -> None: ...
+
     async def missing(self, job: Job, *, running: bool) -> int:
         if self.error is not None:
             raise self.error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from hostagent.guests import durable
 from hostagent.guests.durable import Durable
+from hostagent.images import covered
+from hostagent.images.covered import Range
 from hostagent.images.tool import Tool, ToolLimits
 from jobs.errors import JobError
 from jobs.model import Holder, Layer, Need
@@ -68,3 +71,34 @@ def test_a_file_that_hangs_keeps_one_thread(tmp_path: Path, monkeypatch: pytest.
 
     play(story())
     assert len(os.listdir("/proc/self/fd")) <= len(open_before), "what came late is closed"
+
+
+def test_what_a_chain_holds_is_remembered_while_its_files_are_what_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = raw_image(tmp_path / "base.raw", MIB)
+    middle = overlay(tmp_path / "middle.qcow2", base)
+    top = overlay(tmp_path / "top.qcow2", middle, "qcow2")
+    asked, held = list[int](), covered.held
+
+    async def counted(tool: Tool, layers: Sequence[Layer], handles: Sequence[int], *, bare: bool) -> list[Range]:
+        asked.append(len(layers))
+        return await held(tool, layers, handles, bare=bare)
+
+    async def story() -> None:
+        file = Durable(Tool(user=None, limits=ToolLimits(), binary="qemu-img"), Access(), 10)
+
+        async def missing() -> int:
+            return await file.missing_from([layer(top), layer(middle)], bare=True, running=True)
+
+        assert (await missing(), await missing(), len(asked)) == (0, 0, 2), "it was written just now"
+        os.utime(middle, (1, 1))
+        assert (await missing(), await missing(), len(asked)) == (0, 0, 3)
+        subprocess.run(["qemu-io", "-c", "write -q -P 7 0 64k", middle], check=True)
+        os.utime(middle, (1, 1))
+        assert (await missing(), len(asked)) == (64 << 10, 4), "whatever its times say"
+        subprocess.run(["qemu-io", "-c", "write -q -P 7 0 64k", top], check=True)
+        assert (await missing(), len(asked)) == (0, 4)
+
+    monkeypatch.setattr(covered, "held", counted)
+    play(story())

@@ -175,7 +175,7 @@ class Keeper:
 
         try:
             # A store that is full is told to `conclude`, which lets go of the chain before the next try.
-            await self._until_written(lambda: self._w.driver.conclude(self.job, record))
+            await self._until_written(lambda: self._w.driver.conclude(job, record))
             self._closed = True
         except JobError as error:
             if not self.job.state.terminal:

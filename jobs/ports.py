@@ -163,7 +163,8 @@ class BlockDriver(Protocol):
     async def set_speed(self, job: Job, bandwidth: int) -> None: ...
 
     async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
-        """Call `record` with the holders that share the chain, then drop the ended job that it returns.
+        """Call `record` with the holders that share the chain, then drop the ended job that it returns. `job` is as it
+        will be recorded.
 
         Nobody can join the chain between the two: who joined before is among the holders, who joins later sees the
         chain as it is then.

@@ -390,8 +390,8 @@ class GuestDriver:
 
     async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
         """An image whose header names its base no more, though the pull is not proven, still depends on it. So it has
-        rows before the job's own go; those of a completed one go with these."""
-        if job.dropped and await self._proof.of_header(job) is not False:
+        rows before the job's own go."""
+        if job.dropped and job.state is not State.COMPLETED and await self._proof.of_header(job) is not False:
             await self._holding.leave_unproven(job, job.dropped)
         await self.drop(await record(()))
 

@@ -40,6 +40,9 @@ WIDTH = 4
 AGAIN = 10.0
 """Seconds until a domain that could not be read is looked at again."""
 
+AFTER_JOB = 0.5
+"""Seconds from a block job's end until its domain is looked at here: whoever follows the job does that at once."""
+
 NEW = (DomainEventKind.DEFINED, DomainEventKind.STARTED)
 """After these a domain may need more than is known of it."""
 
@@ -91,11 +94,15 @@ class Holding:
     # What libvirt tells
 
     def event(self, event: HypervisorEvent) -> None:
-        if not isinstance(event, DomainEvent | DiskJobEvent):
-            return
-        if isinstance(event, DomainEvent) and event.kind in NEW:
-            self._unknow()
-        self._stale.add(event.domain)
+        if isinstance(event, DiskJobEvent):
+            asyncio.get_running_loop().call_later(AFTER_JOB, self._note, event.domain)
+        elif isinstance(event, DomainEvent):
+            if event.kind in NEW:
+                self._unknow()
+            self._note(event.domain)
+
+    def _note(self, domain: str) -> None:
+        self._stale.add(domain)
         self._wake.set()
 
     def resync(self) -> None:

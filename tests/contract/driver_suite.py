@@ -92,7 +92,7 @@ class Rig:
         async def record(sharers: tuple[Holder, ...]) -> Job:
             return ended
 
-        await self.driver.conclude(job, record)
+        await self.driver.conclude(ended, record)
         await self.driver.drop(ended)
         await self.driver.leave(ended)
         return ended

@@ -323,7 +323,7 @@ async def conclude(host: Host, job: Job, state: State) -> list[str]:
         done.append(f"recorded, {host.renewed} renewed, kept for {[holder for _, holder, _ in host.shared]}")
         return replace(job, state=state)
 
-    await host.driver.conclude(job, record)
+    await host.driver.conclude(replace(job, state=state), record)
     return done
 
 

@@ -105,7 +105,7 @@ def _opened(pid: int, files: Collection[FileId], made: Mapping[FileId, int]) -> 
         try:
             if os.readlink(link).startswith(NOT_FILES):  # noqa: PTH115
                 continue
-            fdinfo = Path(folder, "fdinfo", descriptor).read_text()
+            fdinfo = _text(f"{folder}/fdinfo/{descriptor}")
             if not _may_be(fdinfo, inodes):
                 continue
             info = os.stat(link)  # noqa: PTH116
@@ -114,6 +114,17 @@ def _opened(pid: int, files: Collection[FileId], made: Mapping[FileId, int]) -> 
                 yield from _described(file, fdinfo)
         except OSError:  # gone, or on storage that answers with an error: then it is not the file that we could stat
             continue
+
+
+def _text(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = b""
+        while more := os.read(fd, 1 << 16):
+            text += more
+        return text.decode()
+    finally:
+        os.close(fd)
 
 
 def _is_later(link: str, when: int) -> bool:

@@ -8,6 +8,7 @@ all that the dropped layers hold.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -29,8 +30,8 @@ T = TypeVar("T")
 
 KNOWN_MOST, RANGES_MOST = 64, 4096
 """Of so many chains it is remembered what they hold, where it lies in no more pieces."""
-REST = 1_000_000_000
-"""ns"""
+REST = 0.1
+"""Seconds; one that was written just now may be written again within the same tick of the kernel's clock."""
 
 
 class Durable:
@@ -45,6 +46,7 @@ class Durable:
 
     async def foresee(self, job: Job) -> None:
         """Find out, while it runs, what a pull must have written when it is done: that is the longer part of it."""
+        await asyncio.sleep(REST)  # what was written just before is at rest then
         with contextlib.suppress(JobError):
             async with self._handles(job.dropped) as handles:
                 await self._held(job.dropped, handles, bare=len(job.after.layers) == 1)
@@ -190,9 +192,8 @@ def _state(handle: int) -> _State:
 
 
 def _at_rest(files: Sequence[_State]) -> bool:
-    """One that was written just now may be written again within the same tick of the kernel's clock."""
-    now = time.time_ns()
-    return all(file.written < now - REST for file in files)
+    begun = time.time_ns() - int(REST * 1e9)
+    return all(file.written < begun for file in files)
 
 
 def _sync(layer: Layer) -> None:

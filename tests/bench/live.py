@@ -71,6 +71,7 @@ class Told:
     def __init__(self, libvirt: PrivateLibvirt) -> None:
         self._connection = libvirt.connection()
         self._when: float | None = None
+        self._wall = 0.0
         self._heard = threading.Event()
 
     def __enter__(self) -> Told:
@@ -84,10 +85,16 @@ class Told:
         self._connection.__exit__(*error)
 
     def _hear(self, *_: Any) -> None:
-        self._when = self._when or time.perf_counter()
+        if self._when is None:
+            self._when, self._wall = time.perf_counter(), time.time()
         self._heard.set()
 
     def when(self) -> float:
         assert self._heard.wait(WAIT), "libvirt told of no end"
         assert self._when is not None
         return self._when
+
+    def wall(self) -> float:
+        """The same in seconds since 1970."""
+        self.when()
+        return self._wall

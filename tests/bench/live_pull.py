@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from tests.bench.figure import Figure, Result, median
-from tests.bench.live import SIZE, SPEED, Told, live, missing
+from tests.bench.live import SIZE, SPEED, Live, Told, live, missing
 from tests.bench.stage import Stage, alternate, pull
 from tests.harness import MIB
 from tests.libvirt.guest import Guest
 
 NAME = "live-pull"
 RUNS = 5
-TARGET_MS, TARGET_EVENT_MS = 150.0, 1000.0
+TARGET_MS, TARGET_EVENT_MS, TARGET_REVOKED_MS = 150.0, 1000.0, 20.0
 WHAT = "added by the agent, median"
 TOLD = "from libvirt's event to the settled end, median"
+REVOKED = "from libvirt's event to the proven revocation, median"
 
 
 def measure(stage: Stage) -> Figure:
     runs = stage.count(RUNS)
     if (why := missing()) is not None:
         return _figure(runs, None, None, why=why)
-    seconds: dict[str, list[float]] = {"agent": [], "virsh": [], "told": []}
+    seconds: dict[str, list[float]] = {"agent": [], "virsh": [], "told": [], "revoked": []}
     with live(stage) as at:
 
         def ours() -> None:
@@ -38,6 +40,7 @@ def measure(stage: Stage) -> Figure:
                 ended = time.perf_counter()
                 seconds["agent"].append(ended - began)
                 seconds["told"].append(ended - told.when())
+                seconds["revoked"].append(revoked(at) - told.wall())
 
         def theirs() -> None:
             seconds["virsh"].append(at.virsh("blockpull", "--wait"))
@@ -59,11 +62,24 @@ def measure(stage: Stage) -> Figure:
         "virsh_ms": 1000 * median(seconds["virsh"]),
         "qemu_needs_ms": 1000 * SIZE / SPEED,
     }
-    return _figure(runs, median(added), 1000 * median(seconds["told"]), details=details)
+    told, taken = (1000 * median(seconds[name]) for name in ("told", "revoked"))
+    return _figure(runs, median(added), told, taken, details=details)
+
+
+def revoked(at: Live) -> float:
+    """When the last file was, in seconds since 1970."""
+    times = [event["time"] for event in at.agent.events() if event["type"] == "org.hostagent.grant.revoked.v1"]
+    return datetime.fromisoformat(times[-1]).timestamp()
 
 
 def _figure(
-    runs: int, added: float | None, told: float | None, *, why: str = "", details: dict[str, float] | None = None
+    runs: int,
+    added: float | None,
+    told: float | None,
+    taken: float | None = None,
+    *,
+    why: str = "",
+    details: dict[str, float] | None = None,
 ) -> Figure:
     return Figure(
         name=NAME,
@@ -73,6 +89,7 @@ def _figure(
         results=(
             Result(WHAT, added, TARGET_MS, "ms", why=why),
             Result(TOLD, told, TARGET_EVENT_MS, "ms", why=why),
+            Result(REVOKED, taken, TARGET_REVOKED_MS, "ms", why=why),
         ),
         details=details or {},
     )

@@ -143,7 +143,8 @@ class Ledger:
         What it needs no more is taken back, unless others need it.
         """
         left = await self._store.replace_needs(holder, uses, name=name)
-        return await self.converge([*(use.need.layer.file for use in uses), *left], trigger=trigger)
+        taken = await self.converge(left, trigger=trigger)  # first: somebody waits for that
+        return taken | await self.converge([use.need.layer.file for use in uses], trigger=trigger)
 
     async def share(self, holder: Holder, uses: Sequence[Use], *, trigger: str) -> None:
         """The holder needs these, too, beside what it has."""

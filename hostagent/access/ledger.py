@@ -23,8 +23,9 @@ from typing import Protocol
 
 from events.model import Event, GrantEvent, GrantEventKind
 from hostagent.access import holders, owner
-from hostagent.access.files import Files, is_deleted, is_former, is_reused
-from hostagent.access.grants import Grants, cleared, still_has
+from hostagent.access.files import Files
+from hostagent.access.grants import Grants, cleared
+from hostagent.access.identity import Identity
 from hostagent.access.ownership import Ownership
 from hostagent.access.subject import Mode, Probe, Subject
 from hostagent.access.threads import Threads
@@ -109,6 +110,7 @@ class Ledger:
         self._locks = Locks()
         self._files = Files()
         self._threads = Threads(settings.converge_timeout)
+        self._identity = Identity(store, self._files, self._threads)
         self._grants = Grants(self._files, subject, probe, manage_shared=settings.manage_shared)
         self._ownership = Ownership(
             self._files, uid=subject.uid, unknown=settings.unknown_owner, manage_shared=settings.manage_shared
@@ -255,13 +257,13 @@ class Ledger:
     async def rows(self, file: FileId) -> list[AccessRow]:
         """The file's rows, oldest first; none that tells of a deleted one which had its inode number."""
         async with self._locks.alone(file):
-            return await self._rows(file)
+            return await self._identity.rows(file)
 
     async def keepers(self, file: FileId, leaving: Collection[Holder], path: str) -> list[str]:
         """Who would keep the file when `leaving` need it no more: other rows, and foreign processes."""
         rows = [row for row in await self.rows(file) if row.holder not in leaving]
         entry = await self._known(file)
-        if entry is None or await self._is_reused(entry, [path]):
+        if entry is None or await self._identity.is_reused(entry, [path]):
             entry = self._blank(file, path)
         processes = await self._open_in(entry)
         mine = set(self._daemons())
@@ -282,7 +284,7 @@ class Ledger:
         rows: list[AccessRow] = []
         known = gone = None
         try:
-            rows = await self._rows(file)
+            rows = await self._identity.rows(file)
             known = await self._known(file)
             entry, gone = await self._judged(known, rows, at, trigger) if known else (None, None)
         except JobError as error:
@@ -315,45 +317,16 @@ class Ledger:
     ) -> tuple[AccessFile | None, AccessResult | None]:
         """The entry, if it is the file's that has the number now, and else what there is to tell of the deleted one."""
         paths = [*(row.path for row in rows), *([at] if at else [])]
-        reused = await self._is_reused(known, paths)
+        reused = await self._identity.is_reused(known, paths)
         if reused:
             return None, await self._forget(known, trigger)
-        if reused is None and await self._seems_another(known, paths, needed=bool(rows)):
+        if reused is None and await self._identity.seems_another(known, paths, needed=bool(rows)):
             return None, None
         return known, None
-
-    async def _rows(self, file: FileId) -> list[AccessRow]:
-        """The file's rows, oldest first, without those of images that are gone, or stood on a file which is gone."""
-        rows = await self._store.access_rows([file])
-        images = [row for row in rows if row.holder.kind == "image"]
-        alone, disks = len(rows) == 1, list[AccessRow]()
-        if any(row.lost for row in images):
-            disks = [row for row in await self._store.access_rows() if row.holder.kind == "domain"]
-        there = {disk.name for disk in disks} | {disk.file for disk in disks}
-        moved = [row for row in images if row.lost and not there.isdisjoint((row.name, row.image))]
-        stale = await self._threads.run(
-            file, lambda: [row for row in images if self._is_stale(row, alone=alone, moved=row in moved)]
-        )
-        for row in stale:
-            await self._store.delete_rows([row.id])
-        return [row for row in rows if row not in stale]
 
     async def _known(self, file: FileId) -> AccessFile | None:
         """What was done to the file that has this number, or to a deleted one that had it."""
         return next(iter(await self._store.access_files([file])), None)
-
-    async def _is_reused(self, entry: AccessFile, paths: Sequence[str]) -> bool | None:
-        """Whether the entry is a deleted file's, whose inode number another one has by now; None when nothing tells."""
-        if self._files.held(entry.file) is not None:
-            return False
-        return await self._threads.run(entry.file, lambda: is_reused(entry, paths))
-
-    async def _seems_another(self, entry: AccessFile, paths: Sequence[str], *, needed: bool) -> bool:
-        """The same without a birth to go by. What we gave it proves a file that is found by another name; and what is
-        still to be taken back is not let go of because its file cannot be found."""
-        if not paths or ((entry.mode or entry.labels) and not needed):
-            return False
-        return await self._threads.run(entry.file, lambda: is_former(entry.path, entry.file) and not still_has(entry))
 
     async def _forget(self, entry: AccessFile, trigger: str) -> AccessResult | None:
         """The entry's file was deleted: told, unless its end was told before, and remembered no longer."""
@@ -362,16 +335,6 @@ class Ledger:
             told = await self._record(entry, self._gone(entry), trigger)
         await self._store.forget_access_file(entry.file)
         return told
-
-    def _is_stale(self, row: AccessRow, *, alone: bool, moved: bool) -> bool:
-        """Whether the image was deleted, or the row tells of a deleted file: inode numbers are used again. One that is
-        only away comes back. `moved`: a disk has the image, or the disk that lost this is there, so the image is
-        elsewhere, perhaps."""
-        if not moved and is_deleted(row.holder.id, row.file.dev, row.image):
-            return True
-        if (handle := self._files.held(row.file)) is not None:
-            return os.fstat(handle).st_nlink == 0
-        return is_former(row.path, row.file) and (os.path.lexists(row.path) or not alone)
 
     async def _nothing_to_do(self, known: AccessFile | None) -> AccessResult:
         """What was proven once may have changed: somebody else gave access."""

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from test_ledger import JOB, USER, Host, Play, identity, look, opened_by_guest, play, verdict
 
-from hostagent.access import holders, ledger
+from hostagent.access import holders
+from hostagent.access import identity as identity_module
 from hostagent.access.birth import born, is_later
 from hostagent.access.prober import Prober
 from jobs.model import FileId, Holder
@@ -175,7 +176,7 @@ def test_storage_that_does_not_say_leaves_the_revocation_owed_and_told(
             raise OSError(errno.EIO, "Input/output error")
 
         with monkeypatch.context() as patch:
-            patch.setattr(ledger, "is_reused", broken)
+            patch.setattr(identity_module, "is_reused", broken)
             assert verdict(await host.ledger.converge_all(trigger="start")) is AccessVerdict.PENDING
         pending, since, _ = await host.store.access_gauges()
         assert pending == 1 and since is not None

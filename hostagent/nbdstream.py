@@ -58,8 +58,13 @@ class _Slot:
         return self._whole if length == PIECE else nbd.Buffer.from_buffer(self.view[:length])
 
     def forget(self) -> None:
-        """Give the pages back: libnbd's binding (1.14) never lets go of a buffer, not even with its connection."""
+        """Give the pages back."""
         self._memory.madvise(mmap.MADV_DONTNEED)
+
+
+_spare: deque[_Slot] = deque()
+"""Of connections that were closed: libnbd's binding (1.14) never lets go of a buffer, not even with its connection, so
+the next one takes them over."""
 
 
 class Stream:
@@ -93,8 +98,8 @@ class Stream:
         """Idempotent."""
         self.broken = True
         self._connection.close()
-        for _, slot, _ in self._flying:
-            slot.forget()
+        self._slots += [slot for _, slot, _ in self._flying]
+        self._flying.clear()
         self._rest()
 
     def alive(self) -> bool:
@@ -115,12 +120,14 @@ class Stream:
             while offset < end or self._flying:
                 while offset < end and len(self._flying) < IN_FLIGHT:
                     number = min(PIECE, end - offset)
-                    slot = self._slot(_unheard)
-                    self._fly(self._connection.pread(slot.buffer(number), offset), slot, number)
+                    with self._slot(_unheard) as slot:
+                        self._fly(self._connection.pread(slot.buffer(number), offset), slot, number)
                     offset += number
                 slot, number = self._land()
-                deliver(slot.view[:number])
-                self._slots.append(slot)
+                try:
+                    deliver(slot.view[:number])
+                finally:
+                    self._slots.append(slot)
         except BaseException:
             # What is still to come would have to be read: a new connection is cheaper.
             self.close()
@@ -142,15 +149,15 @@ class Stream:
         written, filling = 0, False
         try:
             while length is None or written < length:
-                slot = self._slot(landed)
-                filling = True
-                number = fill(slot.view if length is None else slot.view[: length - written])
-                filling = False
-                if number == 0:
-                    self._slots.append(slot)
-                    break
-                self._room(offset + written + number)
-                self._fly(self._connection.pwrite(slot.buffer(number), offset + written), slot, number)
+                with self._slot(landed) as slot:
+                    filling = True
+                    number = fill(slot.view if length is None else slot.view[: length - written])
+                    filling = False
+                    if number == 0:
+                        self._slots.append(slot)
+                        break
+                    self._room(offset + written + number)
+                    self._fly(self._connection.pwrite(slot.buffer(number), offset + written), slot, number)
                 written += number
                 self._connection.serve(0)  # while the next piece comes, this one goes
             while self._flying:
@@ -201,9 +208,12 @@ class Stream:
     # Parts
 
     def _rest(self) -> None:
-        """An idle connection keeps no memory of its own."""
+        """An idle connection keeps no memory of its own, and one that was closed no buffers."""
         for slot in self._slots:
             slot.forget()
+        if self.broken:
+            _spare.extend(self._slots)
+            self._slots.clear()
 
     def _picked(self) -> Callable[[tuple[int, ...]], tuple[int, int, int, int]]:
         """Makes an answer with UNTOLD behind it complete, whichever contexts it tells of."""
@@ -214,12 +224,24 @@ class Stream:
         ]
         return itemgetter(0, *places)
 
-    def _slot(self, landed: Callable[[int], object]) -> _Slot:
+    @contextlib.contextmanager
+    def _slot(self, landed: Callable[[int], object]) -> Iterator[_Slot]:
+        """One that is free, for the block to let fly; it comes back when that fails."""
+        slot = self._free(landed)
+        try:
+            yield slot
+        except BaseException:
+            self._slots.append(slot)
+            raise
+
+    def _free(self, landed: Callable[[int], object]) -> _Slot:
         if self._slots:
             return self._slots.pop()
-        if len(self._flying) < IN_FLIGHT:
-            return _Slot()
-        return self._written(landed)
+        if len(self._flying) == IN_FLIGHT:
+            return self._written(landed)
+        with contextlib.suppress(IndexError):
+            return _spare.pop()
+        return _Slot()
 
     def _fly(self, cookie: int, slot: _Slot, number: int) -> None:
         self._flying.append((cookie, slot, number))
@@ -227,13 +249,21 @@ class Stream:
     def _land(self) -> tuple[_Slot, int]:
         """The oldest request's buffer, once it is answered."""
         cookie, slot, number = self._flying.popleft()
-        with self._alive():
-            self._connection.wait(cookie)
+        try:
+            with self._alive():
+                self._connection.wait(cookie)
+        except BaseException:
+            self._slots.append(slot)
+            raise
         return slot, number
 
     def _written(self, landed: Callable[[int], object]) -> _Slot:
         slot, number = self._land()
-        landed(number)
+        try:
+            landed(number)
+        except BaseException:
+            self._slots.append(slot)
+            raise
         return slot
 
     def _settle(self) -> tuple[int, Exception | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import tracemalloc
+from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hostagent import nbdstream
 from hostagent.data.backends.base import DirtyExtent, Extent
 from hostagent.data.backends.nbd import NbdBackend, NbdSettings
 from hostagent.errors import AgentError
@@ -107,6 +109,42 @@ def test_writes_that_are_done_in_any_order_are_all_done(host: Host) -> None:
     data = os.urandom(9 * MIB + 17)
     assert host.backend().write_from(Given(data), 0, len(data)) == len(data)
     assert server.data == data
+
+
+def test_clients_that_leave_cost_no_memory(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libnbd keeps every buffer for good, so there are no more of them than were in use at a time."""
+    data = os.urandom(6 * MIB)
+    host.serve(data)
+    made = 0
+
+    class Counted(nbdstream._Slot):
+        def __init__(self) -> None:
+            nonlocal made
+            made += 1
+            super().__init__()
+
+    def leave(_: memoryview) -> int:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(nbdstream, "_Slot", Counted)
+    monkeypatch.setattr(nbdstream, "_spare", deque[nbdstream._Slot]())
+    backend = host.backend()
+    for _ in range(24):
+        with pytest.raises(ConnectionResetError):
+            backend.move(leave, 0, len(data))
+        with pytest.raises(ConnectionResetError), NbdBackend(backend._server, SURE, writable=True) as writer:
+            writer.write_from(Broken(), 0, len(data))
+    assert made <= IN_FLIGHT + 1
+    sink = Collected()
+    backend.move(sink.write, 0, len(data))
+    assert sink.data == data
+
+
+class Broken:
+    """A client that leaves before its first byte."""
+
+    def read_into(self, buffer: memoryview) -> int:
+        raise ConnectionResetError
 
 
 def test_a_server_without_structured_replies_has_one_extent_and_no_bitmap(host: Host) -> None:

@@ -121,7 +121,16 @@ class Disks:
         await self._call("pivot", lambda session: session.block_pivot(drive.uuid, drive.target), drive)
 
     async def set_speed(self, drive: Drive, bandwidth: int) -> None:
-        await self._call("speed", lambda session: session.block_speed(drive.uuid, drive.target, bandwidth), drive)
+        """Of the disk's block job. It is no error when there is none any more, and a conflict while QEMU ends it."""
+        try:
+            await self._call("speed", lambda session: session.block_speed(drive.uuid, drive.target, bandwidth), drive)
+        except JobError as error:
+            if (await self.look(drive))[1] is None:
+                return
+            if error.code == "job_failed":
+                remedy = "it is about to end: look at it again"
+                raise JobError("conflict", error.message, field="bandwidth", value=bandwidth, remedy=remedy) from error
+            raise
 
     async def abort(self, drive: Drive) -> None:
         """Ask for the end of the disk's block job. It is no error when there is none any more."""

@@ -356,11 +356,7 @@ class GuestDriver:
     async def set_speed(self, job: Job, bandwidth: int) -> None:
         if job.state is State.PAUSED:
             return  # it begins with it when it is resumed
-        try:
-            await self._disks.set_speed(drive_of(job), bandwidth)
-        except JobError:
-            if (await self._disks.look(drive_of(job)))[1] is not None:  # else it has just ended
-                raise
+        await self._disks.set_speed(drive_of(job), bandwidth)
 
     # What an offline job is asked before and after its end: QEMU ends a guest's pull by itself
 

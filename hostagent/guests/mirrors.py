@@ -234,11 +234,7 @@ class Mirrors:
         await self.pause(job)
 
     async def set_speed(self, job: Job, bandwidth: int) -> None:
-        try:
-            await self._disks.set_speed(drive_of(job), bandwidth)
-        except JobError:
-            if (await self._disks.look(drive_of(job)))[1] is not None:  # else it has just ended
-                raise
+        await self._disks.set_speed(drive_of(job), bandwidth)
 
     async def audit(self, job: Job) -> tuple[str, ...]:
         if job.completion is Completion.FINISH:

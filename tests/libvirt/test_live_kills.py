@@ -126,6 +126,8 @@ class Round:
             for victim in victims:
                 if victim in work:
                     work[victim]()
+        if self.victim == "qemu":
+            until(lambda: not self.cell.guest.runs, "libvirt knows that it ended")
         connected(self.agent)
 
     def _settled(self, client: Client) -> Json:
@@ -151,8 +153,8 @@ class Round:
         allowed = {"qemu": {"guest_stopped", "conflict", "not_found"}, "agent": set[str]()}.get(
             self.victim, {"unavailable"}
         )
-        if self.victim != "qemu" and self.cell.work.completion == "finish":
-            allowed |= {"job_failed"}
+        if "libvirtd" in self.victim or (self.victim == "agent" and self.cell.work.completion == "finish"):
+            allowed |= {"job_failed"}  # the request to begin may have died with libvirtd
         assert job["error"]["code"] in allowed, job
         remedy = job["error"]["message"].partition("before it is used: ")[2]
         if remedy:

@@ -31,6 +31,8 @@ from jobs.world import World
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+CANNOT_END = "it cannot end yet"
+"""Begins a warning; `hostagent status` looks for it."""
 PENDING = 0.05
 """Seconds until the next look at what awaits its data only, which come soon or late: as much more after each."""
 
@@ -552,8 +554,8 @@ class Actor:
 
     async def _pause_before_retry(self, error: JobError) -> None:
         log.warning("settling failed, trying again", extra={"fields": {"job": self.job.id, "error": error.message}})
-        if self.job.state is State.COMPLETING:  # until somebody clears away what is in its way
-            await self._keeper.warn([f"it cannot end yet: {error.message}"])
+        if self.job.state in (State.COMPLETING, State.ABORTING):  # until somebody clears away what is in its way
+            await self._keeper.warn([f"{CANNOT_END}: {error.message}"])
         message = await self._inbox.next(self._w.limits.settle_retry)
         if message is not None and message.ask is not Ask.LOOK:
             await self._request(message)

@@ -312,7 +312,7 @@ class Engine:
             )
 
     def _refuse_when_busy(self, spec: JobSpec, plan: Plan) -> None:
-        """One job per chain; also not while the end of the job before is still being cleared away."""
+        """One job per chain, and per target; also not while the end of the chain's job before is being cleared away."""
         for actor in self._actors.values():
             other = actor.job
             if other.before.top.file == plan.before.top.file:
@@ -324,6 +324,17 @@ class Engine:
                     field="target",
                     value=spec.target,
                     remedy=ended if other.state.terminal else wait,
+                    holders=[str(other.holder)],
+                )
+
+            if _same_target(other, plan):
+                assert plan.target is not None
+                raise JobError(
+                    "busy",
+                    f"{plan.target.path!r} is the target of job {other.id} ({other.state})",
+                    field="dest",
+                    value=spec.dest,
+                    remedy=f"copy somewhere else, or `hostagent job abort {other.id}`",
                     holders=[str(other.holder)],
                 )
 
@@ -402,3 +413,11 @@ def _files(job: Job) -> set[FileId]:
     """All that the job has leased."""
     layers = {layer.file for layer in job.before.layers}
     return layers | ({job.target.file} if job.target and job.target.file else set())
+
+
+def _same_target(job: Job, plan: Plan) -> bool:
+    """Whether the job, which has not ended, writes the copy's target, or makes a file of that name."""
+    if job.state.terminal or job.target is None or plan.target is None:
+        return False
+    same = job.target.file is not None and job.target.file == plan.target.file
+    return same or job.target.path == plan.target.path

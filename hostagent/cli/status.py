@@ -35,7 +35,7 @@ def _status(args: argparse.Namespace) -> int:
         terminal.data({"host": host, "jobs": jobs, "exports": exports})
         return EXIT_OK
     _print_head(terminal, host)
-    _print_alarms(terminal, host, exports)
+    _print_alarms(terminal, host, jobs, exports)
     _print_jobs(terminal, jobs)
     _print_exports(terminal, exports)
     _print_errors(terminal, host.get("last_errors") or [])
@@ -82,10 +82,11 @@ def _data(state: Json | None) -> str:
     return f"data daemon, pid {state.get('pid')}" if state.get("running") else f"no data daemon: {state.get('error')}"
 
 
-def _print_alarms(terminal: Terminal, host: Json, exports: list[Json]) -> None:
+def _print_alarms(terminal: Terminal, host: Json, jobs: list[Json], exports: list[Json]) -> None:
     alarms = [
         *_store_alarms(host),
         *_daemon_alarms(host),
+        *_job_alarms(jobs),
         *_export_alarms(exports),
         *_file_alarms(host),
         *_revocation_alarms(host),
@@ -119,6 +120,17 @@ def _daemon_alarms(host: Json) -> list[tuple[str, str]]:
         remedy = f"it holds {orphan.get('holds') or 'nothing'}; when nothing uses that: kill {orphan['pid']}"
         found.append((what, remedy))
     return found
+
+
+def _job_alarms(jobs: list[Json]) -> list[tuple[str, str]]:
+    """Jobs that something keeps from ending: they keep their slot meanwhile."""
+    return [
+        (f"job {job['id']} of {job['path']}: {warning}", f"see to that; hostagent job show {job['id']}")
+        for job in jobs
+        if job["state"] in ("completing", "aborting")
+        for warning in (job.get("warnings") or [])[-1:]
+        if warning.startswith("it cannot end yet")
+    ]
 
 
 def _export_alarms(exports: list[Json]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ that is cut off leaves nothing of them behind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ from jobs.errors import JobError
 from jobs.model import Layer
 
 T = TypeVar("T")
+
+NAMED = 8
+"""Bitmaps that a warning names."""
 
 
 async def look(fd: int, base: Layer, timeout: float, *, pruned: bool) -> tuple[tuple[Cost, ...], tuple[str, ...]]:
@@ -38,6 +42,20 @@ async def look(fd: int, base: Layer, timeout: float, *, pruned: bool) -> tuple[t
             raise
         return (), (f"the bitmaps of {base.path}: {error.message}",)
     return found, () if pruned else _warnings(base.path, found)
+
+
+async def stay_behind(layers: Sequence[Layer], fds: Sequence[int], timeout: float) -> tuple[str, ...]:
+    """What somebody should know who relies on bitmaps of an image that is copied: QEMU copies none."""
+    names: set[str] = set()
+    for layer, fd in zip(layers, fds, strict=False):
+        if layer.format == "qcow2":
+            with contextlib.suppress(JobError):  # whoever reads them says so
+                names |= set(await _aside(_names, fd, path=layer.path, timeout=timeout))
+    if not names:
+        return ()
+    listed = ", ".join(sorted(names)[:NAMED]) + (", …" if len(names) > NAMED else "")
+    text = f"the copy has none of the image's {len(names)} bitmaps ({listed}): who relies on them begins anew with it"
+    return (text,)
 
 
 async def prune(chain: PreparedChain, node: Node, timeout: float) -> None:

@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hostagent.images.header import is_empty
+from hostagent.images.header import is_empty, is_plain
 from jobs.errors import JobError
 from jobs.model import FileId, Target
 
 log = logging.getLogger(__name__)
 
 ACL_GROUP_OBJ = 0x04  # linux/posix_acl.h
+OWN = ".hostagent-"
+"""How the name of an unfinished file begins."""
 
 
 def unfit(path: str, why: str, remedy: str) -> JobError:
@@ -29,11 +31,15 @@ def unfit(path: str, why: str, remedy: str) -> JobError:
 
 
 def part_of(target: Target, job_id: str) -> str:
-    return str(Path(target.path).with_name(f".hostagent-{job_id}"))
+    return str(Path(target.path).with_name(f"{OWN}{job_id}"))
 
 
 def new(dest: str, format_: str, pools: Sequence[str] | None) -> Target:
     """A target that is not there yet; for who may not name any image it must lie in a pool."""
+    if not is_plain(dest):
+        raise unfit(dest, "contains control characters", "choose another name")
+    if Path(dest).name.startswith(OWN):
+        raise unfit(dest, f"is a name of the agent's own ({OWN}…)", "choose another name")
     path = Path(os.path.realpath(Path(dest).parent), Path(dest).name)
     if pools is not None and not any(path.is_relative_to(os.path.realpath(pool)) for pool in pools):
         remedy = f"copy into a pool, or add {path.parent} to images.pools"
@@ -41,10 +47,14 @@ def new(dest: str, format_: str, pools: Sequence[str] | None) -> Target:
     if not path.parent.is_dir():
         remedy = "make the folder, or correct the path"
         raise JobError("not_found", f"there is no folder {str(path.parent)!r}", field="dest", value=dest, remedy=remedy)
-    if os.path.lexists(path):
-        remedy = "choose another name; to write over an existing image, say --reuse-external"
-        raise JobError("conflict", f"{dest!r} exists", field="dest", value=dest, remedy=remedy)
-    return Target(str(path), format_, made=True)
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return Target(str(path), format_, made=True)
+    except OSError as error:  # a name that is too long, for one
+        raise unfit(dest, f"cannot be a file's name there: {error.strerror}", "choose another name") from error
+    remedy = "choose another name; to write over an existing image, say --reuse-external"
+    raise JobError("conflict", f"{dest!r} exists", field="dest", value=dest, remedy=remedy)
 
 
 def refuse_own_data(dest: str, fd: int) -> None:
@@ -250,11 +260,14 @@ def delete(target: Target, job_id: str, place: str | None) -> None:
 
 
 def _unlink(path: Path, file: FileId | None) -> None:
-    """Only the very file; None is any. What is gone is gone."""
-    with contextlib.suppress(FileNotFoundError):
+    """Only the very file; None is any. What is gone is gone, and what can be no name is none."""
+    try:
         found = os.lstat(path)
         if file is None or FileId(found.st_dev, found.st_ino) == file:
             path.unlink()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise
 
 
 def _os_error(target: Target, error: OSError) -> JobError:

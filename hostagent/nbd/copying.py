@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hostagent.images.chain import OpenChain
-from hostagent.nbd import copy_files
+from hostagent.nbd import base_bitmaps, copy_files
 from hostagent.nbd import device_targets as devices
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.network import closed_server
@@ -76,6 +76,8 @@ class Copy:
         ample = None if preview else enough(source.top, left)
         growth = ample or await self._space.of_copy(opened, len(layers), format_, existing)
         warnings = judge(spec, growth, left, f"the target {target.path!r}", field="dest")
+        if spec.completion is not Completion.FINISH:
+            warnings += await base_bitmaps.stay_behind(layers, opened.fds, self._timeout)
         found = {"space": {"need": growth.need, "free": left}}
         return Plan(source, copy.after(source, spec, target), 0, warnings, found, target)
 

@@ -357,6 +357,44 @@ def test_a_target_that_cannot_be_one_is_refused(agent: AgentProcess, images: Pai
 
 
 @pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("n" * 256, "File name too long"),
+        ("\u00e9" * 128, "File name too long"),
+        ("a\nb", "control characters"),
+        ("\x1b[31m", "control characters"),
+        (".hostagent-job", "agent's own"),
+    ],
+)
+def test_a_name_that_no_copy_can_have_is_refused(agent: AgentProcess, images: Pair, name: str, words: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        copy(agent, images.top, images.folder / name, completion="finish")
+    assert (refused.value.code, refused.value.body["field"]) == ("invalid", "dest")
+    assert words in refused.value.body["detail"]
+    assert_nothing_left(agent, images.folder)
+    assert copy(agent, images.top, images.folder / ("n" * 255), completion="finish")["state"] == "completed"
+
+
+def test_a_target_has_one_copy_at_a_time(agent: AgentProcess, images: Pair) -> None:
+    other, dest = overlay(images.folder / "other.qcow2", images.base), images.folder / "copy.qcow2"
+    job = started(agent, images.top, dest, bandwidth=SLOW, completion="finish")
+    with pytest.raises(ApiError) as refused:
+        copy(agent, other, dest, completion="finish")
+    assert (refused.value.code, refused.value.body["holders"]) == ("busy", [f"job:{job['id']}"])
+    agent.post(f"/v1/jobs/{job['id']}/abort")
+    agent.until_ended(job["id"])
+    assert copy(agent, other, dest, completion="finish")["state"] == "completed"
+
+
+def test_bitmaps_that_a_pivot_leaves_behind_are_said(agent: AgentProcess, images: Pair) -> None:
+    subprocess.run(["qemu-img", "bitmap", "--add", str(images.top), "daily"], check=True)
+    dest = images.folder / "copy.qcow2"
+    assert "(daily)" in copy(agent, images.top, dest, completion="pivot")["warnings"][0]
+    again = images.folder / "again.qcow2"
+    assert copy(agent, images.top, again, completion="finish")["warnings"] == [], "the image keeps them"
+
+
+@pytest.mark.parametrize(
     ("spec", "code", "field"),
     [
         ({}, "invalid", "dest"),

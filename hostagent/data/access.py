@@ -95,5 +95,4 @@ def _opening(spec: Spec, shared: dict[str, Any]) -> Opening:
         bitmap=spec.bitmap,
         image=spec.image,
         shared=shared,
-        ticket=spec.uuid,
     )

@@ -32,7 +32,7 @@ from hostagent.data.control import Control, ControlBounds
 from hostagent.data.downloads import Downloads
 from hostagent.data.errors import HttpError
 from hostagent.data.front import Front
-from hostagent.data.handover import Descriptors, Handover
+from hostagent.data.handover import HANDED, Descriptors, Handover, claim
 from hostagent.data.images import Images
 from hostagent.data.listeners import inherited, listen
 from hostagent.data.metrics import Metrics
@@ -57,19 +57,22 @@ class Daemon:
         self.metrics = Metrics()
         audit = Audit(None if settings.audit == UNSET else settings.audit)
         host = Rate(settings.rate)
+        self._descriptors = Descriptors(settings.tickets, settings.handover_wait)
 
         def told(what: str, ticket: Ticket, by: str) -> None:
             audit.tell(what, ticket, by)
             if what in ("revoked", "stuck"):
                 self.metrics.count("data_revocations_total", "done" if what == "revoked" else "timeout")
 
-        self.tickets = Tickets(most=settings.tickets, lane=lambda own: Lane(Rate(own), host), told=told)
-        self.metrics.tickets = self.tickets
-        self.descriptors = Descriptors(settings.tickets, settings.handover_wait)
-        self._certificate = _certificate(settings)
-        access = Access(
-            self.tickets, registry(config, self.descriptors, self.metrics), self.metrics, settings.turn_timeout
+        self.tickets = Tickets(
+            most=settings.tickets,
+            lane=lambda own: Lane(Rate(own), host),
+            told=told,
+            given=lambda ticket: {HANDED: self._descriptors.take(ticket)},
         )
+        self.metrics.tickets = self.tickets
+        self._certificate = _certificate(settings)
+        access = Access(self.tickets, registry(config, self.metrics), self.metrics, settings.turn_timeout)
         uploads = Uploads(access, settings.ticket_size)
         images = Images(access, Downloads(access), uploads, _name(settings.local_socket))
         control = Control(
@@ -90,7 +93,7 @@ class Daemon:
         ]
         self._fronts: list[Front] = []
         if (listener := listeners.get("handover")) is not None:
-            self._fronts.append(Handover(listener, self.descriptors, settings.header_timeout))
+            self._fronts.append(Handover(listener, self._descriptors, settings.header_timeout))
         if (listener := listeners.get("cloudstack")) is not None:
             cloudstack.Forms(uploads).add_to(images.routes)
             self._fronts.append(cloudstack.CloudStack(listener, self.tickets, access.usable, _cloudstack(settings)))
@@ -123,7 +126,7 @@ class Daemon:
     def _expire(self) -> None:
         while not self._ending.wait(self._settings.expiry_interval):
             self.tickets.stop_expired(self._settings.keep_expired)
-            self.descriptors.look(lambda ticket: self.tickets.get(ticket) is not None)
+            self._descriptors.look()
 
 
 def run(config: Config, given: Mapping[str, int], mark: str = "") -> int:
@@ -158,11 +161,11 @@ def _keep_to_ourselves() -> None:
             log.warning("prctl failed", extra={"fields": {"option": option, "error": os.strerror(ctypes.get_errno())}})
 
 
-def registry(config: Config, descriptors: Descriptors, metrics: Metrics) -> Registry:
+def registry(config: Config, metrics: Metrics) -> Registry:
     """The backends of this daemon, by their schemes."""
     settings, found, holds = config.data, Registry(), Holds()
     found.register("file", files(settings.allow_paths, holds))
-    found.register("fd", handed_over(descriptors.claim, holds))
+    found.register("fd", handed_over(claim, holds))
     waits = NbdSettings(
         settings.nbd_connect_timeout, settings.nbd_timeout, settings.nbd_connections, settings.nbd_flush_timeout
     )
@@ -170,7 +173,7 @@ def registry(config: Config, descriptors: Descriptors, metrics: Metrics) -> Regi
     direct = mapped(
         nbd,
         settings.allow_paths,
-        descriptors.claim,
+        claim,
         holds,
         _map_limits(config),
         told=lambda _: metrics.count("data_unmapped_total"),

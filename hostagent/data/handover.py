@@ -2,8 +2,9 @@
 
 One message on a socket of its own (SOCK_SEQPACKET, which keeps messages whole): JSON `{"ticket": UUID, "name": …,
 "files": N}` with N descriptors, or with `"files": 0` to take the name back. The answer is `{"ok": true}` or
-`{"error": …}`. They are that ticket's alone, whoever else may make tickets, and go with it: so the ticket comes after
-them, and soon. A backend gets a duplicate, so that what is taken back ends with the last transfer that uses it.
+`{"error": …}`. They wait for the ticket of that id, which comes next, and are its own from then on: whoever else may
+make tickets has no part in them, not even by another one of the same id, and they are closed when it is revoked. A
+backend gets duplicates.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 from hostagent.data.front import Front
 from hostagent.errors import AgentError
@@ -24,69 +25,92 @@ from hostagent.errors import AgentError
 MESSAGE_MOST = 64 * 1024
 FILES_MOST = 201
 """The layers of the longest chain, and a map."""
-MOMENT = 1.0
-"""Seconds; a ticket that is given anew is not there for less."""
+HANDED = "handed"
+"""Its name in Ticket.shared, and so in Opening.shared."""
 
 
-@dataclass(slots=True)
-class _Held:
-    """`since` when, on the monotonic clock, it is here, or its ticket was seen (`used`)."""
+class Handed:
+    """What was handed over for one ticket, by name. Of a ticket that has ended nothing is left, nor comes."""
 
-    fds: list[int]
-    since: float
-    used: bool = False
-
-
-class Descriptors:
-    """What was handed over, by ticket and name: `most` of them, for `patience` s without their ticket."""
-
-    def __init__(self, most: int, patience: float) -> None:
-        self._most = most
-        self._patience = patience
-        self._held: dict[tuple[str, str], _Held] = {}
+    def __init__(self) -> None:
+        self._held: dict[str, list[int]] = {}
+        self._closed = False
         self._lock = threading.Lock()
 
-    def put(self, ticket: str, name: str, fds: list[int]) -> None:
+    def put(self, name: str, fds: list[int]) -> None:
         """Takes the descriptors. No descriptor takes the name back."""
-        key = (ticket, name)
         with self._lock:
-            if fds and key not in self._held and len(self._held) >= self._most:
-                _close(fds)
-                raise AgentError("limit", f"there are {self._most} names already", remedy="take some back")
-            old = self._held.pop(key, None)
-            if fds:
-                self._held[key] = _Held(fds, time.monotonic())
-        if old is not None:
-            _close(old.fds)
+            old = self._held.pop(name, [])
+            if fds and not self._closed:
+                self._held[name], fds = fds, []
+        _close([*old, *fds])
 
-    def look(self, is_there: Callable[[str], bool]) -> None:
-        """Close what was for tickets that have gone, or did not come."""
-        now, ended = time.monotonic(), []
-        with self._lock:
-            for key, held in list(self._held.items()):
-                if is_there(key[0]):
-                    held.used, held.since = True, now
-                elif now - held.since > (MOMENT if held.used else self._patience):
-                    ended.append(self._held.pop(key))
-        for held in ended:
-            _close(held.fds)
-
-    def claim(self, ticket: str, name: str) -> list[int]:
+    def claim(self, name: str) -> list[int]:
         """Duplicates, which are the caller's; AgentError not_found."""
         with self._lock:
-            held = self._held.get((ticket, name))
+            held = self._held.get(name)
             if held is None:
-                message = f"no image {name!r} was handed over for this ticket"
-                raise AgentError("not_found", message, field="url", value=f"fd:{name}")
-            held.used, held.since = True, time.monotonic()
+                raise AgentError("not_found", f"no image {name!r} was handed over for this ticket", field="url")
             found: list[int] = []
             try:
-                for fd in held.fds:
+                for fd in held:
                     found.append(os.dup(fd))
             except OSError as error:
                 _close(found)
                 raise AgentError("limit", f"no descriptors are left: {error.strerror}") from error
             return found
+
+    def close(self) -> None:
+        with self._lock:
+            held, self._held, self._closed = self._held, {}, True
+        for fds in held.values():
+            _close(fds)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+class Descriptors:
+    """What waits for its ticket: for `most` tickets, for `patience` s each."""
+
+    def __init__(self, most: int, patience: float) -> None:
+        self._most = most
+        self._patience = patience
+        self._waiting: dict[str, tuple[Handed, float]] = {}
+        self._lock = threading.Lock()
+
+    def put(self, ticket: str, name: str, fds: list[int]) -> None:
+        """Takes the descriptors."""
+        with self._lock:
+            if fds and ticket not in self._waiting and len(self._waiting) >= self._most:
+                _close(fds)
+                raise AgentError("limit", f"{self._most} tickets are waited for already", remedy="take some back")
+            handed, _ = self._waiting.get(ticket) or (Handed(), 0.0)
+            handed.put(name, fds)
+            if len(handed):
+                self._waiting[ticket] = handed, time.monotonic()
+            else:
+                self._waiting.pop(ticket, None)
+
+    def take(self, ticket: str) -> Handed:
+        """What waited for this ticket, which is there now."""
+        with self._lock:
+            return self._waiting.pop(ticket, (Handed(), 0.0))[0]
+
+    def look(self) -> None:
+        """Close what was for tickets that did not come."""
+        limit = time.monotonic() - self._patience
+        with self._lock:
+            late = [ticket for ticket, (_, since) in self._waiting.items() if since < limit]
+            ended = [self._waiting.pop(ticket)[0] for ticket in late]
+        for handed in ended:
+            handed.close()
+
+
+def claim(shared: Mapping[str, Any], name: str) -> list[int]:
+    """What was handed over by that name for the ticket that shares these; AgentError not_found."""
+    handed: Handed = shared.get(HANDED) or Handed()
+    return handed.claim(name)
 
 
 class Handover(Front):
@@ -106,7 +130,7 @@ class Handover(Front):
                 ticket, name, files = found["ticket"], found["name"], found["files"]
                 if not all(isinstance(one, str) and 0 < len(one) <= 128 for one in (ticket, name)) or files != len(fds):
                     raise ValueError("ticket, name, files")
-            except (ValueError, LookupError, TypeError) as error:
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
                 _close(fds)
                 sock.sendall(json.dumps({"error": f"not understood: {error}"[:200]}).encode())
                 continue
@@ -128,7 +152,10 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:
     if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         _close(list(fds))
         raise AgentError("limit", "a handover with too much in it")
-    return (text, list(fds)) if text else None
+    if not text:
+        _close(list(fds))
+        return None
+    return text, list(fds)
 
 
 def _close(fds: list[int]) -> None:

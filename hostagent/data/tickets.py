@@ -201,13 +201,22 @@ class Ticket:
 
 
 class Tickets:
-    """`told` hears of each grant, extension and revocation (the audit): granted, extended, revoked, and stuck for
-    a revocation that did not end what runs in time; `by` is who asked. Bounded by `most`."""
+    """`given` is what a new ticket of that id shares from the beginning. `told` hears of each grant, extension and
+    revocation (the audit): granted, extended, revoked, and stuck for a revocation that did not end what runs in time;
+    `by` is who asked. Bounded by `most`."""
 
-    def __init__(self, *, most: int, lane: Callable[[int], Lane], told: Callable[[str, Ticket, str], None]) -> None:
+    def __init__(
+        self,
+        *,
+        most: int,
+        lane: Callable[[int], Lane],
+        told: Callable[[str, Ticket, str], None],
+        given: Callable[[str], dict[str, Any]] = lambda _: {},
+    ) -> None:
         self._most = most
         self._lane = lane
         self._told = told
+        self._given = given
         self._tickets: dict[str, Ticket] = {}
         self._lock = threading.Lock()
 
@@ -236,6 +245,7 @@ class Tickets:
                     if len(self._tickets) >= self._most:
                         message = f"There are {self._most} tickets already (data.tickets)"
                         raise HttpError(429, message, remedy="delete those that are not needed")
+                    ticket.shared = self._given(spec.uuid)
                     self._tickets[spec.uuid] = ticket
                     break
             self._revoke(old, wait, by)

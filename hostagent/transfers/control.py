@@ -49,8 +49,8 @@ class Control:
         self._call("DELETE", _path(ticket_id))
 
     def hand_over(self, ticket_id: str, name: str, fds: Sequence[int]) -> None:
-        """The daemon gets duplicates of these for the ticket that is added next, under `name`: `fd:NAME` is the URL of
-        an image of one file. They go with the ticket. None of them takes the name back; what has begun goes on."""
+        """The daemon gets duplicates of these for a ticket of a new id that is added next, under `name`: `fd:NAME` is
+        the URL of an image of one file. They go with the ticket. None takes the name back, until that is there."""
         message = json.dumps({"ticket": ticket_id, "name": name, "files": len(fds)}).encode()
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:

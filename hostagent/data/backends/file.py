@@ -56,7 +56,7 @@ def handed_over(claim: Claim, holds: Holds) -> Factory:
         name = opening.url.partition(":")[2]
 
         def grasp() -> Held:
-            fds = claim(opening.ticket, name)
+            fds = claim(opening.shared, name)
             try:
                 _check_handed(fds, opening)
             except BaseException:

@@ -56,7 +56,7 @@ def mapped(
         check_image(image)
         known = opening.shared.get(SHARED)
         if known is None:
-            theirs = functools.partial(claim, opening.ticket)
+            theirs = functools.partial(claim, opening.shared)
             made = SharedMap(lambda: open_layers(image, folders, theirs, holds), limits)
             known = opening.shared.setdefault(SHARED, made)
         return MappedBackend(export, known, told)

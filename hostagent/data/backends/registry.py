@@ -15,7 +15,7 @@ from hostagent.errors import AgentError
 class Opening:
     """How a ticket wants its image opened: `url` as the ticket has it, `size` its limit in bytes, `sparse` whether
     zeroing may free space, `bitmap` which dirty bitmap is meant where there are several. `image` is the read-only image
-    behind an NBD export, for reads that need not cross it; `ticket` the ticket's id, for what was handed over for it.
+    behind an NBD export, for reads that need not cross it.
 
     `shared` is the ticket's: what its backends share, under names of theirs (several threads use it: setdefault); each
     value has a `close()`, called when the ticket ends.
@@ -29,12 +29,11 @@ class Opening:
     bitmap: str | None = None
     image: Mapping[str, object] | None = None
     shared: dict[str, Any] = field(default_factory=dict)
-    ticket: str = field(default="", repr=False)
 
 
-Claim = Callable[[str, str], list[int]]
-"""Duplicates of the descriptors that were handed over for a ticket by a name, for the caller to close; AgentError
-not_found."""
+Claim = Callable[[Mapping[str, Any], str], list[int]]
+"""Of what a ticket shares: duplicates of the descriptors that were handed over for it by a name, for the caller to
+close; AgentError not_found."""
 
 Factory = Callable[[Opening], ImageBackend]
 """Checks the URL (AgentError invalid, denied) and returns a backend that opens nothing before its first use."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from hostagent.drivers.domain_xml import Disk, Domain
 from hostagent.drivers.domains import Domains
@@ -93,6 +93,13 @@ class Disks:
             if error.code == "not_found":  # a transient domain that ended, or one that was undefined after its end
                 return None, None
             raise
+
+    async def fail_as(self, drive: Drive, error: JobError) -> NoReturn:
+        """Raise what kept a job from beginning: that the guest has ended, where it has."""
+        with contextlib.suppress(JobError):
+            if (await self.look(drive))[0] is None:
+                error = stopped(drive)
+        raise error
 
     async def describe(self, drive: Drive) -> Disk:
         """The disk and its live chain."""

@@ -136,7 +136,8 @@ class GuestDriver:
         found = await self._files(lambda: chain.files_of(disk))
         if found not in ([layer.file for layer in job.before.layers], [layer.file for layer in job.after.layers]):
             message = f"the chain of {drive} is not what it was when the job was planned"
-            raise JobError("image_changed", message, remedy="look at it, and start the pull again")
+            remedy = "look at it, and start the pull again"
+            await self._disks.fail_as(drive, JobError("image_changed", message, remedy=remedy))
         await self._holding.begin(job)
         return {}
 
@@ -166,7 +167,9 @@ class GuestDriver:
             await self._pulling.begin(job)
         except JobError as error:
             known.ours = known.ours or error.code == "unresponsive"  # it may have begun
-            raise
+            if error.code != "job_failed":
+                raise
+            await self._disks.fail_as(drive_of(job), error)
         known.ours = known.sure = True
 
     async def advance(self, job: Job, stop: asyncio.Event) -> int:

@@ -115,7 +115,8 @@ class Mirrors:
         disk = await self._disks.describe(drive)
         if not await self._shows(disk, job.before) and not await self._work(job.spec).proven(job, disk):
             message = f"the chain of {drive} is not what it was when the job was planned"
-            raise JobError("image_changed", message, remedy=f"look at it, and start the {job.spec.operation} again")
+            remedy = f"look at it, and start the {job.spec.operation} again"
+            await self._disks.fail_as(drive, JobError("image_changed", message, remedy=remedy))
         await self._holding.begin(job)
         return await self._work(job.spec).make_ready(job)
 
@@ -142,7 +143,9 @@ class Mirrors:
                 await work.begin(job, disk)
             except JobError as error:
                 known.ours = known.ours or error.code in ("unresponsive", "unavailable")  # it may have begun
-                raise
+                if error.code != "job_failed":
+                    raise
+                await self._disks.fail_as(drive, error)
         known.ours = True
 
     async def observe(self, job: Job) -> Observation:

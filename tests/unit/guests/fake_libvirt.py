@@ -7,11 +7,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hostagent.drivers.domain_claims import DomainClaims
 from hostagent.drivers.domain_xml import Disk, LiveLayer, SourceType
 from hostagent.drivers.libvirt import BlockJobInfo
+from hostagent.guests.disks import stopped
 from hostagent.guests.driver import GuestDriver, Settings
 from hostagent.guests.finding import Finder
 from hostagent.guests.holding import Holding
@@ -71,6 +72,9 @@ class FakeDisks:
         index = None if self.defined else 1
         layers = [LiveLayer(SourceType.FILE, str(path), "qcow2", index) for path in self.paths]
         return Disk("vda", "disk", tuple(layers), True, False)
+
+    async def fail_as(self, drive: Drive, error: JobError) -> NoReturn:
+        raise stopped(drive) if self.run is None else error
 
     async def pull(self, drive: Drive, base: str | None, bandwidth: int) -> None:
         self._answer(f"pull to {base}")

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hostagent.api import problem
+from hostagent.api.peer import NOBODY, Peer, Places
+from hostagent.api.peercred import SCOPE_KEY
 from hostagent.errors import AgentError
 
 _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)  # a string whole, or one bracket
@@ -37,22 +39,22 @@ class Limits:
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app = app
         self._limits = limits
-        self._running = 0
+        self._places = Places(limits.max_connections)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self._running >= self._limits.max_connections:
+        peer: Peer = scope.get(SCOPE_KEY, NOBODY)
+        if not self._places.take(peer):
             await problem.answer("limit", "too many requests at once", field="api.max_connections")(
                 scope, receive, send
             )
             return
-        self._running += 1
         try:
             await self._run(scope, receive, send)
         finally:
-            self._running -= 1
+            self._places.leave(peer)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name: value for name, value in scope["headers"]}

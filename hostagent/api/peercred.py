@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hostagent.api import problem
-from hostagent.api.peer import NOBODY, Peer
+from hostagent.api.peer import NOBODY, Peer, Places
 
 log = logging.getLogger(__name__)
 
@@ -127,25 +127,27 @@ class Deadline:
 def protocol(policy: PeerPolicy, *, max_connections: int, stall_timeout: float) -> type[H11Protocol]:
     """The class that uvicorn makes one of for each connection (its `http` setting)."""
 
+    places = Places(max_connections)
+
     class PeerProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             self._head = Deadline(stall_timeout, transport.abort)
             self._unread = Deadline(stall_timeout, transport.abort)
             super().connection_made(transport)
-            self._refused = len(self.connections) > max_connections
+            self._peer = peer_of(transport.get_extra_info("socket"))
+            self._refused = not places.take(self._peer)
             if self._refused:
                 # One who is turned away is heard first: a client that still sends when the door is closed sees a broken
                 # pipe instead of the reason. How many may wait for that is bounded, too.
                 log.warning("refused a connection: %d are open (api.max_connections)", max_connections)
                 self._head.start()
-                if len(self.connections) > 2 * max_connections:
+                if len(self.connections) > len(places) + max_connections:
                     self._turn_away()
                 return
-            peer = peer_of(transport.get_extra_info("socket"))
-            allowed = policy.allows(peer)
+            allowed = policy.allows(self._peer)
             if not allowed:
-                log.warning("refused a connection of pid %d, uid %d", peer.pid, peer.uid)
-            self.app = Guarded(self.app, peer, allowed=allowed)
+                log.warning("refused a connection of pid %d, uid %d", self._peer.pid, self._peer.uid)
+            self.app = Guarded(self.app, self._peer, allowed=allowed)
             self._head.start()
 
         def data_received(self, data: bytes) -> None:
@@ -159,6 +161,8 @@ def protocol(policy: PeerPolicy, *, max_connections: int, stall_timeout: float) 
                 self._head.stop()
 
         def connection_lost(self, exc: Exception | None) -> None:
+            if not self._refused:
+                places.leave(self._peer)
             self._head.stop()
             self._unread.stop()
             super().connection_lost(exc)

@@ -22,6 +22,8 @@ from events.bus import RESYNC, Bus, Closed, Item, Subscription
 from events.cloudevents import to_json, type_of
 from events.model import Record
 from hostagent.api import problem
+from hostagent.api.peer import NOBODY, Peer, Places
+from hostagent.api.peercred import SCOPE_KEY
 
 PAGE = 500  # records that one replay step holds in memory
 
@@ -53,14 +55,10 @@ class Streams:
         self._log = log
         self._bus = bus
         self._settings = settings
-        self.open = 0
+        self.places = Places(settings.subscribers)
 
     def response(self, since: int | None) -> Response:
         return EventStream(self, since)
-
-    @property
-    def full(self) -> bool:
-        return self.open >= self._settings.subscribers
 
     async def chunks(self, since: int | None) -> AsyncGenerator[bytes, None]:
         """What one client gets. Ends when the bus closes."""
@@ -120,7 +118,8 @@ class EventStream(Response):
         self._since = since
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._streams.full:
+        peer: Peer = scope.get(SCOPE_KEY, NOBODY)
+        if not self._streams.places.take(peer):
             refusal = problem.answer(
                 "limit",
                 "too many event streams are open",
@@ -129,7 +128,6 @@ class EventStream(Response):
             )
             await refusal(scope, receive, send)
             return
-        self._streams.open += 1
         writer = asyncio.create_task(self._write(send))
         leaver = asyncio.create_task(_left(receive))
         try:
@@ -137,7 +135,7 @@ class EventStream(Response):
             if writer.done():
                 writer.result()
         finally:
-            self._streams.open -= 1
+            self._streams.places.leave(peer)
             await _ended(writer, leaver)
 
     async def _write(self, send: Send) -> None:

@@ -143,7 +143,9 @@ def refuse_strange(target: Target, fd: int) -> None:
     ours = [path for path in (target.part, target.path) if path is not None and _leads_to(path, target.file)]
     names = os.fstat(fd).st_nlink
     if not ours:
-        lies = f"; what was copied lies at {place(fd)!r}" if names else ""
+        where = place(fd)
+        stays = names and (target.part is None or Path(where).name != Path(target.part).name)  # or it is deleted
+        lies = f"; what was copied lies at {where!r}" if stays else ""
         raise _strange(target, f"was moved, deleted or replaced, or its folder was{lies}", "leave it where it is")
     if names > len(ours):
         why = f"has {names - len(ours)} more hard link(s), so that no path tells whose it is"

@@ -161,7 +161,7 @@ def test_streams_are_bounded_and_a_place_is_given_back(serve):
         with streaming(agent), streaming(agent) as refused:
             assert refused.status == 429
         deadline = time.monotonic() + 5
-        while agent.front.streams.open and time.monotonic() < deadline:
+        while len(agent.front.streams.places) and time.monotonic() < deadline:
             time.sleep(0.02)
         with streaming(agent) as stream:
             assert stream.status == 200
@@ -185,10 +185,10 @@ def test_a_client_that_does_not_read_is_cut_off(serve):
         client.sendall(b"GET /v1/events HTTP/1.1\r\nhost: x\r\n\r\n")
         assert client.recv(100).startswith(b"HTTP/1.1 200")
         deadline = time.monotonic() + 20
-        assert agent.front.streams.open == 1
-        while agent.front.streams.open and time.monotonic() < deadline:
+        assert len(agent.front.streams.places) == 1
+        while len(agent.front.streams.places) and time.monotonic() < deadline:
             agent.on_loop(lambda: [agent.service.happen("x" * 1000) for _ in range(100)])
-        assert agent.front.streams.open == 0
+        assert len(agent.front.streams.places) == 0
 
 
 def test_a_client_that_leaves_during_the_replay_gets_no_more(agent, monkeypatch, caplog):
@@ -211,7 +211,7 @@ def test_a_client_that_leaves_during_the_replay_gets_no_more(agent, monkeypatch,
         client.connect(str(agent.path))
         client.sendall(b"GET /v1/events?since=0 HTTP/1.1\r\nhost: x\r\n\r\n")
         deadline = time.monotonic() + 30
-        while (agent.front.streams.open or not told) and time.monotonic() < deadline:
+        while (len(agent.front.streams.places) or not told) and time.monotonic() < deadline:
             time.sleep(0.02)
     assert 0 < told < 10
     assert [record.message for record in caplog.records if record.name == "asyncio"] == []

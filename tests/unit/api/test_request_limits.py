@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -9,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running_agent import UnixConnection
 
+from hostagent.api import peercred
 from hostagent.api.limits import check_json, nesting
+from hostagent.api.peer import Peer, Places
+from hostagent.api.peercred import PeerPolicy
 from hostagent.errors import AgentError
 
 
@@ -115,6 +119,31 @@ def test_requests_beyond_the_limit_are_refused_while_others_run(serve):
         for poll in polls:
             poll.join(5)
         assert agent.call("GET", "/healthz").status == 200
+
+
+def test_others_who_take_up_all_places_keep_no_owner_out(serve, monkeypatch):
+    """By half-sent requests of members of the socket's group."""
+    callers = peercred.peer_of
+    monkeypatch.setattr(peercred, "peer_of", lambda sock: callers(sock)._replace(uid=4711))
+    policy = PeerPolicy(uids=frozenset({0, os.geteuid(), 4711}), gids=frozenset())
+    with serve(max_connections=2, policy=policy) as agent:
+        half = [UnixConnection(agent.path) for _ in range(2)]
+        for connection in half:
+            connection.connect()
+            connection.sock.sendall(b"GET /healthz HTTP/1.1\r\n")
+        time.sleep(0.1)
+        assert agent.call("GET", "/healthz").status == 429
+        monkeypatch.setattr(peercred, "peer_of", callers)
+        assert agent.call("GET", "/healthz").status == 200
+        for connection in half:
+            connection.close()
+
+
+def test_places_are_given_back_to_whom_they_were_taken_from():
+    places, owner, other = Places(1), Peer(1, 0, 0), Peer(2, 4711, 4711)
+    assert (places.take(other), places.take(other), places.take(owner), len(places)) == (True, False, True, 2)
+    places.leave(other)
+    assert (places.take(owner), places.take(other)) == (False, True)
 
 
 def test_a_connection_serves_one_request_after_another(agent):

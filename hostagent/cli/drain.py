@@ -65,7 +65,7 @@ def _until_drained(client: Client, state: Json, timeout: float | None) -> tuple[
         if end is not None and time.monotonic() >= end:
             return state, True
         if (summary := _summary(state)) != shown:
-            remark(f"waiting for {summary}")
+            remark(f"waiting for {summary}{'; `hostagent export stop` ends an export' if state['exports'] else ''}")
             shown = summary
         time.sleep(POLL if end is None else max(0.0, min(POLL, end - time.monotonic())))
         state = patient(lambda: client.get(ADDRESS).data)

@@ -160,8 +160,12 @@ def reason(finished: Finished, *paths: str, access: str = "r") -> tuple[str, str
 _REASONS = (
     ("setpriv: ", "unavailable", "run the agent as root, or with its own user for the storage daemons"),
     ("prlimit: ", "unavailable", "lower images.tool_cpu and images.tool_memory to what the agent itself may use"),
-    ('Failed to get "', "busy", "end the program that has it open"),
-    ('Failed to get shared "', "busy", "end the program that has it open for writing"),
+    ('Failed to get "', "busy", "end the job, export or program that has it open (`hostagent status`)"),
+    (
+        'Failed to get shared "',
+        "busy",
+        "end the job, export or program that has it open for writing (`hostagent status`)",
+    ),
     ("Input/output error", "io_error", "see the kernel's log for the storage below it"),
     ("No space left", "no_space", "make space beside the image"),
     ("Cannot allocate memory", "limit", "raise images.tool_memory"),

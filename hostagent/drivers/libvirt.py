@@ -415,6 +415,10 @@ _ERRORS: dict[str, tuple[str, str | None]] = {
 """libvirt's code → ours, and what to do. One that is not here is `job_failed`, with libvirt's text."""
 
 
+_MONITOR = ("Unable to read from monitor", "Unable to write to monitor", "End of file from qemu monitor")
+"""The guest's QEMU went away in the middle of the call (src/qemu/qemu_monitor.c): what it did of it is not known."""
+
+
 @contextlib.contextmanager
 def translated(what: str) -> Any:
     """What libvirt refuses in here is a JobError that says what was tried."""
@@ -431,6 +435,8 @@ def _job_error(what: str, error: Any) -> JobError:
     wire = origin in (_libvirt().VIR_FROM_RPC, _libvirt().VIR_FROM_REMOTE, _libvirt().VIR_FROM_STREAMS)
     codes = {getattr(_libvirt(), name): entry for name, entry in _ERRORS.items() if hasattr(_libvirt(), name)}
     code, remedy = codes.get(number, ("job_failed", None))
+    if any(words in text for words in _MONITOR):
+        code, remedy = "unresponsive", "see whether the guest has ended: `virsh domstate DOMAIN`"
     if wire and code not in ("denied", "not_supported"):
         return Lost(text)
     return JobError(code, text, remedy=remedy, libvirt_code=number)

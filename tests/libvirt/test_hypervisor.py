@@ -90,6 +90,27 @@ def test_a_killed_libvirtd_is_found_again_and_its_events_too(libvirt: PrivateLib
     asyncio.run(story())
 
 
+def test_of_a_guest_that_dies_in_the_middle_of_a_call_it_is_not_said_that_the_call_failed(
+    libvirt: PrivateLibvirt, disk: Path
+) -> None:
+    async def story() -> None:
+        guest = libvirt.guest("web1", disk)
+        guest.start(paused=True)
+        pull(guest, 1)
+        async with held(libvirt.uri) as one:
+            await one.connected()
+            with guest.frozen():
+                call = asyncio.create_task(one.block_job(guest))
+                await asyncio.wait({call}, timeout=0.3)
+                assert not call.done()
+                guest.kill()
+                with pytest.raises(JobError) as gone:
+                    await call
+                assert gone.value.code == "unresponsive", gone.value
+
+    asyncio.run(story())
+
+
 def test_a_call_under_way_ends_with_libvirtd_and_a_hung_guest_stops_no_restart(
     libvirt: PrivateLibvirt, disk: Path, folder: Path
 ) -> None:

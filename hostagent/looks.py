@@ -25,7 +25,7 @@ class Looks:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self._hanging: dict[Hashable, Hashable] = {}
+        self._hanging: list[tuple[Hashable, Hashable]] = []
 
     async def look(
         self,
@@ -36,9 +36,9 @@ class Looks:
         drop: Callable[[T], None] = lambda _: None,
     ) -> T:
         """What it found, or a Late; `drop` gets what is thrown away. Cancelled, it hangs until it returns."""
-        if key in self._hanging:
+        if any(one == key for one, _ in self._hanging):
             raise Late("an earlier look at it has not returned")
-        if sum(one == place for one in self._hanging.values()) >= MOST_HANGING:
+        if sum(one == place for _, one in self._hanging) >= MOST_HANGING:
             raise Late("earlier looks at others there have not returned")
         work = asyncio.ensure_future(asyncio.to_thread(look))
         try:
@@ -48,11 +48,11 @@ class Looks:
             raise Late(f"nothing came within {self.timeout:g} s")
         finally:
             if not work.done():
-                self._hanging[key] = place
-                work.add_done_callback(lambda work: self._returned(key, work, drop))
+                self._hanging.append((key, place))
+                work.add_done_callback(lambda work: self._returned((key, place), work, drop))
 
-    def _returned(self, key: Hashable, work: asyncio.Future[T], drop: Callable[[T], None]) -> None:
-        del self._hanging[key]
+    def _returned(self, hung: tuple[Hashable, Hashable], work: asyncio.Future[T], drop: Callable[[T], None]) -> None:
+        self._hanging.remove(hung)
         if work.cancelled():
             return
         if (error := work.exception()) is not None:

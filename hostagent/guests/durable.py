@@ -98,10 +98,11 @@ class Durable:
     async def _held(self, layers: Sequence[Layer], handles: Sequence[int], *, bare: bool) -> list[Range]:
         """What a running pull takes in nobody writes: it is remembered while the files are what they were."""
         state = await self._look(layers[0], lambda: tuple(map(_state, handles)))
+        at_rest = _at_rest(state)
         known = self._known.pop((state, bare), None)
         if known is None:
             known = await covered.held(self._tool, layers, handles, bare=bare)
-        if len(known) <= RANGES_MOST and _at_rest(state):
+        if len(known) <= RANGES_MOST and at_rest:
             self._known[state, bare] = known
             while len(self._known) > KNOWN_MOST:
                 del self._known[next(iter(self._known))]

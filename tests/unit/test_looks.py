@@ -31,9 +31,11 @@ def test_of_one_key_one_hangs_and_in_one_place_a_few() -> None:
             with pytest.raises(Late):
                 await looks.look("another", lambda: "not looked")
             assert await looks.look("another", lambda: "looked", place="elsewhere") == "looked"
+            twice = [looks.look("twice", lambda: hang("twice"), place="there", drop=dropped.append) for _ in range(2)]
+            assert all(isinstance(one, Late) for one in await asyncio.gather(*twice, return_exceptions=True))
         finally:
             go.set()
-        while len(dropped) < len(keys):
+        while len(dropped) < len(keys) + 2:
             await asyncio.sleep(0.01)
         assert await looks.look("0", lambda: "again") == "again"
 

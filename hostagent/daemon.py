@@ -409,8 +409,9 @@ class Agent:
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._watch.run(), name="watch"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
-            *(asyncio.create_task(look, name=name) for name, look in self._guests.looks().items()),
         ]
+        for look in self._guests.looks():
+            self._later(look)
         if self._data is not None:
             (self._runtime_dir / "data.toml").write_text(show(self._config))
             self._background.append(asyncio.create_task(self._data.run(), name="data"))

@@ -3,7 +3,7 @@ domains need in the ledger, made and joined. Nothing here decides anything about
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,12 +161,10 @@ class GuestJobs:
             if job.external:
                 self.external.follow(job)
 
-    def looks(self) -> Mapping[str, Coroutine[Any, Any, None]]:
-        """What reads domains and looks for the jobs of others as long as the agent lives, by name. Of another host's
-        nothing: the files of this one may have the same names."""
-        if not self._here:
-            return {}
-        return {"holding": self.holding.run(), "lookout": self._lookout.run(), "unseen": self._unseen.run()}
+    def looks(self) -> list[Coroutine[Any, Any, None]]:
+        """What reads domains and looks for the jobs of others as long as the agent lives. Of another host's nothing:
+        the files of this one may have the same names."""
+        return [self.holding.run(), self._lookout.run(), self._unseen.run()] if self._here else []
 
     def settled(self, job: Job) -> None:
         self._lookout.settled(job)

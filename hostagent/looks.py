@@ -41,15 +41,16 @@ class Looks:
         if sum(one == place for _, one in self._hanging) >= MOST_HANGING:
             raise Late("earlier looks at others there have not returned")
         work = asyncio.ensure_future(asyncio.to_thread(look))
+        hung = (key, place)
         try:
             await asyncio.wait({work}, timeout=self.timeout)
             if work.done():
                 return work.result()
             raise Late(f"nothing came within {self.timeout:g} s")
-        finally:
-            if not work.done():
-                self._hanging.append((key, place))
-                work.add_done_callback(lambda work: self._returned((key, place), work, drop))
+        except (asyncio.CancelledError, Late):
+            self._hanging.append(hung)
+            work.add_done_callback(lambda work: self._returned(hung, work, drop))  # at once, if it is done
+            raise
 
     def _returned(self, hung: tuple[Hashable, Hashable], work: asyncio.Future[T], drop: Callable[[T], None]) -> None:
         self._hanging.remove(hung)

@@ -42,7 +42,7 @@ class Durable:
         self._access = access
         self._file_timeout = file_timeout
         self._looks = Looks(file_timeout)
-        self._known: dict[tuple[tuple[_State, ...], bool], list[Range]] = {}
+        self._known: dict[tuple[tuple[_State, ...], tuple[str, ...], bool], list[Range]] = {}
 
     async def foresee(self, job: Job) -> None:
         """Find out, while it runs, what a pull must have written when it is done: that is the longer part of it."""
@@ -89,21 +89,24 @@ class Durable:
         return lacks
 
     async def _lacking(self, needs: Sequence[Range], above: Sequence[Layer], handles: Sequence[int]) -> int:
-        if len(above) == 1:
+        if len(above) == 1 and above[0].format == "qcow2":  # a raw one may have anything in it
             quick = await self._look(above[0], functools.partial(_unmentioned, handles[0], needs))
             if quick is not None:
                 return quick
         return await covered.lacking(self._tool, needs, above, handles[: len(above)])
 
     async def _held(self, layers: Sequence[Layer], handles: Sequence[int], *, bare: bool) -> list[Range]:
-        """What a running pull takes in nobody writes: it is remembered while the files are what they were."""
-        state = await self._look(layers[0], lambda: tuple(map(_state, handles)))
-        at_rest = _at_rest(state)
-        known = self._known.pop((state, bare), None)
+        """What a running pull takes in nobody writes: it is remembered while the files are what they were. Of a device
+        nothing tells that it was written: by another node of it this one's times stay what they are."""
+        if any(layer.device for layer in layers):
+            return await covered.held(self._tool, layers, handles, bare=bare)
+        files = await self._look(layers[0], lambda: tuple(map(_state, handles)))
+        state, at_rest = (files, tuple(layer.format for layer in layers), bare), _at_rest(files)
+        known = self._known.pop(state, None)
         if known is None:
             known = await covered.held(self._tool, layers, handles, bare=bare)
         if len(known) <= RANGES_MOST and at_rest:
-            self._known[state, bare] = known
+            self._known[state] = known
             while len(self._known) > KNOWN_MOST:
                 del self._known[next(iter(self._known))]
         return known

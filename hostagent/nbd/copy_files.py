@@ -51,7 +51,9 @@ def new(dest: str, format_: str, pools: Sequence[str] | None) -> Target:
         os.lstat(path)
     except FileNotFoundError:
         return Target(str(path), format_, made=True)
-    except OSError as error:  # a name that is too long, for one
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP):
+            raise _os_error(Target(str(path), format_, made=True), error) from error
         raise unfit(dest, f"cannot be a file's name there: {error.strerror}", "choose another name") from error
     remedy = "choose another name; to write over an existing image, say --reuse-external"
     raise JobError("conflict", f"{dest!r} exists", field="dest", value=dest, remedy=remedy)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import threading
 from pathlib import Path
 
@@ -61,5 +63,26 @@ def test_one_whose_caller_goes_away_hangs_until_it_returns_and_an_error_is_its_c
         with pytest.raises(FileNotFoundError):
             await looks.look("a", (tmp_path / "none").stat)
         assert await looks.look("a", lambda: True)
+
+    play(story())
+
+
+def test_what_was_found_for_a_caller_who_is_cancelled_in_that_moment_is_dropped() -> None:
+    async def story() -> None:
+        looks, found, had = Looks(20), list[int](), list[int]()
+
+        def look(number: int) -> int:
+            found.append(number)
+            return number
+
+        for number in range(100):
+            task = asyncio.ensure_future(looks.look(number, functools.partial(look, number), drop=had.append))
+            for _ in range(number % 8):
+                await asyncio.sleep(0.0001)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                had.append(await task)
+        await asyncio.sleep(0.2)
+        assert sorted(had) == sorted(found)
 
     play(story())

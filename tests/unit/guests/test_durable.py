@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,35 @@ def test_what_a_chain_holds_is_remembered_while_its_files_are_what_they_were(
 
     monkeypatch.setattr(covered, "held", counted)
     play(story())
+
+
+def test_a_raw_image_is_not_taken_for_what_its_guest_has_written_there(tmp_path: Path) -> None:
+    base = raw_image(tmp_path / "base.raw", MIB)
+    top = overlay(tmp_path / "top.qcow2", base)
+    subprocess.run(["qemu-io", "-c", "write -q -P 7 0 64k", top], check=True)
+    raw = replace(layer(base), format="raw")
+    file = Durable(Tool(user=None, limits=ToolLimits(), binary="qemu-img"), Access(), 10)
+    for text in (overlay(tmp_path / "nested.qcow2", base).read_bytes(), b"QFI\xfb" + b"\xff" * 200):
+        with base.open("r+b") as disk:
+            disk.write(text[:MIB])
+        assert asyncio.run(file.lacking([raw], [layer(top)], bare=True)) == 0
+
+
+def test_of_devices_nothing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another node of it a device is written, and this one's times stay."""
+    asked = list[bool]()
+
+    async def counted(tool: Tool, layers: Sequence[Layer], handles: Sequence[int], *, bare: bool) -> list[Range]:
+        asked.append(bare)
+        return []
+
+    monkeypatch.setattr(covered, "held", counted)
+    base = raw_image(tmp_path / "base.raw", MIB)
+    os.utime(base, (1, 1))
+    top = overlay(tmp_path / "top.qcow2", base)
+    file = Durable(Tool(user=None, limits=ToolLimits(), binary="qemu-img"), Access(), 10)
+    for device, times in ((False, 1), (True, 3)):
+        for _ in range(2):
+            below = replace(layer(base), format="raw", device=device)
+            assert asyncio.run(file.missing_from([layer(top), below], bare=True, running=True)) == 0
+        assert len(asked) == times

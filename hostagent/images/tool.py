@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import pwd
+import re
 import shlex
 import shutil
 import stat
@@ -52,6 +53,9 @@ class ToolLimits:
     reap_timeout: float = 5.0
 
 
+_DESCRIBED = re.compile(r"'json:\{.*?\}'", re.DOTALL)
+
+
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A negative status is the signal that ended it. `uid` is that of the user it ran as, None for ourselves."""
@@ -63,7 +67,8 @@ class Finished:
 
     @property
     def said(self) -> str:
-        return self.stderr.decode("utf-8", "backslashreplace").strip()
+        """For people: QEMU repeats the whole description by which it was to open an image."""
+        return _DESCRIBED.sub("it", self.stderr.decode("utf-8", "backslashreplace").strip())
 
 
 class Tool:

@@ -46,7 +46,7 @@ class Downloads:
                 headers.append(("content-range", f"bytes {offset}-{offset + length - 1}/{size}"))
             op = Operation("read", offset, length)
             turn = self._access.reading(ticket, connection, backend, op)
-            with turn, backend.open_session() as session:
+            with turn, backend.open_session() as session, connection.transport.corked():
                 keep = keep and request.body.drain()
                 connection.answered = True
                 connection.transport.send(head(206 if wanted else 200, headers, keep=keep))

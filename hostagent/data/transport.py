@@ -14,6 +14,8 @@ import socket
 import ssl
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from hostagent.data.streams import PIECE, PeerGone, unreadable
@@ -41,6 +43,9 @@ class Transport(Protocol):
     def send(self, data: bytes | bytearray | memoryview) -> None: ...
 
     def send_file(self, fd: int, offset: int, length: int) -> None: ...
+
+    def corked(self) -> AbstractContextManager[None]:
+        """What is sent meanwhile goes out in full segments, and the rest at the end."""
 
     def patience(self, seconds: float) -> None:
         """How long one call may go without progress."""
@@ -86,15 +91,28 @@ class Plain:
                 raise shorter(offset, end)
             offset += sent
 
+    @contextlib.contextmanager
+    def corked(self) -> Iterator[None]:
+        self._set(socket.TCP_CORK, 1)
+        try:
+            yield
+        finally:
+            self._set(socket.TCP_CORK, 0)
+
     def finish(self) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
     def _keep_short(self) -> None:
-        if not self._short and self.sock.family in (socket.AF_INET, socket.AF_INET6):
-            with contextlib.suppress(OSError):
-                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
+        if not self._short:
+            self._set(socket.TCP_NOTSENT_LOWAT, _UNSENT)
         self._short = True
+
+    def _set(self, option: int, value: int) -> None:
+        """Of TCP; one that was shut down meanwhile says so at the next call."""
+        if self.sock.family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Tls:
@@ -169,6 +187,9 @@ class Tls:
                 raise shorter(offset, end)
             self.send(view[:number])
             offset += number
+
+    def corked(self) -> AbstractContextManager[None]:
+        return self._plain.corked()
 
     def finish(self) -> None:
         with contextlib.suppress(ssl.SSLError, PeerGone):

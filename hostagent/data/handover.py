@@ -71,7 +71,7 @@ class Handed:
 
 
 class Descriptors:
-    """What waits for its ticket: for `most` tickets, for `patience` s each."""
+    """What waits for its ticket: `most` names, for `patience` s each."""
 
     def __init__(self, most: int, patience: float) -> None:
         self._most = most
@@ -82,9 +82,9 @@ class Descriptors:
     def put(self, ticket: str, name: str, fds: list[int]) -> None:
         """Takes the descriptors."""
         with self._lock:
-            if fds and ticket not in self._waiting and len(self._waiting) >= self._most:
+            if fds and sum(len(one) for one, _ in self._waiting.values()) >= self._most:
                 _close(fds)
-                raise AgentError("limit", f"{self._most} tickets are waited for already", remedy="take some back")
+                raise AgentError("limit", f"{self._most} names wait for tickets already", remedy="take some back")
             handed, _ = self._waiting.get(ticket) or (Handed(), 0.0)
             handed.put(name, fds)
             if len(handed):

@@ -256,7 +256,7 @@ class _Copy:
         if self._work.reader is not None:
             self._flying[self._mover.pread(nbd.Buffer(length), offset)] = length
         else:
-            self._flying[self._mover.handle.aio_cache(length, offset)] = length
+            self._flying[self._mover.cache(length, offset)] = length
         self._moved += length
         self._pace()
 

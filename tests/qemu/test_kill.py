@@ -12,7 +12,7 @@ import shutil
 import signal
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -41,16 +41,18 @@ INCREMENT = 5 * MIB
 
 @dataclass(frozen=True)
 class Case:
-    """What a round does. `twice` kills again while the agent recovers; `daemon` kills the storage daemon as well."""
+    """What a round does. `twice` kills again while the agent recovers; `daemon` kills the storage daemon as well,
+    with `alone` nobody else."""
 
     incremental: bool
     export: bool
     twice: bool = False
     daemon: bool = False
+    alone: bool = False
 
     def __str__(self) -> str:
         words = ["incremental" if self.incremental else "continuous"]
-        words += [word for word in ("export", "twice", "daemon") if getattr(self, word)]
+        words += [word for word in ("export", "twice", "daemon", "alone") if getattr(self, word)]
         return "-".join(words)
 
 
@@ -73,6 +75,9 @@ TWICE = [Case(incremental, export, twice=True) for incremental in (False, True) 
 WITH_DAEMON = [Case(incremental, export, daemon=True) for incremental in (False, True) for export in (False, True)]
 
 
+DAEMON_ALONE = [replace(case, alone=True) for case in WITH_DAEMON]
+
+
 @pytest.mark.parametrize("case", COMMON, ids=str)
 def test_a_pull_ends_right_whenever_the_agent_is_killed(agent: AgentProcess, models: list[Pair], case: Case) -> None:
     _rounds(agent, models, case, 10)
@@ -93,9 +98,9 @@ def test_no_byte_is_lost_when_the_storage_daemon_is_killed_with_the_agent(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", COMMON + TWICE + WITH_DAEMON, ids=str)
+@pytest.mark.parametrize("case", COMMON + TWICE + WITH_DAEMON + DAEMON_ALONE, ids=str)
 def test_the_long_kill_matrix(agent: AgentProcess, models: list[Pair], case: Case) -> None:
-    _rounds(agent, models, case, 25, first=1000)
+    _rounds(agent, models, case, 40 if case.alone else 25, first=1000)
 
 
 def _rounds(agent: AgentProcess, models: list[Pair], case: Case, count: int, first: int = 0) -> None:
@@ -122,7 +127,8 @@ def _round(agent: AgentProcess, images: Pair, case: Case, moment: Moment, dice: 
         moment.wait(images.pulled)
         _kill(agent, case, dice)
         client.join()
-        agent.start()
+        if not case.alone:
+            agent.start()
         job = settled(agent, client)
         if case.daemon and job["state"] == "failed":
             assert job["error"]["code"] == "storage_daemon_died", job
@@ -141,6 +147,9 @@ def _round(agent: AgentProcess, images: Pair, case: Case, moment: Moment, dice: 
 
 def _kill(agent: AgentProcess, case: Case, dice: random.Random) -> None:
     """SIGKILL; also, where the case says so, a storage daemon before or after it, or an agent that recovers."""
+    if case.alone:
+        send(signal.SIGKILL, *storage_daemons(agent))
+        return
     daemon_first = dice.random() < 0.5
     if case.daemon and daemon_first:
         send(signal.SIGKILL, *storage_daemons(agent))
@@ -152,6 +161,8 @@ def _kill(agent: AgentProcess, case: Case, dice: random.Random) -> None:
 
 
 def _end_export(agent: AgentProcess, export_id: str, reader: Reader, case: Case) -> None:
+    if case.alone:
+        assert eventually(lambda: agent.get(f"/v1/exports/{export_id}")["state"] == "lost")
     export = agent.get(f"/v1/exports/{export_id}")
     if case.daemon and export["state"] == "lost":
         assert reader.cut_off()

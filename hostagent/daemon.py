@@ -96,6 +96,8 @@ log = logging.getLogger(__name__)
 
 WORKERS = 32
 """Threads for files, processes and NBD: one job's slice or one slow disk must not wait for another's."""
+REFRESH = 0.1
+"""Seconds in which events are gathered, until what a scrape shows of the store is read again."""
 
 
 def run(config: Config) -> int:
@@ -567,6 +569,7 @@ class Agent:
             self._later(self._refresh())
 
     async def _refresh(self) -> None:
+        await asyncio.sleep(REFRESH)
         self._refreshing = False
         await self._gauges.refresh()
 

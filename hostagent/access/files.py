@@ -13,6 +13,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from hostagent.access import alone
 from hostagent.access.birth import born, is_later
 from hostagent.records import AccessFile
 from jobs.errors import JobError
@@ -52,6 +53,14 @@ class Files:
             yield handle
         finally:
             os.close(handle)
+
+    def is_alone(self, entry: AccessFile) -> bool:
+        """Whether the kernel says that nobody has the file open: False where it does not, or cannot."""
+        try:
+            with self.grasped(entry) as handle, reading(handle) as fd:
+                return alone.is_alone(fd) is True
+        except (OSError, JobError):
+            return False
 
     def forget(self, file: FileId) -> None:
         if (handle := self._handles.pop(file, None)) is not None:

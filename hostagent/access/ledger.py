@@ -544,6 +544,8 @@ class Ledger:
         """The user's processes that have the file open; anybody's, where its owner is to be changed: others may have
         opened it by its group. Hundreds of our own storage daemons, with a dozen descriptors each, would take seconds
         to look at: those that cannot have it are left out."""
+        if await self._threads.run(entry.file, functools.partial(self._files.is_alone, entry)):
+            return []
         file, uids = entry.file, None if entry.labels else [self._subject.uid]
         others = {pid for pid, inodes in self._daemons().items() if file.ino not in inodes}
         skip = {os.getpid(), *others}

@@ -140,15 +140,8 @@ class Holding:
         """Read one domain anew; None when it is there no more. A JobError where it cannot be said what it needs; then
         it keeps what it had. `proven`: what the chain of this disk has lost of these is in the files that stay."""
         try:
-            domain = await self._hypervisor.call("find", lambda session: session.find(drive.uuid))
-        except JobError as error:
-            if error.code != "not_found":
-                raise
-            await self._release({drive.uuid}, set())
-            return None
-        try:
-            await self._read(domain, anew=True, proven={drive.target: frozenset(proven)})
-            return domain
+            domain = DomainRef(drive.uuid, drive.name, active=True)
+            return await self._read(domain, anew=True, proven={drive.target: frozenset(proven)})
         finally:
             if not self._known.is_set():
                 self._wake.set()
@@ -279,22 +272,23 @@ class Holding:
 
     async def _read(
         self, domain: DomainRef, *, anew: bool, proven: Mapping[str, frozenset[FileId]] | None = None
-    ) -> None:
-        """One domain into the ledger; `anew` also when it needs what it did; `proven` by disk. A JobError, which is
-        remembered, where something of it is not known."""
+    ) -> DomainRef | None:
+        """One domain into the ledger; `anew` also when it needs what it did; `proven` by disk. None when it is there no
+        more; a JobError, which is remembered, where something of it is not known."""
         async with self._turns.alone(domain.uuid):
             try:
-                found = await self._reading.needs(domain)
+                domain, found = await self._reading.needs(domain)
                 if anew or self._seen.get(domain.uuid) != found:
                     await self._hold(domain, found, proven or {})
             except JobError as error:
                 if error.code == "not_found":  # undefined meanwhile
                     await self._release({domain.uuid}, set())
-                    return
+                    return None
                 self._unknow()
                 self._troubles[domain.uuid] = error
                 raise
             self._troubles.pop(domain.uuid, None)
+            return domain
 
     async def _hold(
         self, domain: DomainRef, found: tuple[DiskNeeds, ...], proven: Mapping[str, frozenset[FileId]]
@@ -309,11 +303,15 @@ class Holding:
             drive = Drive(domain.uuid, domain.name, needs.target)
             had = [row for row in rows if row.holder == holder_of(drive)]
             uses = {use.need.layer.file: use for use in needs.uses}
+            shown = frozenset[FileId]()
             if needs.missing or needs.unknown:
                 uses = {row.file: _as_before(row) for row in had} | uses
             else:
-                await self._keep_lost(drive, needs.uses, had, proven.get(needs.target, frozenset()))
+                shown = proven.get(needs.target, shown)
+                await self._keep_lost(drive, needs.uses, had, shown)
             await self._ledger.hold(holder_of(drive), list(uses.values()), name=str(drive), trigger=KIND)
+            if shown and (top := _written(needs.uses)) is not None:
+                await self._ledger.forget(image_of(top), sorted(shown), trigger=KIND)
         await self._name(domain.uuid, names)
         await self._release({domain.uuid}, {needs.target for needs in found})
         if (trouble := next((needs.unknown for needs in found if needs.unknown), None)) is not None:
@@ -330,15 +328,13 @@ class Holding:
         needed = {use.need.layer.file for use in uses}
         lost = [row for row in had if row.file not in needed and row.file not in proven]
         stands = await self._stand(drive, had, lost)
-        top = uses[0].need if uses else None
-        if top is not None and top.mode == "rw" and top.layer.format != "raw":  # raw has nothing but what is written
-            if proven:
-                await self._ledger.forget(image_of(top.layer), sorted(proven), trigger=KIND)
-            new = all(row.file != top.layer.file for row in had if row.mode == "rw")
+        top = _written(uses)
+        if top is not None:
+            new = all(row.file != top.file for row in had if row.mode == "rw")
             below = {row.file for row in lost if row.mode == "r"}
             # Beside an image that was written before, another is the target of a copy; or what the disk went over from.
             chain = [row for row in lost if row.mode == "r" or new or below & (stands[row.file] or set())]
-            await self._lose(top.layer, drive, chain)
+            await self._lose(top, drive, chain)
         await self._keep_unproven(drive, lost, stands)
 
     async def _keep_unproven(
@@ -391,6 +387,12 @@ def holder_of(drive: Drive) -> Holder:
 
 def image_of(layer: Layer) -> Holder:
     return Holder("image", layer.path)
+
+
+def _written(uses: Sequence[Use]) -> Layer | None:
+    """The image that the disk writes, if that can stand on others: raw has nothing but what is written."""
+    top = uses[0].need if uses else None
+    return top.layer if top is not None and top.mode == "rw" and top.layer.format != "raw" else None
 
 
 def _lost(row: AccessRow, drive: Drive) -> Use:

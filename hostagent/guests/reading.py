@@ -49,11 +49,12 @@ class Reading:
         """With a new connection: libvirt may choose other labels now."""
         self._labels = None
 
-    async def needs(self, domain: DomainRef) -> tuple[DiskNeeds, ...]:
-        """A JobError where it cannot be said at all; of a single disk it says so itself."""
-        descriptions = await self._describe(domain)
+    async def needs(self, domain: DomainRef) -> tuple[DomainRef, tuple[DiskNeeds, ...]]:
+        """The domain as it is now, and what its disks need. A JobError where that cannot be said at all, `not_found` of
+        a domain that is there no more; of a single disk it says so itself."""
+        now, descriptions = await self._describe(domain)
         chosen = await self._label()
-        return await self._look(domain.uuid, domain.name, lambda: read_needs(descriptions, chosen, self._limits))
+        return now, await self._look(now.uuid, now.name, lambda: read_needs(descriptions, chosen, self._limits))
 
     async def stands_on(self, drive: Drive, top: AccessRow, known: Sequence[AccessRow]) -> set[FileId] | None:
         """The files of an image's chain, itself included; None for an image that was deleted. A JobError when the
@@ -73,15 +74,16 @@ class Reading:
 
     # libvirt
 
-    async def _describe(self, domain: DomainRef) -> list[Domain]:
+    async def _describe(self, domain: DomainRef) -> tuple[DomainRef, list[Domain]]:
         """The live description while it runs, and the definition."""
 
-        def describe(session: Session) -> list[Domain]:
+        def describe(session: Session) -> tuple[DomainRef, list[Domain]]:
+            now = session.find(domain.uuid)
             texts = [session.describe(domain.uuid)]
-            if domain.active and (definition := session.definition(domain.uuid)) is not None:
+            if now.active and (definition := session.definition(domain.uuid)) is not None:
                 texts.append(definition)
             parsed = (domain_xml.parse(text, size=self._settings.xml_size) for text in texts)
-            return [volumes.resolve(session, one) for one in parsed]
+            return now, [volumes.resolve(session, one) for one in parsed]
 
         return await self._hypervisor.call("describe", describe, domain=domain)
 

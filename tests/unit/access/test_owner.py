@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 from test_ledger import USER, Crash, Host, Play, identity, look, need, opened_by_guest, play, verdict
 
 from hostagent import forgetting
-from hostagent.access import acl, holders, owner
+from hostagent.access import acl, alone, owner
 from hostagent.access.acl import FileSystem
 from hostagent.access.prober import Prober
 from hostagent.database import Connection
@@ -370,27 +371,32 @@ def test_a_file_that_a_process_has_open_is_kept_until_it_is_closed(given_user: P
     given_user(scenario)
 
 
+@pytest.mark.parametrize("leases", [True, False])
 def test_who_opens_it_in_the_moment_of_the_change_keeps_it_whole(
-    given_user: Play, monkeypatch: pytest.MonkeyPatch
+    given_user: Play, monkeypatch: pytest.MonkeyPatch, leases: bool
 ) -> None:
     """A domain that starts between our look and our chown: the second look finds it, and its file is libvirt's again."""
-    looked = 0
-    find = holders.find_open
+    late = contextlib.ExitStack()
+    change = owner.change
 
-    def seeing(files: list[FileId], **how: object) -> dict[FileId, list[holders.Process]]:
-        nonlocal looked
-        looked += 1
-        if looked == 2:
-            return {file: [holders.Process(1, "qemu", USER, writes=False)] for file in files}
-        return find(files, **how)  # type: ignore[arg-type]
+    def opened_just_before(fd: int, was: Label, now: Label) -> None:
+        if was == LIBVIRT and now == ALICE:
+            late.enter_context(opened_by_guest(Path(f"/proc/self/fd/{fd}").readlink()))
+        change(fd, was, now)
+
+    if not leases:
+        monkeypatch.setattr(alone, "is_alone", lambda _: None)
 
     async def scenario(host: Host) -> None:
         file = host.file("base")
         await pulled(host, file)
-        monkeypatch.setattr(holders, "find_open", seeing)
-        result = await drop(host)
-        assert (looked, result.verdict, owned(file)) == (2, AccessVerdict.KEPT, LIBVIRT)
-        assert (await entry_of(host, file)).taken is None
+        with late:
+            monkeypatch.setattr(owner, "change", opened_just_before)
+            result = await drop(host)
+            assert (result.verdict, owned(file)) == (AccessVerdict.KEPT, LIBVIRT)
+            assert "it is open in" in str(result.reason)
+            assert (await entry_of(host, file)).taken is None
+            monkeypatch.setattr(owner, "change", change)
         assert verdict(await host.ledger.converge_all(trigger="timer")) is AccessVerdict.REVOKED
         assert owned(file) == ALICE
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from hostagent import sdnotify
 from hostagent.config import UNSET, Config
 from hostagent.config_data import Data
-from hostagent.data import cloudstack
+from hostagent.data import cloudstack, memory
 from hostagent.data.access import Access
 from hostagent.data.audit import Audit
 from hostagent.data.backends.file import files, handed_over
@@ -134,6 +134,7 @@ def run(config: Config, given: Mapping[str, int], mark: str = "") -> int:
     `mark` is what whoever started this knows it by."""
     threading.stack_size(STACK)
     _keep_to_ourselves()
+    memory.keep_pieces()
     daemon = Daemon(config, given, mark)
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -24,9 +24,8 @@ from hostagent.errors import AgentError
 _UNSENT = 128 * 1024
 """Bytes that sendfile queues beyond what was sent. Without a limit the queue of pages grows to megabytes, and costs
 three times the processor time for a third of the throughput (docs/data.md)."""
-_TLS_SEND = 112 * 1024
-"""Bytes that are encrypted and sent at a time. What comes out of a MemoryBIO is a new object, for which malloc(3) maps
-new pages each time if it has 128 KiB or more: a third of the processor time went into that."""
+_TLS_SEND = 512 * 1024
+"""Bytes that are encrypted and sent at a time. A connection keeps as much for the next ones."""
 _TLS_HEAD, _TLS_BODY = 4096, 256 * 1024
 """Bytes of one read of the socket: of a client that may be idle for long, and of one that sends a body."""
 _GRACE = 0.001  # a kernel timeout of 0 would mean none
@@ -188,8 +187,11 @@ class Tls:
             self.send(view[:number])
             offset += number
 
-    def corked(self) -> AbstractContextManager[None]:
-        return self._plain.corked()
+    @contextlib.contextmanager
+    def corked(self) -> Iterator[None]:
+        with self._plain.corked():
+            yield
+        self._pieces = bytearray(0)
 
     def finish(self) -> None:
         with contextlib.suppress(ssl.SSLError, PeerGone):

@@ -87,6 +87,7 @@ from hostagent.store import Store
 from hostagent.transfers import child
 from hostagent.transfers.control import Control
 from jobs.engine import Engine
+from jobs.errors import JobError
 from jobs.model import FileId, Job, State
 from jobs.outcome import job_event
 from jobs.ports import SystemClock
@@ -377,6 +378,11 @@ class Agent:
             tell=self._data_changed,
         )
 
+    def _start_prober(self) -> None:
+        """By a question: the first revocation need not wait for it. Where it cannot start, that one says so."""
+        with contextlib.suppress(JobError, OSError), open(os.devnull, "rb") as nothing:
+            self._prober.can_open(nothing.fileno(), "r")
+
     def _data_changed(self, answers: bool, why: str | None) -> None:
         kind = HostEventKind.CONNECTED if answers else HostEventKind.DISCONNECTED
         self._later(self._store.record([HostEvent(kind, "data-daemon", why)]))
@@ -403,6 +409,7 @@ class Agent:
         recovered = await self._engine.recover()
         self._later(self._drain.settle())
         self._make_service()
+        self._later(asyncio.to_thread(self._start_prober))
         await self._gauges.refresh()
         self._live.start()
         listener = host.listen(self._config.api.socket, self._group)

@@ -26,6 +26,10 @@ from jobs.model import FileId
 
 log = logging.getLogger(__name__)
 
+AFTER_OURS = 0.2
+"""Seconds from an event of a job of ours until its domain is read here: who follows the job asks libvirt at once, and
+somebody waits for what that finds."""
+
 _LAYER = re.compile(r"(?P<target>[^\[\]/]+)\[(?P<index>\d{1,9})\]")
 
 
@@ -113,14 +117,16 @@ class Domains:
 
     async def describe(self, domain: DomainRef) -> Domain:
         """All disks of it; the live chains while it runs."""
-        return await self._hypervisor.call("describe", self._describing(domain), domain=domain)
+        return await self._hypervisor.call("describe", self.describing(domain), domain=domain)
 
     async def describe_aside(self, domain: DomainRef) -> Domain:
         """The same beside a call for this domain that waits for its QEMU."""
-        describe, timeout = self._describing(domain), self._settings.file_timeout
+        describe, timeout = self.describing(domain), self._settings.file_timeout
         return await self._hypervisor.call("describe_aside", describe, timeout=timeout)
 
-    def _describing(self, domain: DomainRef) -> Callable[[Session], Domain]:
+    def describing(self, domain: DomainRef) -> Callable[[Session], Domain]:
+        """The same, for a call that asks more."""
+
         def describe(session: Session) -> Domain:
             found = domain_xml.parse(session.describe(domain.uuid), size=self._settings.xml_size)
             return volumes.resolve(session, found)
@@ -138,8 +144,7 @@ class Domains:
     def forget(self, uuid: str) -> None:
         """What the domain was says nothing of what it is now: read it anew."""
         self._described.pop(uuid, None)
-        self._stale.add(uuid)
-        self._awake()
+        self._note(uuid)
 
     # Who uses a file
 
@@ -156,9 +161,15 @@ class Domains:
     def event(self, event: HypervisorEvent) -> None:
         if isinstance(event, DomainEvent) and event.kind in (DomainEventKind.STARTED, DomainEventKind.STOPPED):
             self.forget(event.domain)
-        if isinstance(event, DiskJobEvent | DomainEvent):
-            self._stale.add(event.domain)
-            self._awake()
+        if isinstance(event, DiskJobEvent) and self._hypervisor.claims.holder(event.domain) is not None:
+            self._fresh.clear()
+            asyncio.get_running_loop().call_later(AFTER_OURS, self._note, event.domain)
+        elif isinstance(event, DiskJobEvent | DomainEvent):
+            self._note(event.domain)
+
+    def _note(self, domain: str) -> None:
+        self._stale.add(domain)
+        self._awake()
 
     def resync(self) -> None:
         self._described.clear()

@@ -265,13 +265,15 @@ class Session:
         with translated(f"describe domain {domain}"):
             return str(self._domain(domain).XMLDesc(0))
 
-    def definition(self, domain: str) -> str | None:
-        """What a domain that runs will be when it is started anew; None for a transient one, which will not be."""
+    def descriptions(self, domain: str) -> tuple[DomainRef, list[str]]:
+        """The domain, and the XML of what it is now; of one that runs also of what it will be when it is started anew,
+        which a transient one will not."""
         with translated(f"describe domain {domain}"):
             found = self._domain(domain)
-            if not found.isPersistent():
-                return None
-            return str(found.XMLDesc(_libvirt().VIR_DOMAIN_XML_INACTIVE))
+            now, texts = _ref(found), [str(found.XMLDesc(0))]
+            if now.active and found.isPersistent():
+                texts.append(str(found.XMLDesc(_libvirt().VIR_DOMAIN_XML_INACTIVE)))
+            return now, texts
 
     # Storage pools
 

@@ -87,12 +87,25 @@ class Disks:
 
     async def look(self, drive: Drive) -> tuple[int | None, BlockJobInfo | None]:
         """Which run of the guest this is, None when it does not run, and the block job on its disk."""
-        try:
+        with _unknown_is_off():
             return await self._call("look", lambda session: session.look(drive.uuid, drive.target), drive)
-        except JobError as error:
-            if error.code == "not_found":  # a transient domain that ended, or one that was undefined after its end
-                return None, None
-            raise
+        return None, None
+
+    async def look_closely(self, drive: Drive) -> tuple[int | None, BlockJobInfo | None, Disk | None]:
+        """The same, and the disk where it has no job (any more): None, too, where it cannot be described now."""
+        describing = self._domains.describing(_ref(drive))
+
+        def look(session: Session) -> tuple[int | None, BlockJobInfo | None, Disk | None]:
+            runs, job = session.look(drive.uuid, drive.target)
+            if runs is None or job is not None:
+                return runs, job, None
+            with contextlib.suppress(JobError):
+                return runs, job, _disk_of(describing(session), drive)
+            return runs, job, None
+
+        with _unknown_is_off():
+            return await self._call("look", look, drive)
+        return None, None, None
 
     async def fail_as(self, drive: Drive, error: JobError) -> NoReturn:
         """Raise what kept a job from beginning: that the guest has ended, where it has."""
@@ -104,11 +117,7 @@ class Disks:
     async def describe(self, drive: Drive) -> Disk:
         """The disk and its live chain."""
         with _no_answer():
-            domain = await self._domains.describe(_ref(drive))
-        for disk in domain.disks:
-            if disk.target == drive.target and disk.top is not None:
-                return disk
-        raise JobError("not_found", f"domain {drive.name} has no disk {drive.target} any more")
+            return _disk_of(await self._domains.describe(_ref(drive)), drive)
 
     async def described_aside(self, drive: Drive) -> Domain:
         """All disks of the domain, also while another call for it has no answer: libvirt knows them by itself."""
@@ -154,6 +163,23 @@ class Disks:
 
 def _ref(drive: Drive) -> DomainRef:
     return DomainRef(drive.uuid, drive.name, True)
+
+
+def _disk_of(domain: Domain, drive: Drive) -> Disk:
+    for disk in domain.disks:
+        if disk.target == drive.target and disk.top is not None:
+            return disk
+    raise JobError("not_found", f"domain {drive.name} has no disk {drive.target} any more")
+
+
+@contextlib.contextmanager
+def _unknown_is_off() -> Iterator[None]:
+    """Leaves its block for a transient domain that ended, or one that was undefined after its end."""
+    try:
+        yield
+    except JobError as error:
+        if error.code != "not_found":
+            raise
 
 
 @contextlib.contextmanager

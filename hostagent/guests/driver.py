@@ -198,7 +198,7 @@ class GuestDriver:
         if job.started is None and not (known is not None and known.ours):
             return Observation(Contact.ALIVE)  # it never ran: what runs there is somebody else's
         try:
-            runs, found = await self._disks.look(drive)
+            runs, found, disk = await self._disks.look_closely(drive)
             mine = found is not None and found.type == PULL and await self._is_ours(job)
         except JobError:
             # Of a paused job nothing runs, so nothing of it is unknown while libvirt is away.
@@ -209,7 +209,7 @@ class GuestDriver:
             return Observation(Contact.ALIVE, Phase.RUNNING, None if job.incremental else Cursor(found.cur, found.end))
         if runs is None or (known is not None and known.run not in (None, runs)):
             return await self._without_guest(job)
-        proven = await self._proof.of_running(job)
+        proven = await self._proof.of_running(job, disk)
         if proven is None:
             return Observation(Contact.UNRESPONSIVE)
         pausing = known is not None and known.pausing and job.state in (State.RUNNING, State.UNKNOWN)
@@ -392,7 +392,7 @@ class GuestDriver:
         rows before the job's own go."""
         if job.dropped and job.state is not State.COMPLETED and await self._proof.of_header(job) is not False:
             await self._holding.leave_unproven(job, job.dropped)
-        await self.drop(await record(()))
+        await self._holding.conclude(job, lambda: record(()))
 
     async def drop(self, job: Job) -> None:
         """libvirt has closed what the chain lost."""

@@ -222,7 +222,7 @@ class ExternalDriver:
         if job.spec.operation is Operation.PULL:
             await self._guests.conclude(job, record)
         else:
-            await self.drop(await record(()))
+            await self._holding.conclude(job, lambda: record(()))
 
     async def drop(self, job: Job) -> None:
         await self._holding.end(job)

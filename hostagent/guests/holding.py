@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from events.model import DiskJobEvent, DomainEvent, DomainEventKind, HypervisorEvent
@@ -139,9 +139,14 @@ class Holding:
     async def renew(self, drive: Drive, *, proven: Collection[FileId] = ()) -> DomainRef | None:
         """Read one domain anew; None when it is there no more. A JobError where it cannot be said what it needs; then
         it keeps what it had. `proven`: what the chain of this disk has lost of these is in the files that stay."""
+        with self._waking():
+            return await self._read(_ref(drive), anew=True, proven={drive.target: frozenset(proven)})
+
+    @contextlib.contextmanager
+    def _waking(self) -> Iterator[None]:
+        """What this domain needs may have been the last that was not known."""
         try:
-            domain = DomainRef(drive.uuid, drive.name, active=True)
-            return await self._read(domain, anew=True, proven={drive.target: frozenset(proven)})
+            yield
         finally:
             if not self._known.is_set():
                 self._wake.set()
@@ -157,8 +162,23 @@ class Holding:
         """Whether the disk needs no more what a completed job took from its chain says libvirt, asked anew: a guest's
         definition can still name it. A JobError where it cannot be said."""
         if job.state is State.COMPLETED:
-            target = [job.target.file] if job.target is not None and job.target.file is not None else []
-            await self.renew(drive_of(job), proven=[*target, *(layer.file for layer in job.dropped)])
+            await self.renew(drive_of(job), proven=_proven_by(job))
+
+    async def conclude(self, job: Job, record: Callable[[], Awaitable[object]]) -> None:
+        """`record` the job's end, and then as `end`: libvirt is asked meanwhile."""
+        if job.state is not State.COMPLETED:
+            await record()
+            return
+        drive = drive_of(job)
+        async with self._turns.alone(drive.uuid):
+            needs = asyncio.create_task(self._reading.needs(_ref(drive)), name=f"needs of {drive}")
+            try:
+                await record()
+            except BaseException:
+                needs.cancel()
+                raise
+            with self._waking():
+                await self._take_in(_ref(drive), needs, anew=True, proven={drive.target: _proven_by(job)})
 
     async def share(self, source: Holder, holder: Holder, layers: Sequence[Layer]) -> None:
         """Also `holder` needs from now on what `source` does of these."""
@@ -276,19 +296,30 @@ class Holding:
         """One domain into the ledger; `anew` also when it needs what it did; `proven` by disk. None when it is there no
         more; a JobError, which is remembered, where something of it is not known."""
         async with self._turns.alone(domain.uuid):
-            try:
-                domain, found = await self._reading.needs(domain)
-                if anew or self._seen.get(domain.uuid) != found:
-                    await self._hold(domain, found, proven or {})
-            except JobError as error:
-                if error.code == "not_found":  # undefined meanwhile
-                    await self._release({domain.uuid}, set())
-                    return None
-                self._unknow()
-                self._troubles[domain.uuid] = error
-                raise
-            self._troubles.pop(domain.uuid, None)
-            return domain
+            return await self._take_in(domain, self._reading.needs(domain), anew=anew, proven=proven or {})
+
+    async def _take_in(
+        self,
+        domain: DomainRef,
+        needs: Awaitable[tuple[DomainRef, tuple[DiskNeeds, ...]]],
+        *,
+        anew: bool,
+        proven: Mapping[str, frozenset[FileId]],
+    ) -> DomainRef | None:
+        """In the domain's turn."""
+        try:
+            domain, found = await needs
+            if anew or self._seen.get(domain.uuid) != found:
+                await self._hold(domain, found, proven)
+        except JobError as error:
+            if error.code == "not_found":  # undefined meanwhile
+                await self._release({domain.uuid}, set())
+                return None
+            self._unknow()
+            self._troubles[domain.uuid] = error
+            raise
+        self._troubles.pop(domain.uuid, None)
+        return domain
 
     async def _hold(
         self, domain: DomainRef, found: tuple[DiskNeeds, ...], proven: Mapping[str, frozenset[FileId]]
@@ -383,6 +414,15 @@ class Holding:
 
 def holder_of(drive: Drive) -> Holder:
     return Holder(KIND, f"{drive.uuid}/{drive.target}")
+
+
+def _ref(drive: Drive) -> DomainRef:
+    return DomainRef(drive.uuid, drive.name, active=True)
+
+
+def _proven_by(job: Job) -> frozenset[FileId]:
+    target = [job.target.file] if job.target is not None and job.target.file is not None else []
+    return frozenset([*target, *(layer.file for layer in job.dropped)])
 
 
 def image_of(layer: Layer) -> Holder:

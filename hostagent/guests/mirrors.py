@@ -276,7 +276,7 @@ class Mirrors:
 
     async def conclude(self, job: Job, record: Callable[[tuple[Holder, ...]], Awaitable[Job]]) -> None:
         self._work(job.spec).release(job)  # who sees that it has ended may use its target
-        await self.drop(await record(()))
+        await self._holding.conclude(job, lambda: record(()))
 
     async def drop(self, job: Job) -> None:
         """libvirt has closed what the chain lost."""

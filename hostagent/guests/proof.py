@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from hostagent.drivers.domain_xml import Disk
 from hostagent.guests.chain import has_become
 from hostagent.guests.disks import Disks, drive_of
 from hostagent.nbd.headers import Headers
@@ -30,11 +31,13 @@ class Proof:
         self._timeout = timeout
         self._agree = agree
 
-    async def of_running(self, job: Job) -> bool | None:
-        """Of a guest that runs, and has no job on the disk; None when it cannot be asked now."""
+    async def of_running(self, job: Job, disk: Disk | None = None) -> bool | None:
+        """Of a guest that runs, and has no job on the disk; None when it cannot be asked now. `disk` as libvirt has
+        just described it, if that is known."""
         deadline = asyncio.get_running_loop().time() + self._agree
         while True:
-            header, live = await asyncio.gather(self.of_header(job), self._live(job))
+            header, live = await asyncio.gather(self.of_header(job), self._live(job, disk))
+            disk = None
             if header is None or live is None:
                 return None
             if header == live or asyncio.get_running_loop().time() > deadline:
@@ -53,9 +56,9 @@ class Proof:
             return None
         return pull.proven(job, name, resolved)
 
-    async def _live(self, job: Job) -> bool | None:
+    async def _live(self, job: Job, disk: Disk | None) -> bool | None:
         try:
-            disk = await self._disks.describe(drive_of(job))
+            disk = disk or await self._disks.describe(drive_of(job))
             shown = await asyncio.wait_for(asyncio.to_thread(has_become, disk, job), self._timeout)
         except JobError as error:
             return False if error.code == "not_found" else None

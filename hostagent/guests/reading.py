@@ -78,10 +78,7 @@ class Reading:
         """The live description while it runs, and the definition."""
 
         def describe(session: Session) -> tuple[DomainRef, list[Domain]]:
-            now = session.find(domain.uuid)
-            texts = [session.describe(domain.uuid)]
-            if now.active and (definition := session.definition(domain.uuid)) is not None:
-                texts.append(definition)
+            now, texts = session.descriptions(domain.uuid)
             parsed = (domain_xml.parse(text, size=self._settings.xml_size) for text in texts)
             return now, [volumes.resolve(session, one) for one in parsed]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,6 +64,10 @@ class FakeDisks:
     async def look(self, drive: Drive) -> tuple[int | None, BlockJobInfo | None]:
         self._answer("look")
         return self.run, self.job if self.run is not None else None
+
+    async def look_closely(self, drive: Drive) -> tuple[int | None, BlockJobInfo | None, Disk | None]:
+        runs, job = await self.look(drive)
+        return runs, job, None
 
     async def describe(self, drive: Drive) -> Disk:
         self._answer("describe")
@@ -158,6 +162,10 @@ class Host:
         self.renewed += 1
         if self.disks.away:
             raise JobError("unavailable", "libvirt is away")
+
+    async def conclude(self, job: Job, record: Callable[[], Awaitable[object]]) -> None:
+        await record()
+        await self.end(job)
 
     async def share(self, source: Holder, holder: Holder, layers: Sequence[Layer]) -> None:
         self.shared.append((str(source), str(holder), list(layers)))

@@ -114,8 +114,8 @@ class FakeLibvirt:
             raise JobError("not_found", "no such domain")
         return DomainRef(uuid, f"name-{uuid}", self.active)
 
-    def definition(self, uuid: str) -> str | None:
-        return None
+    def descriptions(self, uuid: str) -> tuple[DomainRef, list[str]]:
+        return self.find(uuid), [self.describe(uuid)]
 
     def describe(self, uuid: str) -> str:
         self.find(uuid)

@@ -17,6 +17,7 @@ from hostagent.guests.reading import Settings
 from hostagent.images.member import ChainLimits
 from hostagent.records import Label, Use
 from hostagent.store import Store
+from jobs.errors import JobError
 from jobs.model import Chain, Drive, FileId, Holder, Job, JobSpec, Layer, Need, Operation, State
 from jobs.outcome import access_change
 from jobs.ports import AccessChange, AccessResult
@@ -147,6 +148,37 @@ async def test_a_job_that_completes_takes_what_it_proved_and_nothing_else(host: 
     await host.holding.end(job)
     assert await host.needs(host.image) == {"middle.qcow2"}
     assert await host.needs(holder_of(DRIVE)) == {"top.qcow2"}
+
+
+@on_a_host
+async def test_nothing_is_given_up_before_the_end_is_recorded_though_libvirt_is_asked_meanwhile(host: Host) -> None:
+    asked, all_three = [], {"top.qcow2", "middle.qcow2", "base.raw"}
+    describe = host.libvirt.describe
+
+    def noted(uuid: str) -> str:
+        asked.append(uuid)
+        return describe(uuid)
+
+    host.libvirt.describe = noted  # type: ignore[method-assign]
+    host.stand(None)
+    job = replace(host.job, state=State.COMPLETED, finished=NOW)
+
+    async def refused() -> None:
+        raise JobError("store_full", "no space")
+
+    with pytest.raises(JobError, match="no space"):
+        await host.holding.conclude(job, refused)
+    await asyncio.sleep(0.1)
+    assert await host.needs_of_disk() == all_three
+
+    async def slow() -> None:
+        await asyncio.sleep(0.3)
+        assert asked and await host.needs_of_disk() == all_three
+        await host.store.finish(job, [], access_change(job, ()))
+
+    asked.clear()
+    await host.holding.conclude(job, slow)
+    assert (await host.needs_of_disk(), await host.needs(host.image)) == ({"top.qcow2"}, set())
 
 
 @on_a_host

@@ -111,6 +111,10 @@ class Host:
     async def end(self, job: Job) -> None:
         self.asked.append(f"end {job.state}")
 
+    async def conclude(self, job: Job, record: Callable[[], Awaitable[object]]) -> None:
+        await record()
+        await self.end(job)
+
     def job(self, completion: Completion | None) -> Job:
         """A copy that runs."""
         layer = Layer("/images/top.qcow2", "qcow2", FileId(1, 1), END, 1)

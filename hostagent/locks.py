@@ -13,6 +13,10 @@ class Locks:
     def __init__(self) -> None:
         self._locks: dict[Hashable, tuple[asyncio.Lock, int]] = {}
 
+    def taken(self, key: Hashable) -> bool:
+        """Whether `alone` would have to wait now."""
+        return key in self._locks
+
     @contextlib.asynccontextmanager
     async def alone(self, key: Hashable) -> AsyncIterator[None]:
         lock, users = self._locks.get(key, (asyncio.Lock(), 0))

@@ -18,33 +18,30 @@ from collections.abc import Iterator
 F_SETSIG = 10
 """Linux's; the fcntl module does not have it."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc = ctypes.PyDLL(None, use_errno=True)
+"""Its calls keep the interpreter: else another thread could have its turn, for milliseconds, while the lease holds."""
 
 
 def is_alone(fd: int) -> bool | None:
     """Whether this descriptor of a regular file, open for reading, is the only one there is. None where the file system
-    gives no leases."""
-    try:
-        return _ask(fd)
-    except PermissionError:  # without CAP_LEASE a lease is for the file's owner only
-        with contextlib.suppress(PermissionError), _as(os.fstat(fd).st_uid):
-            return _ask(fd)
-        return None
+    gives no leases, and where we may not ask."""
+    found = _ask(fd)
+    owner = os.fstat(fd).st_uid
+    # Without CAP_LEASE a lease is for the file's owner only. Who is root for a moment loses capabilities afterwards.
+    if found == errno.EACCES and owner != 0:
+        with _as(owner):
+            found = _ask(fd)
+    return {0: True, errno.EAGAIN: False}.get(found)
 
 
-def _ask(fd: int) -> bool | None:
-    try:
-        # What tells the holder of a lease that somebody waits kills it, unless it is another signal; each time anew.
-        fcntl.fcntl(fd, F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        return True
-    except OSError as error:
-        if error.errno == errno.EAGAIN:
-            return False
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOLCK):
-            return None
-        raise
+def _ask(fd: int) -> int:
+    """0, or the error's number."""
+    # What tells the holder of a lease that somebody waits kills it, unless it is another signal; each time anew.
+    fcntl.fcntl(fd, F_SETSIG, signal.SIGURG)
+    if _libc.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK):
+        return ctypes.get_errno()
+    _libc.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return 0
 
 
 @contextlib.contextmanager

@@ -162,8 +162,9 @@ class Domains:
         if isinstance(event, DomainEvent) and event.kind in (DomainEventKind.STARTED, DomainEventKind.STOPPED):
             self.forget(event.domain)
         if isinstance(event, DiskJobEvent) and self._hypervisor.claims.holder(event.domain) is not None:
+            self._stale.add(event.domain)
             self._fresh.clear()
-            asyncio.get_running_loop().call_later(AFTER_OURS, self._note, event.domain)
+            asyncio.get_running_loop().call_later(AFTER_OURS, self._awake)
         elif isinstance(event, DiskJobEvent | DomainEvent):
             self._note(event.domain)
 
@@ -190,7 +191,7 @@ class Domains:
             except JobError as error:  # gone again, or it hangs: what was known stays, and is read anew after that
                 log.info("domains could not be read", extra={"fields": {"error": error.message}})
                 self._all_stale = True
-            if not self._wake.is_set():
+            if not self._wake.is_set() and not self._stale:
                 self._fresh.set()
 
     def _awake(self) -> None:

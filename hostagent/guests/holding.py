@@ -165,17 +165,19 @@ class Holding:
             await self.renew(drive_of(job), proven=_proven_by(job))
 
     async def conclude(self, job: Job, record: Callable[[], Awaitable[object]]) -> None:
-        """`record` the job's end, and then as `end`: libvirt is asked meanwhile."""
-        if job.state is not State.COMPLETED:
-            await record()
-            return
+        """`record` the job's end, and then as `end`: libvirt is asked meanwhile. What is recorded waits for nothing."""
         drive = drive_of(job)
+        if job.state is not State.COMPLETED or self._turns.taken(drive.uuid):
+            await record()
+            await self.end(job)
+            return
         async with self._turns.alone(drive.uuid):
             needs = asyncio.create_task(self._reading.needs(_ref(drive)), name=f"needs of {drive}")
             try:
                 await record()
             except BaseException:
                 needs.cancel()
+                await asyncio.gather(needs, return_exceptions=True)
                 raise
             with self._waking():
                 await self._take_in(_ref(drive), needs, anew=True, proven={drive.target: _proven_by(job)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,22 +20,24 @@ from hostagent.access.alone import is_alone
 
 NOBODY = 65534
 
-WITHOUT_CAP_LEASE = """
+WITH_CAPABILITIES = """
 import ctypes, os, struct, sys
 from hostagent.access.alone import is_alone
+path, user = sys.argv[1], int(sys.argv[2])
 libc = ctypes.CDLL(None, use_errno=True)
-header, data = struct.pack("=Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
-assert libc.capget(header, data) == 0
-words = list(struct.unpack("=6I", data.raw))
-words[0] &= ~(1 << 28)
-words[1] &= ~(1 << 28)
-assert libc.capset(header, struct.pack("=6I", *words)) == 0
-fd = os.open(sys.argv[1], os.O_RDONLY)
+assert libc.prctl(8, 1, 0, 0, 0) == 0  # PR_SET_KEEPCAPS
+os.setresgid(user, user, user)
+os.setresuid(user, user, user)
+# CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER SETGID SETUID: no CAP_LEASE
+mask = sum(1 << number for number in (0, 1, 2, 3, 6, 7))
+header, data = struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", mask, mask, 0, 0, 0, 0)
+assert libc.capset(header, data) == 0
+fd = os.open(path, os.O_RDONLY)
 first = is_alone(fd)
-other = os.open(sys.argv[1], os.O_RDONLY)
+other = os.open(path, os.O_RDONLY)
 second = is_alone(fd)
-made = os.stat(os.open(sys.argv[1] + ".made", os.O_CREAT | os.O_WRONLY)).st_uid
-print(first, second, made)
+os.chown(path, 1234, 1234)
+print(first, second, os.stat(path).st_uid)
 """
 
 
@@ -69,14 +73,23 @@ def test_one_that_is_only_mapped_is_seen_and_one_that_cannot_read_does_not_count
 
 
 @pytest.mark.root
-def test_of_somebody_elses_file_too_without_the_capability_and_nothing_else_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("user", [0, 900])
+@pytest.mark.parametrize(("owner", "first", "second"), [(NOBODY, "True", "False"), (0, "None", "None")])
+def test_without_the_capability_it_asks_as_the_owner_and_keeps_its_others(
+    tmp_path: Path, user: int, owner: int, first: str, second: str
+) -> None:
+    """As the packaged service, root or not: root's files it then does not ask about, unless it is root."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
     disk = tmp_path / "disk"
     disk.touch()
-    os.chown(disk, NOBODY, NOBODY)
+    os.chown(disk, owner, owner)
     found = subprocess.run(
-        [sys.executable, "-c", WITHOUT_CAP_LEASE, str(disk)], check=True, capture_output=True, text=True, timeout=60
-    )
-    assert found.stdout.split() == ["True", "False", "0"]
+        [sys.executable, "-c", WITH_CAPABILITIES, str(disk), str(user)],
+        capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    expected = [first, second] if owner != user else ["True", "False"]
+    assert (found.stdout.split(), found.stderr) == ([*expected, "1234"], "")
 
 
 def test_where_there_are_no_leases_it_is_not_known() -> None:
@@ -92,10 +105,10 @@ def test_who_opens_it_meanwhile_waits_and_kills_nobody(
     opened: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk, fd = opened
-    real, through = alone.fcntl.fcntl, []
+    real, through, threads = alone._libc.fcntl, [], []
 
     def slow(fd: int, command: int, value: int) -> int:
-        if command == alone.fcntl.F_SETLEASE and value == alone.fcntl.F_UNLCK:
+        if (command, value) == (fcntl.F_SETLEASE, fcntl.F_UNLCK):
             opener = threading.Thread(target=lambda: through.append(os.open(disk, os.O_RDONLY)), daemon=True)
             opener.start()
             time.sleep(0.3)
@@ -103,8 +116,7 @@ def test_who_opens_it_meanwhile_waits_and_kills_nobody(
             threads.append(opener)
         return real(fd, command, value)
 
-    threads: list[threading.Thread] = []
-    monkeypatch.setattr(alone.fcntl, "fcntl", slow)
+    monkeypatch.setattr(alone, "_libc", SimpleNamespace(fcntl=slow))
     assert is_alone(fd) is True
     threads[0].join(10)
     assert len(through) == 1

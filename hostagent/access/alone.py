@@ -2,7 +2,7 @@
 
 A write lease is given only for a file that nobody else has open or mapped, in whatever namespace (fcntl(2), "Leases").
 It is taken and given back at once: it is the kernel's answer that is wanted, no lock. Who opens the file in these few
-microseconds waits for them, or gets EAGAIN with O_NONBLOCK.
+microseconds waits for them, or gets EAGAIN with O_NONBLOCK. Only for local file systems, where it does not wait.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def _ask(fd: int) -> int:
 
 @contextlib.contextmanager
 def _as(uid: int) -> Iterator[None]:
-    """This thread alone, for what concerns files (setfsuid(2)): it needs CAP_SETUID."""
+    """This thread alone, for what concerns files (setfsuid(2)): it needs CAP_SETUID. No core dump is written afterwards
+    (PR_SET_DUMPABLE)."""
     before = _libc.setfsuid(uid)
     try:
         yield

@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from hostagent.access import alone
+from hostagent.access import acl, alone
 from hostagent.access.birth import born, is_later
 from hostagent.records import AccessFile
 from jobs.errors import JobError
@@ -55,10 +55,11 @@ class Files:
             os.close(handle)
 
     def is_alone(self, entry: AccessFile) -> bool:
-        """Whether the kernel says that nobody has the file open: False where it does not, or cannot."""
+        """Whether the kernel says that nobody has the file open: False where it does not, or cannot, as of file systems
+        that other hosts share: these have leases of their own, for which they may ask a server."""
         try:
             with self.grasped(entry) as handle, reading(handle) as fd:
-                return alone.is_alone(fd) is True
+                return not acl.file_system(fd).shared and alone.is_alone(fd) is True
         except (OSError, JobError):
             return False
 

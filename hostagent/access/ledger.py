@@ -265,7 +265,8 @@ class Ledger:
         entry = await self._known(file)
         if entry is None or await self._identity.is_reused(entry, [path]):
             entry = self._blank(file, path)
-        processes = await self._open_in(entry)
+        async with self._locks.alone(file):  # no look while the file is settled: each could be in the other's way
+            processes = await self._open_in(entry)
         mine = set(self._daemons())
         keepers = [row.title for row in rows] + [str(p) for p in processes if p.pid not in mine]
         if entry.labels and file in self._named:

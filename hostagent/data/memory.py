@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 KEPT = 8 << 20
 """Bytes: smaller blocks come from the heaps, and so much at the end of one is not given back to the kernel."""
+HEAPS = 16
+"""For all threads; malloc would make 8 for each processor."""
 
 
 def keep_pieces() -> None:
@@ -19,3 +21,4 @@ def keep_pieces() -> None:
     if tune is not None:
         tune(_M_MMAP_THRESHOLD, KEPT)
         tune(_M_TRIM_THRESHOLD, KEPT)
+        tune(_M_ARENA_MAX, HEAPS)

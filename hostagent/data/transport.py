@@ -25,7 +25,7 @@ _UNSENT = 128 * 1024
 """Bytes that sendfile queues beyond what was sent. Without a limit the queue of pages grows to megabytes, and costs
 three times the processor time for a third of the throughput (docs/data.md)."""
 _TLS_SEND = 512 * 1024
-"""Bytes that are encrypted and sent at a time. A connection keeps as much for the next ones."""
+"""Bytes that are encrypted and sent at a time. OpenSSL keeps as much for the connection's next ones."""
 _TLS_HEAD, _TLS_BODY = 4096, 256 * 1024
 """Bytes of one read of the socket: of a client that may be idle for long, and of one that sends a body."""
 _GRACE = 0.001  # a kernel timeout of 0 would mean none

@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 AT_ONCE = 4
 """Files that one call settles side by side: each takes some looks at its storage, in a thread."""
 
+PASSING = 0.05
+"""Seconds after which a file that is open is looked at again: who only looked at it, as file(1) does, has closed it."""
+
 
 class LedgerStore(Protocol):
     async def add_needs(self, holder: Holder, needs: Sequence[Need]) -> None: ...
@@ -467,6 +470,9 @@ class Ledger:
         """The verdict on a file that is open. Who opened it while its owner was changed, or began to need it, keeps it
         whole."""
         processes = await self._open_in(was)
+        if processes and was.verdict != AccessVerdict.KEPT:
+            await asyncio.sleep(PASSING)
+            processes = await self._open_in(was)
         begun = was.taken is not None and bool(was.labels)  # not proven yet
         rows = await self._store.access_rows([was.file]) if begun else []
         if not processes and not rows:

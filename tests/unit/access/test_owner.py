@@ -371,6 +371,20 @@ def test_a_file_that_a_process_has_open_is_kept_until_it_is_closed(given_user: P
     given_user(scenario)
 
 
+def test_who_only_looked_at_it_keeps_nothing_open(given_user: Play) -> None:
+    async def scenario(host: Host) -> None:
+        file = host.file("base")
+        await pulled(host, file)
+        passing = contextlib.ExitStack()
+        with passing:
+            passing.enter_context(opened_by_guest(file))
+            asyncio.get_running_loop().call_later(0.02, passing.close)
+            assert (await drop(host)).verdict is AccessVerdict.REVOKED
+        assert owned(file) == ALICE
+
+    given_user(scenario)
+
+
 @pytest.mark.parametrize("leases", [True, False])
 def test_who_opens_it_in_the_moment_of_the_change_keeps_it_whole(
     given_user: Play, monkeypatch: pytest.MonkeyPatch, leases: bool

@@ -470,10 +470,10 @@ class Ledger:
         """The verdict on a file that is open. Who opened it while its owner was changed, or began to need it, keeps it
         whole."""
         processes = await self._open_in(was)
-        if processes and was.verdict != AccessVerdict.KEPT:
+        begun = was.taken is not None and bool(was.labels)  # not proven yet
+        if processes and not begun and was.verdict != AccessVerdict.KEPT:  # what was taken from a user waits for nothing
             await asyncio.sleep(PASSING)
             processes = await self._open_in(was)
-        begun = was.taken is not None and bool(was.labels)  # not proven yet
         rows = await self._store.access_rows([was.file]) if begun else []
         if not processes and not rows:
             return None

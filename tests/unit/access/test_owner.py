@@ -13,7 +13,7 @@ import pytest
 from test_ledger import USER, Crash, Host, Play, identity, look, need, opened_by_guest, play, verdict
 
 from hostagent import forgetting
-from hostagent.access import acl, alone, owner
+from hostagent.access import acl, alone, ledger, owner
 from hostagent.access.acl import FileSystem
 from hostagent.access.prober import Prober
 from hostagent.database import Connection
@@ -400,6 +400,7 @@ def test_who_opens_it_in_the_moment_of_the_change_keeps_it_whole(
 
     if not leases:
         monkeypatch.setattr(alone, "is_alone", lambda _: None)
+    monkeypatch.setattr(ledger, "PASSING", 3600.0)  # its user has it back at once
 
     async def scenario(host: Host) -> None:
         file = host.file("base")

@@ -471,7 +471,7 @@ class Ledger:
         whole."""
         processes = await self._open_in(was)
         begun = was.taken is not None and bool(was.labels)  # not proven yet
-        if processes and not begun and was.verdict != AccessVerdict.KEPT:  # what was taken from a user waits for nothing
+        if processes and not begun and was.verdict != AccessVerdict.KEPT:  # what was just taken goes back at once
             await asyncio.sleep(PASSING)
             processes = await self._open_in(was)
         rows = await self._store.access_rows([was.file]) if begun else []

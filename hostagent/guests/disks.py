@@ -93,7 +93,7 @@ class Disks:
 
     async def look_closely(self, drive: Drive) -> tuple[int | None, BlockJobInfo | None, Disk | None]:
         """The same, and the disk where it has no job (any more): None, too, where it cannot be described now."""
-        describing = self._domains.describing(_ref(drive))
+        describing = self._domains.describing(ref_of(drive))
 
         def look(session: Session) -> tuple[int | None, BlockJobInfo | None, Disk | None]:
             runs, job = session.look(drive.uuid, drive.target)
@@ -117,12 +117,12 @@ class Disks:
     async def describe(self, drive: Drive) -> Disk:
         """The disk and its live chain."""
         with _no_answer():
-            return _disk_of(await self._domains.describe(_ref(drive)), drive)
+            return _disk_of(await self._domains.describe(ref_of(drive)), drive)
 
     async def described_aside(self, drive: Drive) -> Domain:
         """All disks of the domain, also while another call for it has no answer: libvirt knows them by itself."""
         with _no_answer():
-            return await self._domains.describe_aside(_ref(drive))
+            return await self._domains.describe_aside(ref_of(drive))
 
     async def pull(self, drive: Drive, base: str | None, bandwidth: int) -> None:
         await self._call("pull", lambda session: session.block_pull(drive.uuid, drive.target, base, bandwidth), drive)
@@ -158,10 +158,10 @@ class Disks:
 
     async def _call(self, name: str, call: Callable[[Session], T], drive: Drive) -> T:
         with _no_answer():
-            return await self._hypervisor.call(name, call, domain=_ref(drive))
+            return await self._hypervisor.call(name, call, domain=ref_of(drive))
 
 
-def _ref(drive: Drive) -> DomainRef:
+def ref_of(drive: Drive) -> DomainRef:
     return DomainRef(drive.uuid, drive.name, True)
 
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from events.model import DiskJobEvent, DomainEvent, DomainEventKind, HypervisorEvent
 from hostagent.drivers.hypervisor import Hypervisor
 from hostagent.drivers.libvirt import DomainRef
-from hostagent.guests.disks import drive_of
+from hostagent.guests.disks import drive_of, ref_of
 from hostagent.guests.needs import DiskNeeds
 from hostagent.guests.reading import Reading, Settings
 from hostagent.guests.strands import layer_of
@@ -140,7 +140,7 @@ class Holding:
         """Read one domain anew; None when it is there no more. A JobError where it cannot be said what it needs; then
         it keeps what it had. `proven`: what the chain of this disk has lost of these is in the files that stay."""
         with self._waking():
-            return await self._read(_ref(drive), anew=True, proven={drive.target: frozenset(proven)})
+            return await self._read(ref_of(drive), anew=True, proven={drive.target: frozenset(proven)})
 
     @contextlib.contextmanager
     def _waking(self) -> Iterator[None]:
@@ -172,7 +172,7 @@ class Holding:
             await self.end(job)
             return
         async with self._turns.alone(drive.uuid):
-            needs = asyncio.create_task(self._reading.needs(_ref(drive)), name=f"needs of {drive}")
+            needs = asyncio.create_task(self._reading.needs(ref_of(drive)), name=f"needs of {drive}")
             try:
                 await record()
             except BaseException:
@@ -180,7 +180,7 @@ class Holding:
                 await asyncio.gather(needs, return_exceptions=True)
                 raise
             with self._waking():
-                await self._take_in(_ref(drive), needs, anew=True, proven={drive.target: _proven_by(job)})
+                await self._take_in(ref_of(drive), needs, anew=True, proven={drive.target: _proven_by(job)})
 
     async def share(self, source: Holder, holder: Holder, layers: Sequence[Layer]) -> None:
         """Also `holder` needs from now on what `source` does of these."""
@@ -416,10 +416,6 @@ class Holding:
 
 def holder_of(drive: Drive) -> Holder:
     return Holder(KIND, f"{drive.uuid}/{drive.target}")
-
-
-def _ref(drive: Drive) -> DomainRef:
-    return DomainRef(drive.uuid, drive.name, active=True)
 
 
 def _proven_by(job: Job) -> frozenset[FileId]:

@@ -3,8 +3,10 @@ that nobody needs it, and not before."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +67,17 @@ def found(agent: AgentProcess) -> Json:
     return agent.until_ended(job["id"])
 
 
+@contextlib.contextmanager
+def stopped(agent: AgentProcess) -> Iterator[None]:
+    """Its process stands still."""
+    assert agent.process is not None
+    agent.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        agent.process.send_signal(signal.SIGCONT)
+
+
 def row(agent: AgentProcess, base: Path, image: Path) -> Json:
     """Why the image keeps the base."""
     items = agent.get(f"/v1/grants?path={base}&holder=image:{image}")["items"]
@@ -113,7 +126,9 @@ def test_a_pull_that_ended_while_libvirtd_was_away(agent: AgentProcess, libvirt:
     libvirt.kill()
     assert backing_of(guest.disk) is not None
     until(lambda: backing_of(guest.disk) is None, "QEMU is done")
-    libvirt.start()
+    with stopped(agent):  # or it may be back before libvirtd has told what it finds
+        libvirt.start()
+        until(lambda: live_paths(guest) == [str(guest.disk)] and block_job(guest) is None, "libvirt is done")
     until(lambda: row(agent, base, guest.disk)["reason"], "the image keeps it")
     assert can_open(libvirt, base) and agent.get("/v1/jobs")["items"] == []
     guest.destroy()  # in order: QEMU writes what it holds

@@ -45,16 +45,19 @@ class NbdServer(ABC):
 
     def start(self) -> None:
         Path(self.socket).unlink(missing_ok=True)
-        self.process = subprocess.Popen(
-            self.command(), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        errors = Path(self._home.name) / "errors"
+        with errors.open("wb") as said:
+            self.process = subprocess.Popen(
+                self.command(), stdin=subprocess.DEVNULL, stderr=said, start_new_session=True
+            )
         deadline = time.monotonic() + START
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError), unix(self.socket) as probe:
                 if probe.recv(8) == b"NBDMAGIC":
                     return
             time.sleep(0.01)
-        raise AssertionError(f"no NBD server: {self.command()}")
+        ended = self.process.poll()
+        raise AssertionError(f"no NBD server ({ended}): {self.command()}: {errors.read_text(errors='replace')}")
 
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:

@@ -39,18 +39,27 @@ def secure(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[Daemo
         yield process
 
 
-@pytest.fixture(scope="module")
-def image(home: Path) -> Path:
-    path = home / "image.raw"
+def filled(path: Path) -> Path:
     with path.open("wb") as file:
         file.write(os.urandom(64 * MIB))
         file.truncate(SIZE)
     return path
 
 
+@pytest.fixture(scope="module")
+def image(home: Path) -> Path:
+    return filled(home / "image.raw")
+
+
+@pytest.fixture(scope="module")
+def exported(home: Path) -> Path:
+    """Another file: a stream whose client just went away may still hold its lease on `image`, and QEMU writes alone."""
+    return filled(home / "exported.raw")
+
+
 @pytest.fixture
-def export(image: Path) -> Iterator[QemuNbd]:
-    with QemuNbd(image) as server:
+def export(exported: Path) -> Iterator[QemuNbd]:
+    with QemuNbd(exported) as server:
         yield server
 
 

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 CANNOT_END = "it cannot end yet"
 """Begins a warning; `hostagent status` looks for it."""
-PENDING = 0.02
+PENDING = 0.005
 """Seconds until the next look at what awaits its data only, which come soon or late: as much more after each."""
 
 

@@ -27,8 +27,8 @@ from jobs.model import FileId
 log = logging.getLogger(__name__)
 
 AFTER_OURS = 0.2
-"""Seconds from an event of a job of ours until its domain is read here: who follows the job asks libvirt at once, and
-somebody waits for what that finds."""
+"""Seconds from an event or the end of a job of ours until its domain is read here, unless somebody asks: who follows
+the job asks libvirt at once, and settles its access then, for which somebody waits."""
 
 _LAYER = re.compile(r"(?P<target>[^\[\]/]+)\[(?P<index>\d{1,9})\]")
 
@@ -144,7 +144,7 @@ class Domains:
     def forget(self, uuid: str) -> None:
         """What the domain was says nothing of what it is now: read it anew."""
         self._described.pop(uuid, None)
-        self._note(uuid)
+        self._note_later(uuid)
 
     # Who uses a file
 
@@ -152,6 +152,7 @@ class Domains:
         """The disks whose chain has the file, running domains first. Empty also when nothing is known: without libvirt,
         and of the layers below the top of a domain that does not run (libvirt does not say them)."""
         if self._hypervisor.status.connected and not self._fresh.is_set():
+            self._wake.set()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.file_timeout):
                     await self._fresh.wait()
@@ -162,15 +163,18 @@ class Domains:
         if isinstance(event, DomainEvent) and event.kind in (DomainEventKind.STARTED, DomainEventKind.STOPPED):
             self.forget(event.domain)
         if isinstance(event, DiskJobEvent) and self._hypervisor.claims.holder(event.domain) is not None:
-            self._stale.add(event.domain)
-            self._fresh.clear()
-            asyncio.get_running_loop().call_later(AFTER_OURS, self._awake)
+            self._note_later(event.domain)
         elif isinstance(event, DiskJobEvent | DomainEvent):
             self._note(event.domain)
 
     def _note(self, domain: str) -> None:
         self._stale.add(domain)
         self._awake()
+
+    def _note_later(self, domain: str) -> None:
+        self._stale.add(domain)
+        self._fresh.clear()
+        asyncio.get_running_loop().call_later(AFTER_OURS, self._awake)
 
     def resync(self) -> None:
         self._described.clear()

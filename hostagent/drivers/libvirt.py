@@ -297,21 +297,19 @@ class Session:
     def block_job(self, domain: str, disk: str) -> BlockJobInfo | None:
         """The job that runs on the disk's target; None when none does. Asks QEMU."""
         with translated(f"ask for the block job of {domain}/{disk}"):
-            flags = _libvirt().VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES
-            found = self._domain(domain).blockJobInfo(disk, flags)
-        if not found:
-            return None
-        return BlockJobInfo(found["type"], found["cur"], found["end"], found["bandwidth"])
+            return _block_job(self._domain(domain), disk)
 
     def look(self, domain: str, disk: str) -> tuple[int | None, BlockJobInfo | None]:
         """The running domain's id, which is another one after each start, and the job on its disk. None when it does
         not run; a JobError `not_found` when it is not even defined."""
         with translated(f"look at domain {domain}"):
-            number = self._domain(domain).ID()
+            found = self._domain(domain)
+        number = found.ID()  # as of the lookup: no call
         if number < 0:
             return None, None
         try:
-            return number, self.block_job(domain, disk)
+            with translated(f"ask for the block job of {domain}/{disk}"):
+                return number, _block_job(found, disk)
         except JobError as error:
             if error.code != "invalid":
                 raise
@@ -377,7 +375,13 @@ _CLOSE_REASONS = {0: "an error", 1: "end of file", 2: "it does not answer keepal
 
 
 def _ref(domain: Any) -> DomainRef:
-    return DomainRef(domain.UUIDString(), domain.name(), bool(domain.isActive()))
+    """As it was looked up just now: its id says whether it runs, without another call."""
+    return DomainRef(domain.UUIDString(), domain.name(), domain.ID() >= 0)
+
+
+def _block_job(domain: Any, disk: str) -> BlockJobInfo | None:
+    found = domain.blockJobInfo(disk, _libvirt().VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES)
+    return BlockJobInfo(found["type"], found["cur"], found["end"], found["bandwidth"]) if found else None
 
 
 def _version(number: int) -> str:

@@ -222,6 +222,8 @@ class GuestDriver:
                 return Observation(Contact.UNRESPONSIVE)
             if runs is None:  # it ended since the first look, which is no end of the job's own
                 return await self._without_guest(job)
+        if proven:
+            self._holding.foresee(drive)
         if proven and not await self._durable(job, known):
             if job.intent != "abort":
                 return Observation(Contact.ALIVE, Phase.PENDING, Cursor(job.cursor.end, job.cursor.end))

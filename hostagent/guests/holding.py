@@ -32,6 +32,7 @@ from jobs.model import Drive, FileId, Holder, Job, Layer, Need, State
 from jobs.ports import AccessResult, AccessVerdict
 
 log = logging.getLogger(__name__)
+Found = tuple[DomainRef, tuple[DiskNeeds, ...]]
 
 KIND = "domain"
 
@@ -42,6 +43,9 @@ AGAIN = 10.0
 
 AFTER_JOB = 0.5
 """Seconds from a block job's end until its domain is looked at here: whoever follows the job does that at once."""
+
+FRESH = 0.25
+"""Seconds for which what was read of a domain when its job was seen to be done is as good as what is read later."""
 
 NEW = (DomainEventKind.DEFINED, DomainEventKind.STARTED)
 """After these a domain may need more than is known of it."""
@@ -87,6 +91,7 @@ class Holding:
         self._seen: dict[str, tuple[DiskNeeds, ...]] = {}
         self._named: dict[str, dict[FileId, str]] = {}
         self._troubles: dict[str, JobError] = {}
+        self._foreseen: dict[str, tuple[float, asyncio.Task[Found]]] = {}
         self._turns = Locks()
         self._wake = asyncio.Event()
         self._known = asyncio.Event()
@@ -97,6 +102,7 @@ class Holding:
         if isinstance(event, DiskJobEvent):
             asyncio.get_running_loop().call_later(AFTER_JOB, self._note, event.domain)
         elif isinstance(event, DomainEvent):
+            self._foreseen.pop(event.domain, None)
             if event.kind in NEW:
                 self._unknow()
             self._note(event.domain)
@@ -108,6 +114,7 @@ class Holding:
     def resync(self) -> None:
         """A new connection, or events were lost."""
         self._unknow()
+        self._foreseen.clear()
         self._all = True
         self._reading.anew()
         self._seen.clear()
@@ -164,6 +171,21 @@ class Holding:
         if job.state is State.COMPLETED:
             await self.renew(drive_of(job), proven=_proven_by(job))
 
+    def foresee(self, drive: Drive) -> None:
+        """A job on the disk is done, but for the proof: begin to ask what `conclude`, which may be next, will ask."""
+        self._foreseen[drive.uuid] = asyncio.get_running_loop().time(), self._begin_needs(drive)
+
+    def _begin_needs(self, drive: Drive) -> asyncio.Task[Found]:
+        needs = asyncio.create_task(self._reading.needs(ref_of(drive)), name=f"needs of {drive}")
+        needs.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nobody awaits it
+        return needs
+
+    def _needs_of(self, drive: Drive) -> asyncio.Task[Found]:
+        since, needs = self._foreseen.pop(drive.uuid, (0.0, None))
+        if needs is not None and asyncio.get_running_loop().time() - since <= FRESH:
+            return needs
+        return self._begin_needs(drive)
+
     async def conclude(self, job: Job, record: Callable[[], Awaitable[object]]) -> None:
         """`record` the job's end, and then as `end`: libvirt is asked meanwhile. What is recorded waits for nothing."""
         drive = drive_of(job)
@@ -172,7 +194,7 @@ class Holding:
             await self.end(job)
             return
         async with self._turns.alone(drive.uuid):
-            needs = asyncio.create_task(self._reading.needs(ref_of(drive)), name=f"needs of {drive}")
+            needs = self._needs_of(drive)
             try:
                 await record()
             except BaseException:
@@ -303,12 +325,13 @@ class Holding:
     async def _take_in(
         self,
         domain: DomainRef,
-        needs: Awaitable[tuple[DomainRef, tuple[DiskNeeds, ...]]],
+        needs: Awaitable[Found],
         *,
         anew: bool,
         proven: Mapping[str, frozenset[FileId]],
     ) -> DomainRef | None:
         """In the domain's turn."""
+        self._foreseen.pop(domain.uuid, None)  # it may be older by now than what is known
         try:
             domain, found = await needs
             if anew or self._seen.get(domain.uuid) != found:

@@ -26,7 +26,7 @@ from events.model import DiskJobEvent, DomainEvent, HypervisorEvent
 from hostagent.drivers.libvirt import DomainRef
 from hostagent.guests.driver import REST, WAITS
 from hostagent.guests.durable import Durable
-from hostagent.guests.holding import KIND
+from hostagent.guests.holding import AFTER_JOB, KIND
 from hostagent.guests.strands import Strand, chain_of, layer_of, strands
 from hostagent.images.member import ChainLimits
 from hostagent.looks import Late, Looks
@@ -135,7 +135,9 @@ class Unseen:
     # What libvirt tells: hints
 
     def event(self, event: HypervisorEvent) -> None:
-        if isinstance(event, DomainEvent | DiskJobEvent):
+        if isinstance(event, DiskJobEvent):  # what its chain loses is young for some time yet
+            asyncio.get_running_loop().call_later(AFTER_JOB, self._wake.set)
+        elif isinstance(event, DomainEvent):
             self._wake.set()
 
     def resync(self) -> None:

@@ -163,6 +163,8 @@ class Host:
         if self.disks.away:
             raise JobError("unavailable", "libvirt is away")
 
+    def foresee(self, drive: Drive) -> None: ...
+
     async def conclude(self, job: Job, record: Callable[[], Awaitable[object]]) -> None:
         await record()
         await self.end(job)

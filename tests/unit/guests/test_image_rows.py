@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from hostagent.guests.holding import Holding, holder_of
+from events.model import DomainEvent, DomainEventKind
+from hostagent.guests.holding import FRESH, Holding, holder_of
 from hostagent.guests.reading import Settings
 from hostagent.images.member import ChainLimits
 from hostagent.records import Label, Use
@@ -179,6 +180,52 @@ async def test_nothing_is_given_up_before_the_end_is_recorded_though_libvirt_is_
     asked.clear()
     await host.holding.conclude(job, slow)
     assert (await host.needs_of_disk(), await host.needs(host.image)) == ({"top.qcow2"}, set())
+
+
+@on_a_host
+async def test_what_was_foreseen_just_now_is_not_asked_again(host: Host) -> None:
+    host.stand(None)
+    host.holding.foresee(DRIVE)
+    await asyncio.sleep(0.05)
+    host.libvirt.hangs.add(DRIVE.uuid)
+    await concluded(host)
+    assert (await host.needs_of_disk(), await host.needs(host.image)) == ({"top.qcow2"}, set())
+
+
+async def concluded(host: Host) -> None:
+    job = replace(host.job, state=State.COMPLETED, finished=NOW)
+    await host.holding.conclude(job, lambda: host.store.finish(job, [], access_change(job, ())))
+
+
+async def an_event(host: Host) -> None:
+    host.holding.event(DomainEvent(DomainEventKind.DEFINED, DRIVE.uuid, DRIVE.name))
+
+
+async def a_connection(host: Host) -> None:
+    host.holding.resync()
+
+
+async def another_reading(host: Host) -> None:
+    await host.holding.renew(DRIVE)
+
+
+async def time(host: Host) -> None:
+    await asyncio.sleep(FRESH + 0.01)
+
+
+@pytest.mark.parametrize("between", [an_event, a_connection, another_reading, time])
+def test_unless_it_may_have_changed_since(tmp_path: Path, between: Callable[[Host], Awaitable[None]]) -> None:
+    @on_a_host
+    async def story(host: Host) -> None:
+        host.stand(None)
+        host.holding.foresee(DRIVE)
+        await asyncio.sleep(0.05)
+        host.stand(host.base)
+        await between(host)
+        await concluded(host)
+        assert await host.needs_of_disk() == {"top.qcow2", "base.raw"}
+
+    story(tmp_path)
 
 
 @on_a_host

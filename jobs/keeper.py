@@ -16,9 +16,9 @@ from events.model import JobEventKind
 from jobs import copy
 from jobs.errors import JobError
 from jobs.machine import Signal, step
-from jobs.model import Cursor, Failure, FileId, Holder, Job, Kept, Revocation, State, TargetState
+from jobs.model import Cursor, Drive, Failure, FileId, Holder, Job, Kept, Revocation, State, TargetState
 from jobs.outcome import END_EVENTS, access_change, job_event
-from jobs.ports import AccessVerdict, JobStore
+from jobs.ports import AccessResult, AccessVerdict, JobStore
 from jobs.progress import Progress, View, advance
 from jobs.world import World
 
@@ -224,18 +224,41 @@ class Keeper:
         if job.drive is not None:  # libvirt opened it, and may have left it so
             still_open.add(AccessVerdict.UNCHANGED)
         kept = tuple(
-            Kept(path, result.reason or (UNSEEN if job.drive else "still needed"), result.holders)
+            Kept(path, result.reason or _needed(job, result), result.holders)
             for path, result in results
             if result.verdict in still_open
         )
         needed = [layer.file for layer in job.dropped if found[layer.file].verdict is AccessVerdict.GRANTED]
         warnings = await self._w.driver.delete_dropped(job, needed) if job.spec.delete else ()
+        warnings = (*warnings, *still_named(job, kept))
         state = Revocation.KEPT if kept else Revocation.DONE
         if self._end_seen is not None:
             self._w.observer.revocation_lag(self._w.clock.monotonic() - self._end_seen)
         # In one change: who waited for the revocation has heard all.
         await self.change(revocation=state, revoked=revoked, kept=kept, warnings=self._told(warnings))
         return True
+
+
+def _needed(job: Job, result: AccessResult) -> str:
+    if result.holders:
+        return f"still needed by {', '.join(result.holders)}"
+    return UNSEEN if job.drive else "still needed"
+
+
+def still_named(job: Job, kept: Sequence[Kept]) -> list[str]:
+    """A libvirtd that is killed at a job's end may never write down that the guest stands on other files now."""
+    drive = job.drive
+    mine = [] if drive is None else [one for one in kept if any(_is_of(holder, drive) for holder in one.holders)]
+    if drive is None or not mine:
+        return []
+    return [
+        f"libvirt still names {mine[0].path} for {drive}, which the guest stands on no more: its definition must name "
+        f"{job.after.top.path} ({job.after.top.format}) before it is started again (virsh edit {drive.name})"
+    ]
+
+
+def _is_of(holder: str, drive: Drive) -> bool:
+    return holder.startswith(f"domain:{drive.uuid}/{drive.target} ")
 
 
 async def change_together(keepers: Sequence[Keeper], jobs: Sequence[Job]) -> None:

@@ -29,6 +29,9 @@ from jobs.model import Drive, Job
 T = TypeVar("T")
 
 PULL, COPY, COMMIT, ACTIVE_COMMIT = 1, 2, 3, 4
+
+MOMENT = 0.5
+"""Seconds that libvirt may take to see that a guest ends whose job it refused."""
 """virDomainBlockJobType"""
 
 
@@ -108,10 +111,13 @@ class Disks:
         return None, None, None
 
     async def fail_as(self, drive: Drive, error: JobError) -> NoReturn:
-        """Raise what kept a job from beginning: that the guest has ended, where it has."""
+        """Raise what kept a job from beginning: that the guest has ended, where it has, or does so now."""
         with contextlib.suppress(JobError):
-            if (await self.look(drive))[0] is None:
-                error = stopped(drive)
+            for wait in (MOMENT, 0.0):
+                if (await self.look(drive))[0] is None:
+                    error = stopped(drive)
+                    break
+                await asyncio.sleep(wait)
         raise error
 
     async def describe(self, drive: Drive) -> Disk:

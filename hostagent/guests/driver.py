@@ -59,10 +59,10 @@ class Settings:
 class _Known:
     """What is remembered of a job while it lives: `ours` says that a pull on its disk is this job's, `sure` that what
     runs there now was begun by us or had the chain that ours has, and has not been heard to end, `pausing` that we
-    have ended it to go on later, `said` what libvirt told of its end or of a failed request, `word` QEMU's own reason,
-    `ended` how the guest did; `run` is the guest's run that it works in. `waits` says why it is not done although
-    QEMU's part is, `since` when, and `again` when to look anew, after so many `looks`; `foreseeing` finds out, while it
-    runs, what its end must have written."""
+    have ended it to go on later, `doubted` that once it was not there, and nothing said why, `said` what libvirt told
+    of its end or of a failed request, `word` QEMU's own reason, `ended` how the guest did; `run` is the guest's run
+    that it works in. `waits` says why it is not done although QEMU's part is, `since` when, and `again` when to look
+    anew, after so many `looks`; `foreseeing` finds out, while it runs, what its end must have written."""
 
     drive: Drive
     run: int | None = None
@@ -73,6 +73,7 @@ class _Known:
     ours: bool = False
     sure: bool = False
     pausing: bool = False
+    doubted: bool = False
     said: str | None = None
     word: str | None = None
     ended: str | None = None
@@ -205,6 +206,8 @@ class GuestDriver:
             paused = job.state is State.PAUSED
             return Observation(Contact.ALIVE, Phase.PAUSED) if paused else Observation(Contact.UNRESPONSIVE)
         if found is not None and mine:
+            if known is not None:
+                known.doubted = False
             self._foresee(job, known)
             return Observation(Contact.ALIVE, Phase.RUNNING, None if job.incremental else Cursor(found.cur, found.end))
         if runs is None or (known is not None and known.run not in (None, runs)):
@@ -222,6 +225,11 @@ class GuestDriver:
                 return Observation(Contact.UNRESPONSIVE)
             if runs is None:  # it ended since the first look, which is no end of the job's own
                 return await self._without_guest(job)
+            if known is not None and not known.doubted:
+                known.doubted = True
+                await _until_told(lambda: _explained(known))
+                if not _explained(known):
+                    return await self.observe(job)  # a libvirtd that has just come back may have found the job by now
         if proven:
             self._holding.foresee(drive)
         if proven and not await self._durable(job, known):
@@ -313,7 +321,7 @@ class GuestDriver:
     async def _why(self, job: Job) -> str:
         """libvirt gives no reason for a failure: QEMU's own, or what can be found instead where that was not heard."""
         known, drive = self._jobs.get(job.id), drive_of(job)
-        if known is not None:
+        if known is not None and not known.doubted:
             await _until_told(lambda: _explained(known))
         said, word = (known.said, known.word) if known else (None, None)
         if word is not None:

@@ -51,7 +51,7 @@ class Settings:
 class _Known:
     """What is remembered of a job while it lives: `ours` says that a block job on its disk is this job's; `run` is the
     guest's run that it works in; `word` QEMU's last one, `said` libvirt's or of a failed request; `refused` how often
-    the guest did not go over, and `again` when it is asked anew."""
+    the guest did not go over, and `again` when it is asked anew; `half` that libvirt knows half of the job only."""
 
     drive: Drive
     operation: Operation
@@ -62,6 +62,7 @@ class _Known:
     said: str | None = None
     refused: int = 0
     again: float = 0.0
+    half: bool = False
 
 
 class Mirrors:
@@ -143,7 +144,7 @@ class Mirrors:
                 await work.begin(job, disk)
             except JobError as error:
                 known.ours = known.ours or error.code in ("unresponsive", "unavailable")  # it may have begun
-                if error.code != "job_failed":
+                if error.code not in ("job_failed", "invalid"):  # of a guest that ends libvirt forgets the chain first
                     raise
                 await self._disks.fail_as(drive, error)
         known.ours = True
@@ -156,9 +157,15 @@ class Mirrors:
             disk = await self._describe(drive)
             if found is not None and disk is not None and self._is_ours(job, found, disk):
                 known.run = known.run or runs
+                if known.word is None:
+                    known.heard.clear()
                 ready = disk.mirror is not None and disk.mirror.ready
                 cursor = Cursor(found.cur, found.end)
                 return Observation(Contact.ALIVE, Phase.READY if ready else Phase.RUNNING, cursor)
+            if found is not None and disk is not None and self._is_half(job, known, found, disk):
+                await self._disks.abort(drive)
+                known.half = True
+                return Observation(Contact.ALIVE, Phase.RUNNING, Cursor(found.cur, found.end))
             if disk is None and runs is not None:  # it was detached; or the guest ended since, and was undefined before
                 runs, _ = await self._disks.look(drive)
             elif disk is not None and disk.layers[0].index is None:
@@ -173,12 +180,14 @@ class Mirrors:
         gone = runs is None or known.run not in (None, runs)
         never = job.started is None and not known.ours  # nobody will say anything of it
         told = never or (gone and job.completion is not Completion.FINISH)
-        word = known.word if told else await self._word(known)
+        if not told and not known.heard.is_set() and await self._word(known) is None:
+            return await self.observe(job)  # a libvirtd that has just come back may have found the job by now
+        word = known.word
         if word is not None and word.good and job.completion is Completion.FINISH:
             return Observation(Contact.ALIVE, Phase.CONCLUDED)
         if gone:
             return Observation(Contact.DEAD, error=_without_guest(job, word))
-        return Observation(Contact.ALIVE, Phase.ABSENT, None, _why(job, known))
+        return Observation(Contact.ALIVE, Phase.ABSENT, None, _why(job, known, disk))
 
     async def _proven(self, job: Job, disk: Disk | None) -> bool | None:
         """A file that is gone or replaced says no. None when it cannot be asked now."""
@@ -337,6 +346,13 @@ class Mirrors:
                 return None
             raise
 
+    def _is_half(self, job: Job, known: _Known, found: BlockJobInfo, disk: Disk) -> bool:
+        """A libvirtd that is killed when a job begins (9.0) has the job when it comes back, and not its mirror: it can
+        neither say where that leads nor let the guest go over."""
+        if not known.ours or job.started is not None or disk.mirror is not None:
+            return False
+        return found.type in self._work(job.spec).types
+
     def _is_ours(self, job: Job, found: BlockJobInfo, disk: Disk) -> bool:
         work = self._work(job.spec)
         return found.type in work.types and work.is_ours(job, disk)
@@ -366,14 +382,22 @@ def _note(known: _Known, event: HypervisorEvent) -> None:
         known.said = f"a request of the guest failed ({event.reason or 'input/output error'}) on {event.path}"
 
 
-def _why(job: Job, known: _Known) -> str:
+def _why(job: Job, known: _Known, disk: Disk | None) -> str:
     """Why the job is gone from a guest that runs, and did not do what was asked."""
     drive, word = known.drive, known.word
     what = f"the {job.spec.operation} of {drive}"
     if word is not None and word.error is not None:
         return f"{what} ended: {word.error}"
+    if known.half:
+        return f"{what} was ended: libvirt was killed when it began, and does not know its target any more"
     if word is not None and word.good and job.completion is Completion.PIVOT:
         return f"QEMU says that {drive} went over to {job.after.top.path}, and libvirt does not show it; both are kept"
+    if word is None and known.said is None and job.completion is Completion.PIVOT and disk and disk.mirror:
+        return (
+            f"{what}: libvirt shows a mirror that has no job any more. It was killed when the disk was to go over from "
+            f"{job.before.top.path} to {job.after.top.path}, and cannot say whether it did; both are kept. See with "
+            "`lsof` which of them the guest's QEMU has open: its definition must name that one before it starts again"
+        )
     if word is not None or known.said == "cancelled":
         return f"{what} was ended by somebody else (`virsh blockjob --abort`, or another program)"
     said = f"libvirt told: {known.said}" if known.said else "neither libvirt nor QEMU was heard to say how"
@@ -388,6 +412,7 @@ def _without_guest(job: Job, word: QemuJobEvent | None) -> str | None:
     new = job.after.top.path
     went = "had gone over" if word is not None and word.good else "may have gone over"
     return (
-        f"domain {drive.name} ended while {drive} was to go over to {new}: it {went}, and libvirt's definition does "
-        f"not say so. Compare {new} with {job.before.top.path} before it is started again: one lacks what it wrote last"
+        f"domain {drive.name} ended while {drive} was to go over to {new}, or libvirt was killed then and has lost it "
+        f"(see `pgrep -af guest={drive.name}`): it {went}, and libvirt's definition does not say so. Compare {new} "
+        f"with {job.before.top.path} before it is started again: one lacks what it wrote last"
     )

@@ -295,6 +295,21 @@ async def test_an_increment_whose_guest_ended_says_so_whatever_libvirt_said_to_w
 
 
 @on_a_host
+async def test_a_pull_that_a_new_libvirtd_has_not_found_yet_goes_on(host: Host) -> None:
+    """It lists its guests before it has asked QEMU for their jobs."""
+    job = await host.started()
+    for _ in range(2):
+        found, host.disks.job = host.disks.job, None
+        look = asyncio.create_task(host.driver.observe(job))
+        await asyncio.sleep(0.05)
+        host.disks.job = found
+        assert (await look).phase is Phase.RUNNING
+    host.disks.job = None
+    seen = await host.driver.observe(job)
+    assert (seen.phase, seen.proven) == (Phase.ABSENT, False)
+
+
+@on_a_host
 async def test_qemus_own_reason_is_the_jobs(host: Host) -> None:
     job = await host.started()
     host.disks.job = None

@@ -27,13 +27,16 @@ COPYING = BlockJobInfo(2, 5, END, 0)
 
 
 class FakeDisks:
-    """Disks of a guest whose disk is mirrored. `refuses`: what a pivot says; `ended`: the guest does between two looks."""
+    """Disks of a guest whose disk is mirrored. `refuses`: what a pivot says; `ended`: the guest does between two looks; `stale`: it
+    shows a mirror, with or without a job; `half`: a job, and no mirror."""
 
     def __init__(self) -> None:
         self.run: int | None = 1
         self.job: BlockJobInfo | None = None
         self.ready = False
         self.ended = False
+        self.stale = False
+        self.half = False
         self.refuses: JobError | None = None
         self.deaf = False
         self.calls: list[str] = []
@@ -44,7 +47,11 @@ class FakeDisks:
     async def describe(self, drive: object) -> Disk:
         top = LiveLayer(SourceType.FILE, "/images/top.qcow2", "qcow2", None if self.ended else 1)
         target = LiveLayer(SourceType.FILE, "/images/copy.qcow2", "qcow2", 3)
-        mirror = Mirror("copy", self.ready, target) if self.job and not self.ended else None
+        mirror = (
+            Mirror("copy", self.ready, target)
+            if (self.job or self.stale) and not self.ended and not self.half
+            else None
+        )
         return Disk("vda", "disk", (top,), True, False, mirror)
 
     async def contact(self) -> bool:
@@ -182,6 +189,56 @@ def test_a_finish_whose_last_bytes_failed_is_no_success(word: str | None, code: 
         assert await host.driver.discard(job)
 
     play(story())
+
+
+@pytest.mark.parametrize("completion", list(Completion))
+def test_a_job_that_a_new_libvirtd_has_not_found_yet_goes_on(completion: Completion) -> None:
+    """It lists its guests before it has asked QEMU for their jobs."""
+
+    async def story() -> None:
+        host = Host()
+        job = host.job(completion)
+        for _ in range(2):
+            found, host.disks.job = host.disks.job, None
+            look = asyncio.create_task(host.driver.observe(job))
+            await asyncio.sleep(0.02)
+            host.disks.job = found
+            assert (await look).phase is Phase.READY
+        host.disks.job = None
+        assert (await host.driver.observe(job)).phase is Phase.ABSENT
+
+    play(story())
+
+
+@on_a_host
+async def test_what_libvirt_knows_half_of_is_ended(host: Host) -> None:
+    """It was killed when the job began."""
+    job = replace(host.job(None), started=None)
+    host.disks.half = True
+    assert (await host.driver.observe(job)).phase is Phase.RUNNING
+    assert host.disks.calls == ["abort"]
+    host.says(good=False)
+    host.disks.half = False
+    failure = decide(job, await host.driver.observe(job)).failure
+    assert failure is not None and "libvirt was killed when it began" in failure.message
+    assert await host.driver.discard(job)
+
+
+@on_a_host
+async def test_but_not_of_a_job_that_has_begun(host: Host) -> None:
+    job = host.job(Completion.PIVOT)
+    host.disks.half = True
+    await host.driver.observe(job)
+    assert host.disks.calls == []
+
+
+@on_a_host
+async def test_a_mirror_without_a_job_is_said_not_to_be_decided(host: Host) -> None:
+    job = host.job(Completion.PIVOT)
+    host.disks.job, host.disks.stale = None, True
+    failure = decide(job, await host.driver.observe(job)).failure
+    assert failure is not None and failure.code == "job_failed"
+    assert all(word in failure.message for word in ("/images/top.qcow2", "/images/copy.qcow2", "lsof"))
 
 
 @on_a_host

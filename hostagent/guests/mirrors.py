@@ -51,7 +51,8 @@ class Settings:
 class _Known:
     """What is remembered of a job while it lives: `ours` says that a block job on its disk is this job's; `run` is the
     guest's run that it works in; `word` QEMU's last one, `said` libvirt's or of a failed request; `refused` how often
-    the guest did not go over, and `again` when it is asked anew; `half` that libvirt knows half of the job only."""
+    the guest did not go over, and `again` when it is asked anew; `shown` that libvirt has shown the whole job, `half`
+    that it knows half of it only."""
 
     drive: Drive
     operation: Operation
@@ -62,6 +63,7 @@ class _Known:
     said: str | None = None
     refused: int = 0
     again: float = 0.0
+    shown: bool = False
     half: bool = False
 
 
@@ -135,6 +137,10 @@ class Mirrors:
         known.run = known.run or runs
         disk = await self._disks.describe(drive)
         if found is not None:
+            if self._is_half(job, known, found, disk):
+                await self._disks.abort(drive)
+                known.half = True
+                raise JobError("job_failed", _why(job, known, disk), remedy="start it again")
             if not self._is_ours(job, found, disk) or not (known.ours or job.started):
                 raise JobError("busy", f"{drive} has a block job of somebody else's", remedy=look_at(drive))
         elif job.started is None and not await work.proven(job, disk):
@@ -156,7 +162,7 @@ class Mirrors:
             runs, found = await self._disks.look(drive)
             disk = await self._describe(drive)
             if found is not None and disk is not None and self._is_ours(job, found, disk):
-                known.run = known.run or runs
+                known.run, known.shown = known.run or runs, True
                 if known.word is None:
                     known.heard.clear()
                 ready = disk.mirror is not None and disk.mirror.ready
@@ -349,9 +355,8 @@ class Mirrors:
     def _is_half(self, job: Job, known: _Known, found: BlockJobInfo, disk: Disk) -> bool:
         """A libvirtd that is killed when a job begins (9.0) has the job when it comes back, and not its mirror: it can
         neither say where that leads nor let the guest go over."""
-        if not known.ours or job.started is not None or disk.mirror is not None:
-            return False
-        return found.type in self._work(job.spec).types
+        began = known.ours and not known.shown and disk.mirror is None
+        return began and found.type in self._work(job.spec).types and not self._is_ours(job, found, disk)
 
     def _is_ours(self, job: Job, found: BlockJobInfo, disk: Disk) -> bool:
         work = self._work(job.spec)

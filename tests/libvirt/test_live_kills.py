@@ -116,6 +116,8 @@ class Round:
         if cell.guest.runs and (not cell.job or cell.job["state"] == "failed"):
             cell.begin()
             cell.completes()
+        if not cell.guest.runs:
+            cell.guest.kill_what_is_lost()
         cell.close()
 
     def _named_anew(self) -> None:

@@ -225,8 +225,18 @@ async def test_what_libvirt_knows_half_of_is_ended(host: Host) -> None:
 
 
 @on_a_host
-async def test_but_not_of_a_job_that_has_begun(host: Host) -> None:
+async def test_also_when_the_agent_was_killed_with_it(host: Host) -> None:
+    job = replace(host.job(None), started=None, state=State.STARTING)
+    host.disks.half = True
+    with pytest.raises(JobError, match="libvirt was killed when it began"):
+        await host.driver.start(job)
+    assert host.disks.calls == ["abort"]
+
+
+@on_a_host
+async def test_but_not_of_a_job_that_it_has_shown(host: Host) -> None:
     job = host.job(Completion.PIVOT)
+    await host.driver.observe(job)
     host.disks.half = True
     await host.driver.observe(job)
     assert host.disks.calls == []

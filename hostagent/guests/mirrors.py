@@ -22,7 +22,7 @@ from hostagent.drivers.domain_claims import DomainClaims
 from hostagent.drivers.domain_xml import Disk
 from hostagent.drivers.libvirt import BlockJobInfo
 from hostagent.guests import chain
-from hostagent.guests.disks import Disks, drive_of, stopped
+from hostagent.guests.disks import ACTIVE_COMMIT, COPY, Disks, drive_of, stopped
 from hostagent.guests.finding import Finder, claimant, look_at
 from hostagent.guests.holding import Holding
 from hostagent.guests.work import Work
@@ -34,6 +34,9 @@ from jobs.ports import Contact, Observation, Phase
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+MIRRORED = (COPY, ACTIVE_COMMIT)
+"""Block jobs that libvirt shows with a mirror."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,17 +164,17 @@ class Mirrors:
         try:
             runs, found = await self._disks.look(drive)
             disk = await self._describe(drive)
+            if found is not None and disk is not None and self._is_half(job, known, found, disk):
+                await self._disks.abort(drive)
+                known.half = True
+                return Observation(Contact.ALIVE, Phase.RUNNING, Cursor(found.cur, found.end))
             if found is not None and disk is not None and self._is_ours(job, found, disk):
-                known.run, known.shown = known.run or runs, True
+                known.run, known.shown = known.run or runs, known.shown or disk.mirror is not None
                 if known.word is None:
                     known.heard.clear()
                 ready = disk.mirror is not None and disk.mirror.ready
                 cursor = Cursor(found.cur, found.end)
                 return Observation(Contact.ALIVE, Phase.READY if ready else Phase.RUNNING, cursor)
-            if found is not None and disk is not None and self._is_half(job, known, found, disk):
-                await self._disks.abort(drive)
-                known.half = True
-                return Observation(Contact.ALIVE, Phase.RUNNING, Cursor(found.cur, found.end))
             if disk is None and runs is not None:  # it was detached; or the guest ended since, and was undefined before
                 runs, _ = await self._disks.look(drive)
             elif disk is not None and disk.layers[0].index is None:
@@ -356,7 +359,7 @@ class Mirrors:
         """A libvirtd that is killed when a job begins (9.0) has the job when it comes back, and not its mirror: it can
         neither say where that leads nor let the guest go over."""
         began = known.ours and not known.shown and disk.mirror is None
-        return began and found.type in self._work(job.spec).types and not self._is_ours(job, found, disk)
+        return began and found.type in MIRRORED and found.type in self._work(job.spec).types
 
     def _is_ours(self, job: Job, found: BlockJobInfo, disk: Disk) -> bool:
         work = self._work(job.spec)

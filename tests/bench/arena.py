@@ -2,7 +2,8 @@
 
 Two of the original stand beside ours: as it comes, and tuned to buffers of 1 MiB, which it should have had. A case is
 one transfer whose seconds and processor seconds (the server's and the storage daemon's) are taken; what it delivers was
-compared with the image before.
+compared with the image before. Daemons are started anew for each round: how fast one is can be chance, decided when it
+starts, by where its memory lies, and stays so as long as it lives.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,12 @@ class Arena:
     pki: Pki
     daemons: dict[str, Daemon] = field(default_factory=dict)
 
+    def anew(self) -> None:
+        """Start the daemons again; their tickets are gone."""
+        for daemon in self.daemons.values():
+            daemon.stop()
+            daemon.start()
+
     def where(self, name: str, *, unix: bool = False) -> Where:
         daemon = self.daemons[name]
         if unix:
@@ -106,7 +114,7 @@ def arena(stage: Stage, *names: str) -> Iterator[Arena]:
     """With these daemons: ours, stock, tuned, and each with `-tls`."""
     kinds: dict[str, Callable[..., Daemon]] = {"ours": Ours, "stock": Imageio, "tuned": Imageio}
     place = MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM else stage.folder
-    with tempfile.TemporaryDirectory(prefix="hostagent-bench-", dir=place) as folder, contextlib.ExitStack() as open_:
+    with tempfile.TemporaryDirectory(prefix="hostagent-bench-", dir=place) as folder, ExitStack() as open_:
         found = Arena(Path(folder), Pki(Path(folder) / "pki"))
         for name in names:
             kind, _, tls = name.partition("-")
@@ -123,19 +131,25 @@ def digest(content: Path) -> str:
         return hashlib.sha256(file.read(COMPARED)).hexdigest()
 
 
-def in_turns(stage: Stage, name: str, cases: Sequence[Case], runs: int) -> Samples:
-    """All cases in turns, each round beginning with another one."""
-    found: Samples = {case.name: [] for case in cases}
+def in_turns(stage: Stage, name: str, cases: Callable[[ExitStack], Sequence[Case]], runs: int) -> Samples:
+    """Rounds of cases, each begun with another one. `cases` makes them for a round; what they open is closed with it."""
+    found: Samples = {}
     for number in range(runs):
         stage.say(f"{name}: round {number + 1} of {runs}")
-        first = number % len(cases)
-        for case in [*cases[first:], *cases[:first]]:
-            time.sleep(BREATH)
-            before = _cpu(case)
-            seconds = case.move()
-            server, storage = (after - b for after, b in zip(_cpu(case), before, strict=True))
-            found[case.name].append(Sample(seconds, server, storage))
+        with ExitStack() as open_:
+            turns = cases(open_)
+            first = number % len(turns)
+            for case in [*turns[first:], *turns[:first]]:
+                found.setdefault(case.name, []).append(_sample(case))
     return found
+
+
+def _sample(case: Case) -> Sample:
+    time.sleep(BREATH)
+    before = _cpu(case)
+    seconds = case.move()
+    server, storage = (after - b for after, b in zip(_cpu(case), before, strict=True))
+    return Sample(seconds, server, storage)
 
 
 def _cpu(case: Case) -> tuple[float, float]:

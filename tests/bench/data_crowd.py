@@ -39,7 +39,7 @@ def measure(stage: Stage) -> Figure:
         image = raw_image(place.folder / "image.raw", SIZE)
         export = crowd.enter_context(Qsd(image, "raw", read_only=True))
         case = place.download("ours", f"file://{image}", like=digest(image))
-        alone = in_turns(stage, NAME, [case], runs)["ours"]
+        alone = in_turns(stage, NAME, lambda _: [case], runs)["ours"]
         ours = place.daemons["ours"]
         begin = rss_mib(ours.pid)
         _idle(stage, ours, crowd)
@@ -48,7 +48,7 @@ def measure(stage: Stage) -> Figure:
         _slow(stage, ours, crowd, f"file://{image}", export.url)
         _attack(ours, crowd)
         time.sleep(1)
-        among = in_turns(stage, NAME, [case], runs)["ours"]
+        among = in_turns(stage, NAME, lambda _: [case], runs)["ours"]
         all_of_them = rss_mib(ours.pid) - begin
         _tickets(stage, ours)
         full = rss_mib(ours.pid) - begin

@@ -27,9 +27,13 @@ def measure(stage: Stage) -> Figure:
     runs = stage.count(RUNS)
     with arena(stage, "ours", "stock", "tuned", "ours-tls", "stock-tls") as place, contextlib.ExitStack() as open_:
         image = raw_image(place.folder / "image.raw", SIZE)
-        cases = list(_cases(place, image))
         nginx = open_.enter_context(_nginx(place, image)) if shutil.which("nginx") else None
-        found = in_turns(stage, NAME, [*cases, *([nginx] if nginx else [])], runs)
+
+        def cases(_: contextlib.ExitStack) -> list[Case]:
+            place.anew()
+            return [*_cases(place, image), *([nginx] if nginx else [])]
+
+        found = in_turns(stage, NAME, cases, runs)
     beside = faster(found, "ours 1", "nginx", 1.0, "1 connection") if nginx else None
     missing = Result("1 connection, throughput / nginx", None, 1.0, "x", at_least=True, why=NGINX)
     return Figure(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.bench.arena import SIZE, Arena, Case, arena, cheaper, details, digest, faster, in_turns
@@ -22,8 +23,13 @@ def measure(stage: Stage) -> Figure:
     runs = stage.count(RUNS)
     with arena(stage, "ours", "stock", "tuned", "ours-tls", "stock-tls") as place:
         image, like = _image(place.folder)
-        with Qsd(image, "qcow2", read_only=True) as export:
-            found = in_turns(stage, NAME, list(_cases(place, export, image, like)), runs)
+
+        def cases(open_: ExitStack) -> list[Case]:
+            place.anew()
+            export = open_.enter_context(Qsd(image, "qcow2", read_only=True))
+            return list(_cases(place, export, image, like))
+
+        found = in_turns(stage, NAME, cases, runs)
     return Figure(
         name=NAME,
         measured=f"download of a {SIZE >> 30} GiB qcow2 image, CPU of server and storage daemon",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 
 from tests.bench import sink
 from tests.bench.arena import SIZE, Arena, Case, arena, details, faster, in_turns
@@ -20,7 +21,12 @@ def measure(stage: Stage) -> Figure:
     runs = stage.count(RUNS)
     with arena(stage, "ours", "stock") as place:
         image = raw_image(place.folder / "image.raw", 1 << 20)
-        found = in_turns(stage, NAME, [_options(place, name, f"file://{image}") for name in place.daemons], runs)
+
+        def cases(_: ExitStack) -> list[Case]:
+            place.anew()
+            return [_options(place, name, f"file://{image}") for name in place.daemons]
+
+        found = in_turns(stage, NAME, cases, runs)
     per_second = {f"{name}_per_s": REQUESTS / median([one.seconds for one in found[name]]) for name in found}
     cpu = {f"{name}_cpu_us": 1e6 * median([one.cpu for one in found[name]]) / REQUESTS for name in found}
     return Figure(
@@ -43,9 +49,13 @@ def checksum(stage: Stage) -> Figure:
     runs = stage.count(RUNS)
     with arena(stage, "ours", "stock") as place:
         image = raw_image(place.folder / "image.raw", SIZE)
-        with Qsd(image, "raw", read_only=True) as export:
-            cases = [*_checksums(place, f"file://{image}", "file"), *_checksums(place, export.url, "NBD", export.pid)]
-            found = in_turns(stage, CHECKSUM, cases, runs)
+
+        def cases(open_: ExitStack) -> list[Case]:
+            place.anew()
+            export = open_.enter_context(Qsd(image, "raw", read_only=True))
+            return [*_checksums(place, f"file://{image}", "file"), *_checksums(place, export.url, "NBD", export.pid)]
+
+        found = in_turns(stage, CHECKSUM, cases, runs)
     return Figure(
         name=CHECKSUM,
         measured=f"checksum of a {SIZE >> 30} GiB raw file (blake2b); beside it of the same behind a storage daemon, "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+from contextlib import ExitStack
+from pathlib import Path
 
-from tests.bench.arena import SIZE, arena, cheaper, details, faster, in_turns
+from tests.bench.arena import SIZE, Case, arena, cheaper, details, faster, in_turns
 from tests.bench.figure import Figure
 from tests.bench.stage import Stage
 from tests.data.exports import Qsd
@@ -17,16 +19,17 @@ OPTIONS = "preallocation=metadata"
 def measure(stage: Stage) -> Figure:
     runs = stage.count(RUNS)
     with arena(stage, "ours", "stock", "tuned") as place:
-        image = place.folder / "target.qcow2"
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", OPTIONS, str(image), str(SIZE)]
-        subprocess.run(command, check=True)
-        with Qsd(image, "qcow2") as export:
-            cases = [
+
+        def cases(open_: ExitStack) -> list[Case]:
+            place.anew()
+            export = open_.enter_context(Qsd(_image(place.folder), "qcow2"))
+            return [
                 place.upload(name, export.url, label=f"{name} {number}", connections=number, storage=export)
                 for name in place.daemons
                 for number in (1, 4)
             ]
-            found = in_turns(stage, NAME, cases, runs)
+
+        found = in_turns(stage, NAME, cases, runs)
     return Figure(
         name=NAME,
         measured=f"upload of {SIZE >> 30} GiB into a qcow2 image, CPU of server and storage daemon",
@@ -39,3 +42,10 @@ def measure(stage: Stage) -> Figure:
         ),
         details=details(found),
     )
+
+
+def _image(folder: Path) -> Path:
+    image = folder / "target.qcow2"
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", OPTIONS, str(image), str(SIZE)]
+    subprocess.run(command, check=True)
+    return image

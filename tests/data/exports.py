@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tests.data.wire import unix
 
@@ -74,7 +74,7 @@ class NbdServer(ABC):
     def process_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def __enter__(self) -> NbdServer:
+    def __enter__(self) -> Self:
         self.start()
         return self
 

@@ -11,31 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import hashlib
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from events import cloudevents, normalize
 from events.bus import Bus
-from events.model import (
-    Event,
-    HostEvent,
-    HostEventKind,
-    JobEventKind,
-    Record,
-    now,
-)
-from hostagent import __version__, host, reboot, sdnotify
+from events.model import now
+from hostagent import __version__, activation, data_child, host, reboot, reload, sdnotify, watchdog
 from hostagent.access import holders
 from hostagent.access.leases import FileLease
 from hostagent.access.ledger import Ledger
@@ -47,17 +36,15 @@ from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
 from hostagent.api.service import AgentService
 from hostagent.api.status import HostFacts
-from hostagent.api.trouble import Trouble, trouble_of
 from hostagent.config import Config
-from hostagent.config_text import plain, show
-from hostagent.data import listeners
+from hostagent.config_text import plain
 from hostagent.drain import Drain
-from hostagent.drivers import process, qsd_process
+from hostagent.drivers import qsd_process
+from hostagent.drivers.libvirt import last_beat
 from hostagent.gauges import Gauges
 from hostagent.guest_jobs import GuestJobs, Parts
 from hostagent.guests.router import Router
 from hostagent.images.dependents import Dependent, ScanLimits, find_dependents
-from hostagent.images.drift import Drift
 from hostagent.images.measure import Measure
 from hostagent.images.member import ChainLimits
 from hostagent.images.qemu_img import QemuImg, RunAs, ToolLimits
@@ -76,21 +63,17 @@ from hostagent.nbd.headers import Headers
 from hostagent.nbd.network import Settings as NetworkSettings
 from hostagent.nbd.offline import OfflineDriver
 from hostagent.nbd.offline_bitmaps import Bitmaps
-from hostagent.nbd.operations import Search, job_id
-from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbd.operations import Search
 from hostagent.nbd.pulling import Pull, SliceLimits
 from hostagent.nbd.space import Space
 from hostagent.nbd.tls import TlsSettings
 from hostagent.nbd.watch import Watch
-from hostagent.records import ExportRecord
+from hostagent.news import News
 from hostagent.retention import Retention, keep_house
 from hostagent.store import Store
-from hostagent.transfers import child
-from hostagent.transfers.control import Control
 from jobs.engine import Engine
 from jobs.errors import JobError
-from jobs.model import FileId, Job, State
-from jobs.outcome import job_event
+from jobs.model import FileId, State
 from jobs.ports import SystemClock
 from jobs.world import Limits
 
@@ -98,17 +81,22 @@ log = logging.getLogger(__name__)
 
 WORKERS = 32
 """Threads for files, processes and NBD: one job's slice or one slow disk must not wait for another's."""
-REFRESH = 0.1
-"""Seconds in which events are gathered, until what a scrape shows of the store is read again."""
+API = "api"
+"""The name of its socket to the service manager (FileDescriptorName=)."""
+STOP_MORE = 30.0
+"""Seconds that the agent's end may take beside agent.stop_timeout, which is for requests: so the service manager is
+told."""
 
 
-def run(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT. What keeps it from starting is raised as AgentError or JobError."""
-    asyncio.run(_serve(config))
+def run(load: Callable[[], Config]) -> int:
+    """Serve until SIGTERM or SIGINT, with the settings that `load` reads; SIGHUP reads them anew. What keeps it from
+    starting is raised as AgentError or JobError."""
+    asyncio.run(_serve(load))
     return 0
 
 
-async def _serve(config: Config) -> None:
+async def _serve(load: Callable[[], Config]) -> None:
+    config = load()
     loop = asyncio.get_running_loop()
     workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="work")
     loop.set_default_executor(workers)
@@ -116,12 +104,13 @@ async def _serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     agent = Agent(config)
+    loop.add_signal_handler(signal.SIGHUP, reload.Reload(config, load).now)
     try:
         await agent.start()
         gc.freeze()  # or the collector walks all that was imported now and then: 50 ms in which nothing is done
         await stop.wait()
     finally:
-        sdnotify.stopping()
+        sdnotify.stopping(config.agent.stop_timeout + STOP_MORE)
         await agent.stop()
         workers.shutdown(wait=False)
         _leave_hanging_threads(config.agent.stop_timeout)
@@ -152,12 +141,13 @@ class Agent:
         self._user = host.storage_user(config)
         self._group = host.socket_group(config)
         self._background: list[asyncio.Task[Any]] = []
-        self._refreshing = False
+        self.news = News(self._bus, self._changes, self._later)
+        self._own_socket = True
         self._serving: asyncio.Task[None] | None = None
         self._store = Store(
             self._state_dir,
             host=config.agent.host,
-            publish=self._publish,
+            publish=self.news.publish,
             busy_timeout=config.store.busy_timeout,
         )
         self._prober: Probe = (
@@ -172,7 +162,7 @@ class Agent:
         self._metrics = Metrics(lambda: self._gauges.snapshot(), version=__version__, qemu=self._qemu)
         self._live = Live(
             config.libvirt,
-            record=lambda event: self._later(self._store.record([event])),
+            record=self.news.record,
             count=lambda type_: self._metrics.event("libvirt", type_),
             observe=self._metrics.libvirt_call,
         )
@@ -183,10 +173,10 @@ class Agent:
         self._driver = self._make_driver()
         self._guests = self._make_guests()
         self._bitmaps = self._make_bitmaps()
-        self._watch = Watch(self._chains, interval=config.images.watch_interval, tell=self._drifted)
+        self._watch = Watch(self._chains, interval=config.images.watch_interval, tell=self.news.drifted)
         self._engine = self._make_engine()
         self._drain = Drain(self._store, self._engine, self._clock, self._later)
-        self._data = self._make_data() if config.data.start else None
+        self._data = data_child.make(config, self._group, self.news.data_daemon) if config.data.start else None
         self._service: AgentService
         self._server: Server
         self._gauges = Gauges(
@@ -198,6 +188,9 @@ class Agent:
             live=self._live,
             bus=self._bus,
         )
+        news = self.news
+        news.store, news.metrics, news.engine, news.exports = self._store, self._metrics, self._engine, self._exports
+        news.drain, news.gauges, news.settled = self._drain, self._gauges, self._guests.settled
 
     # Making
 
@@ -243,7 +236,7 @@ class Agent:
             network=NetworkSettings(config.images.network, config.exports.open_timeout),
         )
         chains = Chains(settings, self._store, FileLease, self._clock)
-        chains.sink = self
+        chains.sink = self.news
         return chains
 
     def _make_exports(self) -> Exports:
@@ -259,7 +252,7 @@ class Agent:
             ),
             clock=self._clock,
             started=self._metrics.export_started,
-            changed=self._export_changed,
+            changed=self.news.export_changed,
         )
 
     def _make_driver(self) -> OfflineDriver:
@@ -303,7 +296,7 @@ class Agent:
                 run_as,
                 tools,
                 engine=lambda: self._engine,
-                alarm=self._not_whole,
+                alarm=self.news.not_whole,
             )
         )
 
@@ -339,7 +332,7 @@ class Agent:
             self._store,
             self._ledger,
             clock=self._clock,
-            observer=self,
+            observer=self.news,
             limits=Limits(
                 width=jobs.width,
                 queue=jobs.queue,
@@ -352,32 +345,7 @@ class Agent:
                 request_timeout=jobs.start_timeout,
                 live_interval=self._config.libvirt.sample,
             ),
-            changed=self._job_changed,
-        )
-
-    def _make_data(self) -> child.Child:
-        """The data daemon, which has none of our rights: what it may not open we hand over."""
-        config, data = self._config, self._config.data
-        user = host.data_user(config, self._group)
-        control = Control(
-            data.control_socket,
-            data.control_socket.with_name(listeners.HANDOVER),
-            timeout=data.header_timeout,
-            revoke=data.revoke_timeout,
-        )
-        command = [sys.executable, "-m", "hostagent.cli.main", "data", "--config", str(self._runtime_dir / "data.toml")]
-        mark = f"{__version__}-{hashlib.sha256(show(config).encode()).hexdigest()[:16]}"
-        files = data.max_connections * 3 + 1000
-
-        def launch(command: list[str], fds: list[int]) -> subprocess.Popen[bytes]:
-            return process.launch(command, user=user, pass_fds=fds, log_path=None, open_files=files)
-
-        return child.Child(
-            control,
-            child.Settings(command, mark, ready=config.qsd.start_timeout, look=5 * config.qsd.probe_interval),
-            listen=lambda: listeners.listen(config),
-            launch=launch,
-            tell=self._data_changed,
+            changed=self.news.job_changed,
         )
 
     def _start_prober(self) -> None:
@@ -385,16 +353,14 @@ class Agent:
         with contextlib.suppress(JobError, OSError), open(os.devnull, "rb") as nothing:
             self._prober.can_open(nothing.fileno(), "r")
 
-    def _data_changed(self, answers: bool, why: str | None) -> None:
-        kind = HostEventKind.CONNECTED if answers else HostEventKind.DISCONNECTED
-        self._later(self._store.record([HostEvent(kind, "data-daemon", why)]))
-
     # Life
 
     async def start(self) -> None:
         host.raise_file_limit()
         host.make_folders(self._state_dir, self._runtime_dir, self._group)
-        host.refuse_second_listener(self._config.api.socket)
+        given = activation.listeners().get(API)
+        if given is None:
+            host.refuse_second_listener(self._config.api.socket)
         await self._store.open()
         await reboot.renumber(self._store)
         await self._chains.recover()
@@ -414,7 +380,8 @@ class Agent:
         self._later(asyncio.to_thread(self._start_prober))
         await self._gauges.refresh()
         self._live.start()
-        listener = host.listen(self._config.api.socket, self._group)
+        listener = given or host.listen(self._config.api.socket, self._group)
+        self._own_socket = given is None
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="api")
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
@@ -424,7 +391,7 @@ class Agent:
         for look in self._guests.looks():
             self._later(look)
         if self._data is not None:
-            (self._runtime_dir / "data.toml").write_text(show(self._config))
+            data_child.write_settings(self._config)
             self._background.append(asyncio.create_task(self._data.run(), name="data"))
         where = self._config.api.socket
         log.info(
@@ -439,7 +406,16 @@ class Agent:
                 }
             },
         )
-        sdnotify.ready()
+        self.news.status = self._status
+        sdnotify.ready(self._status())
+        if (patience := watchdog.interval()) is not None:
+            self._later(watchdog.feed(patience, self._store.counts, last_beat))
+
+    def _status(self) -> str:
+        """For people, in the service manager's words on us."""
+        jobs, exports, live = len(self._engine.active()), len(self._exports.active()), self._live
+        libvirt = "off" if live.off is not None else "connected" if live.status.connected else "away"
+        return f"{jobs} jobs, {exports} exports, libvirt {libvirt}"
 
     async def stop(self) -> None:
         """Let go of everything; storage daemons run on."""
@@ -447,7 +423,8 @@ class Agent:
             self._server.should_exit = True
             await asyncio.wait({self._serving}, timeout=self._config.agent.stop_timeout + 1)
             self._serving.cancel()
-            self._config.api.socket.unlink(missing_ok=True)
+            if self._own_socket:
+                self._config.api.socket.unlink(missing_ok=True)
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -493,6 +470,7 @@ class Agent:
             holding=self._guests.holding,
             data=self._data.facts if self._data is not None else None,
         )
+        self.news.trouble = self._service.troubles.append
         names = {item.name for item in fields(HttpSettings)} - {"host", "stop_timeout"}
         settings = HttpSettings(
             host=config.agent.host,
@@ -515,84 +493,6 @@ class Agent:
             rows=store.prune_rows,
             interval=store.prune_interval,
         )
-
-    # What is told to us (Sink, Observer, callbacks)
-
-    def qmp_event(self, chain: PreparedChain, name: str, data: Mapping[str, Any]) -> None:
-        self._metrics.event("qmp", name)
-        if found := normalize.job_of(name, data):
-            self._engine.hint(job_id(found))
-
-    def daemon_gone(self, chain: PreparedChain) -> None:
-        self._exports.daemon_gone(chain)
-        self._hint(chain)
-
-    async def moved(self, chain: PreparedChain) -> None:
-        await self._exports.moved(chain)
-
-    def responsive(self, chain: PreparedChain, answers: bool) -> None:
-        kind = HostEventKind.CONNECTED if answers else HostEventKind.UNRESPONSIVE
-        daemon = chain.daemon.id if chain.daemon else ""
-        reason = None if answers else f"storage daemon of {chain.path} (pid {chain.pid}) does not answer"
-        log.warning("storage daemon %s", kind, extra={"fields": {"daemon": daemon, "path": chain.path}})
-        self._later(self._store.record([HostEvent(kind, f"storage-daemon/{daemon}", reason)]))
-        self._hint(chain)
-
-    def _hint(self, chain: PreparedChain) -> None:
-        for user in chain.users:
-            if user.kind == "job":
-                self._engine.hint(user.id)
-            else:
-                self._changes.tell(f"export {user.id}")
-
-    def job_finished(self, operation: str, outcome: str, seconds: float) -> None:
-        self._metrics.job_finished(operation, outcome, seconds)
-
-    def event_lag(self, seconds: float) -> None:
-        self._metrics.event_lag(seconds)
-
-    def reconcile(self, result: str) -> None:
-        self._metrics.reconcile(result)
-
-    def revocation_lag(self, seconds: float) -> None:
-        self._metrics.revocation_lag(seconds)
-        log.info("access settled", extra={"fields": {"lag_seconds": round(seconds, 6)}})
-
-    def _job_changed(self, job: Job) -> None:
-        self._changes.tell(f"job {job.id}")
-        self._drain.job_changed(job)
-        if job.state.terminal:
-            self._guests.settled(job)
-        if job.state is State.RUNNING:
-            self._bus.publish(Record(0, now(), job_event(job, JobEventKind.PROGRESS)))
-
-    def _export_changed(self, record: ExportRecord) -> None:
-        self._changes.tell(f"export {record.id}")
-
-    def _publish(self, record: Record) -> None:
-        self._metrics.event("agent", cloudevents.type_of(record.event))
-        self._bus.publish(record)
-        self._note_trouble(record.event)
-        if not self._refreshing:
-            self._refreshing = True
-            self._later(self._refresh())
-
-    async def _refresh(self) -> None:
-        await asyncio.sleep(REFRESH)
-        self._refreshing = False
-        await self._gauges.refresh()
-
-    def _note_trouble(self, event: Event) -> None:
-        trouble = trouble_of(event, now())
-        if trouble is not None and hasattr(self, "_service"):
-            self._service.troubles.append(trouble)
-
-    def _not_whole(self, path: str, remedy: str) -> None:
-        what = "it stands no more on what it needs, and is not whole"
-        self._service.troubles.append(Trouble(now(), path, what, remedy))
-
-    def _drifted(self, drift: Drift) -> None:
-        self._service.troubles.append(Trouble(now(), "a file that is in use", str(drift), drift.remedy))
 
     def _later(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -115,11 +115,12 @@ def raise_file_limit() -> None:
 def make_folders(state_dir: Path, runtime_dir: Path, group: int | None) -> None:
     """The agent's folders, with the modes that keep others out; `group` may use the NBD sockets."""
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        (runtime_dir / "qsd").mkdir(mode=0o700, exist_ok=True)
         sockets = runtime_dir / "nbd"
-        sockets.mkdir(mode=0o750, exist_ok=True)
+        with _umask(0o022):
+            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+            (runtime_dir / "qsd").mkdir(mode=0o700, exist_ok=True)
+            sockets.mkdir(mode=0o750, exist_ok=True)
         if group is not None:
             os.chown(sockets, -1, group)
         _refuse_foreign_folder(state_dir, "agent.state_dir")

@@ -1,9 +1,11 @@
-"""What systemd is told: READY=1 once requests are answered, STOPPING=1, and a STATUS line. Silent without systemd."""
+"""What systemd is told (sd_notify(3)): READY=1 once requests are answered, RELOADING=1, STOPPING=1, and a STATUS line.
+Silent without systemd."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 
 
 def notify(*states: str) -> bool:
@@ -26,8 +28,14 @@ def ready(status: str = "ready") -> bool:
     return notify("READY=1", f"STATUS={status}")
 
 
-def stopping(status: str = "stopping") -> bool:
-    return notify("STOPPING=1", f"STATUS={status}")
+def reloading() -> bool:
+    """READY=1 ends it."""
+    return notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+
+def stopping(seconds: float) -> bool:
+    """It may take so long."""
+    return notify("STOPPING=1", "STATUS=stopping", f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
 
 
 def status(text: str) -> bool:

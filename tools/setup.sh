@@ -20,6 +20,7 @@ case $purpose in
   develop)
     programs+=([mkfs.xfs]=xfsprogs [mkfs.ext4]=e2fsprogs [gcc]=gcc [openssl]=openssl)
     programs+=([virsh]=libvirt-clients)  # the figures' peer
+    programs+=([systemd-analyze]=systemd [systemd-nspawn]=systemd-container [dbus-daemon]=dbus)
     programs+=([nbdkit]=nbdkit [libvirtd]=libvirt-daemon [qemu-system-x86_64]=qemu-system-x86 [busybox]=busybox-static)
     extra='[test]'
     ;;

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hostagent.cli import arguments
+from hostagent.config import Config
 from hostagent.errors import EXIT_OK
 
 SETTINGS = {
@@ -35,11 +36,15 @@ def _serve(args: argparse.Namespace) -> int:
     overrides = {key: getattr(args, name) for name, key in SETTINGS.items() if getattr(args, name) is not None}
     if args.socket:
         overrides["api.socket"] = arguments.path(args.socket)
-    settings = config_text.load(file=args.config or config_text.default_file(os.environ), overrides=overrides)
+
+    def load() -> Config:
+        return config_text.load(file=args.config or config_text.default_file(os.environ), overrides=overrides)
+
+    settings = load()
     if args.show_config:
         print(config_text.show(settings), end="")
         return EXIT_OK
     logs.setup(settings.logs.level, settings.logs.format, sys.stderr)
     from hostagent.daemon import run
 
-    return run(settings)
+    return run(load)

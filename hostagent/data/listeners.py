@@ -10,38 +10,21 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from hostagent import activation
 from hostagent.config import UNSET, Config
 from hostagent.config_data import Data
 from hostagent.errors import AgentError
 
 BACKLOG = 512
 HANDOVER = "data-handover.sock"
-_FIRST_INHERITED = 3  # sd_listen_fds(3)
 
 
 def inherited(given: Mapping[str, int]) -> dict[str, socket.socket]:
-    """The listeners that whoever started this process bound, by name: the agent (`given`), or systemd
-    (sd_listen_fds(3)). So they can be where this process may make no file, and stay open over a restart."""
-    if given:
-        return {name: _taken(fd) for name, fd in given.items()}
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
-        return {}
-    number = int(os.environ.pop("LISTEN_FDS", "0"))
-    fds = range(_FIRST_INHERITED, _FIRST_INHERITED + number)
-    return {name: _taken(fd) for fd, name in zip(fds, names, strict=False)}
-
-
-def _taken(fd: int) -> socket.socket:
-    try:
-        os.set_inheritable(fd, False)
-        found = socket.socket(fileno=fd)
-    except OSError as error:
-        message = f"descriptor {fd} is no socket: {error.strerror}"
-        raise AgentError(
-            "invalid", message, field="--inherit", value=fd, remedy="leave it to who started this"
-        ) from error
-    found.setblocking(True)
+    """The listeners that whoever started this process bound, by name: the agent (`given`), or systemd. So they can be
+    where this process may make no file, and stay open over a restart."""
+    found = {name: activation.taken(fd) for name, fd in given.items()} or activation.listeners()
+    for listener in found.values():
+        listener.setblocking(True)
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from events.normalize import RawEvent
 from jobs.errors import JobError
 
 PACKAGE = "python3-libvirt"
+
+BEAT = 1.0
+"""Seconds between two signs of life of libvirt's event loop."""
 
 SYNCHRONOUS_WRITES = 8
 """VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES, which a libvirt-python before 8.0 does not name."""
@@ -75,7 +79,23 @@ def start_event_loop() -> None:
     binding = _libvirt()
     binding.registerErrorHandler(lambda context, error: None, None)  # else every error is also printed
     binding.virEventRegisterDefaultImpl()
+    _beats()
+    binding.virEventAddTimeout(round(BEAT * 1000), _beats, None)
     threading.Thread(target=_run_event_loop, name="libvirt-events", daemon=True).start()
+
+
+_beat: float | None = None
+
+
+def _beats(*_: Any) -> None:
+    global _beat
+    _beat = time.monotonic()
+
+
+def last_beat() -> float | None:
+    """When the event loop last ran, by time.monotonic(), at most BEAT seconds old while it does; None before its
+    start."""
+    return _beat
 
 
 def _run_event_loop() -> None:

@@ -74,25 +74,35 @@ def launch(
     What it says is appended to `log_path`; without one it goes where our own log does.
 
     setpriv(1) changes the user, not Popen: with `user=` Python must fork, which stops the whole agent while the kernel
-    copies its page tables (8 ms seen); without, it takes vfork.
+    copies its page tables (8 ms seen); without, it takes vfork. And prlimit(1) sets the limits, not we: of a process of
+    another user only who has CAP_SYS_RESOURCE can.
     """
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log_path.open("ab")) if log_path is not None else None
         child = subprocess.Popen(
-            [*_become(user), *argv],
+            [*_bounded(open_files), *_become(user), *argv],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             pass_fds=tuple(pass_fds),
             start_new_session=True,
+            env=_environment(),
             umask=0o117,
             cwd="/",
         )
-    with contextlib.suppress(OSError, ValueError):
-        resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (open_files, open_files))
-    with contextlib.suppress(OSError):
-        resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))
     return child
+
+
+def _bounded(open_files: int) -> list[str]:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = open_files if most == resource.RLIM_INFINITY else min(open_files, most)
+    return ["prlimit", f"--nofile={files}:{files}", "--core=0:0", "--"]
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what the service manager says to us alone (sd_notify(3), sd_watchdog_enabled(3))."""
+    ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def _become(user: User) -> list[str]:

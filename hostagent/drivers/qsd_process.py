@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hostagent.drivers import descriptors as proc
+from hostagent.drivers import scope
 from hostagent.drivers.process import User, Watch, command_line, launch
 from hostagent.drivers.qmp import Monitor, Refused
 from hostagent.drivers.tls import TlsListener
@@ -91,6 +92,8 @@ class DaemonProcess:
         self._watch: Watch
         self._monitor: Monitor | None = None
         self._connecting = asyncio.Lock()
+        self._moving: asyncio.Task[None] | None = None
+        """Into its own unit: nobody waits for it."""
 
     async def launch(self, descriptors: Sequence[int]) -> None:
         """Start the process. `descriptors` (O_PATH) keep their numbers inside it."""
@@ -114,6 +117,9 @@ class DaemonProcess:
             if isinstance(error, JobError):
                 raise (self.death() if killed else self._no_start(died=died)) from error
             raise
+        if scope.wanted():
+            what = f"Storage daemon {self.id} of hostagent"
+            self._moving = asyncio.create_task(scope.take_in(self.pid, f"hostagent-qsd-{self.id}", what))
 
     async def _launched(self, descriptors: Sequence[int], first: socket.socket) -> subprocess.Popen[bytes]:
         """The child. The thread that starts it cannot be stopped, and uses our descriptors: a caller that is cancelled

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from hostagent import config, config_text
+from hostagent import config_text
 from hostagent.daemon import Agent
 from hostagent.nbd.prepared import PreparedChain
 from tests.harness import MIB, AgentProcess, ApiError, Json, check_clean, reachable, same_content, sound, user_can_read
@@ -304,17 +304,6 @@ def test_an_unreadable_sector_of_the_base_fails_the_pull_and_it_goes_on_when_men
 # Events
 
 
-class Lossy(Agent):
-    """The real agent, with a bad line to its storage daemons."""
-
-    def __init__(self, settings: config.Config, line: Callable[[Callable[[], None]], None]) -> None:
-        super().__init__(settings)
-        self._line = line
-
-    def qmp_event(self, chain: PreparedChain, name: str, data: Mapping[str, Any]) -> None:
-        self._line(lambda: super(Lossy, self).qmp_event(chain, name, data))
-
-
 def _lost(deliver: Callable[[], None]) -> None:
     pass
 
@@ -342,7 +331,13 @@ async def _pull_over(line: Callable[[Callable[[], None]], None], place: AgentPro
     overrides |= {"jobs.progress_interval": "0.1"}
     if place.user:
         overrides["access.hypervisor_user"] = place.user
-    agent = Lossy(config_text.load(env={}, overrides=overrides), line)
+    agent = Agent(config_text.load(env={}, overrides=overrides))
+    deliver = agent.news.qmp_event
+
+    def over_a_bad_line(chain: PreparedChain, name: str, data: Mapping[str, Any]) -> None:
+        line(lambda: deliver(chain, name, data))
+
+    agent.news.qmp_event = over_a_bad_line  # type: ignore[method-assign]
     try:
         await agent.start()
         job = await asyncio.to_thread(pulled, place, images, spec)

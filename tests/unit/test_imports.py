@@ -20,7 +20,7 @@ OURS = {"events", "jobs", "hostagent"}
 LEAVES = {
     f"hostagent.{name}"
     for name in (
-        *("config", "config_data", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify"),
+        *("config", "config_data", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify", "activation"),
         *("nbdclient", "nbdconnection", "nbddial", "nbdoffer", "nbdstream"),
         *("locks", "looks", "schema", "selection", "turns", "unix_http"),
         *("blocks", "extents", "inodes", "qcow2", "qemu_locks", "rangeset"),

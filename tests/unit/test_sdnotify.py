@@ -18,8 +18,10 @@ def test_systemd_is_told_in_one_datagram(
         monkeypatch.setenv("NOTIFY_SOCKET", str(path))
         assert sdnotify.ready("3 jobs\nadopted")
         assert listener.recv(1000) == b"READY=1\nSTATUS=3 jobs adopted"
-        assert sdnotify.stopping()
-        assert listener.recv(1000) == b"STOPPING=1\nSTATUS=stopping"
+        assert sdnotify.stopping(2.5)
+        assert listener.recv(1000) == b"STOPPING=1\nSTATUS=stopping\nEXTEND_TIMEOUT_USEC=2500000"
+        assert sdnotify.reloading()
+        assert listener.recv(1000).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
 
 
 def test_without_systemd_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

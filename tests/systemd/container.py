@@ -1,0 +1,182 @@
+"""A container of this host's own system that boots systemd, for tests of the units as they are in units/.
+
+Its root is an overlay on the host's, so nothing that it does is seen outside; what it writes goes into memory, and stays
+over its reboots. The agent's program is this checkout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+UNITS = REPOSITORY / "units"
+WAIT = 90.0
+REBOOTS = 133
+PROGRAM = """#!/bin/sh
+export PYTHONPATH=/opt/repository:/opt/packages PYTHONDONTWRITEBYTECODE=1
+exec /usr/bin/python3 -m hostagent.cli.main "$@"
+"""
+NOT_WANTED = ("libvirtd.service", "libvirtd.socket", "libvirt-guests.service", "virtlogd.service", "nginx.service")
+
+
+def missing() -> str | None:
+    """Why no container boots here; None when one may."""
+    if os.geteuid() != 0:
+        return "only root can boot a container"
+    absent = [name for name in ("systemd-nspawn", "nsenter") if shutil.which(name) is None]
+    if absent:
+        return f"{absent[0]} is not installed (tools/setup.sh develop)"
+    if not Path("/lib/systemd/systemd").exists():
+        return "systemd is not installed"
+    try:
+        with tempfile.TemporaryDirectory(prefix="hc-") as folder, _root(Path(folder)):
+            return None
+    except subprocess.CalledProcessError:
+        return "no overlay can be mounted here"
+
+
+@contextlib.contextmanager
+def _root(folder: Path) -> Iterator[Path]:
+    memory, root = folder / "memory", folder / "root"
+    memory.mkdir()
+    root.mkdir()
+    with contextlib.ExitStack() as stack:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2G,mode=755", "none", str(memory)], check=True)
+        stack.callback(subprocess.run, ["umount", "-l", str(memory)], check=False)
+        for name in ("upper", "work"):
+            (memory / name).mkdir()
+        layers = f"lowerdir=/,upperdir={memory}/upper,workdir={memory}/work"
+        mount = ["mount", "-t", "overlay", "overlay", "-o", layers, str(root)]
+        subprocess.run(mount, check=True, stderr=subprocess.DEVNULL)
+        stack.callback(subprocess.run, ["umount", "-l", str(root)], check=False)
+        yield root
+
+
+class Container:
+    """`boot` it, then `run` commands in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._nspawn: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def made(cls) -> Iterator[Container]:
+        with tempfile.TemporaryDirectory(prefix="hc-") as folder, _root(Path(folder)) as root:
+            container = cls(root)
+            container._install()
+            try:
+                yield container
+            finally:
+                container._end()
+
+    def _install(self) -> None:
+        """As a package does."""
+        system = self.root / "etc/systemd/system"
+        for unit in UNITS.iterdir():
+            if unit.suffix in (".service", ".socket", ".slice"):
+                shutil.copy(unit, system)
+        shutil.copy(UNITS / "sysusers.conf", self.root / "usr/lib/sysusers.d/hostagent.conf")
+        shutil.copy(UNITS / "tmpfiles.conf", self.root / "usr/lib/tmpfiles.d/hostagent.conf")
+        (self.root / "usr/lib/sysusers.d/hypervisor.conf").write_text("u libvirt-qemu - - / /usr/sbin/nologin\n")
+        program = self.root / "usr/lib/hostagent/bin/hostagent"
+        program.parent.mkdir(parents=True)
+        program.write_text(PROGRAM)
+        program.chmod(0o755)
+        for name in NOT_WANTED:
+            (system / name).unlink(missing_ok=True)
+            (system / name).symlink_to("/dev/null")
+        machine = self.root / "etc/machine-id"
+        machine.unlink(missing_ok=True)
+        machine.write_text("")
+        for name in ("repository", "packages"):
+            (self.root / "opt" / name).mkdir(parents=True, exist_ok=True)
+        self.enable("hostagent.service")
+
+    def enable(self, unit: str) -> None:
+        subprocess.run(["systemctl", f"--root={self.root}", "-q", "enable", unit], check=True, timeout=WAIT)
+
+    def drop_in(self, unit: str, text: str) -> None:
+        folder = self.root / f"etc/systemd/system/{unit}.d"
+        folder.mkdir(exist_ok=True)
+        (folder / "test.conf").write_text(text)
+
+    # Life
+
+    def boot(self) -> None:
+        packages = sysconfig.get_path("purelib")
+        command = [
+            *("systemd-nspawn", "--quiet", f"--directory={self.root}", "--machine=hostagent-test", "--register=no"),
+            *("--keep-unit", "--private-network", "--console=pipe", "--boot"),
+            *(f"--bind-ro={REPOSITORY}:/opt/repository", f"--bind-ro={packages}:/opt/packages"),
+        ]
+        self._nspawn = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
+        )
+        self.until_up()
+
+    def until_up(self) -> None:
+        self.until(lambda: self.run("systemctl", "is-system-running", check=False).strip() == "running", "it is up")
+
+    def reboot(self) -> None:
+        """As its operator does. systemd-nspawn ends, and says by its exit status that it is to be started again."""
+        assert self._nspawn is not None
+        self.run("systemctl", "reboot", check=False)
+        assert self._nspawn.wait(WAIT) == REBOOTS
+        self.boot()
+
+    def _end(self) -> None:
+        if self._nspawn is None:
+            return
+        self._nspawn.terminate()  # it powers the system off
+        try:
+            self._nspawn.wait(WAIT)
+        except subprocess.TimeoutExpired:
+            self._nspawn.kill()
+            self._nspawn.wait(WAIT)
+
+    def _init(self) -> int | None:
+        assert self._nspawn is not None
+        assert self._nspawn.poll() is None, "the container ended"
+        found = subprocess.run(["pgrep", "-P", str(self._nspawn.pid)], capture_output=True, text=True).stdout.split()
+        return int(found[0]) if found else None
+
+    # In it
+
+    def command(self, *words: str) -> list[str]:
+        return ["nsenter", f"--target={self._init()}", "--all", "--", *words]
+
+    def run(self, *words: str, check: bool = True, timeout: float = WAIT) -> str:
+        done = subprocess.run(self.command(*words), capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0 or not check, f"{words}: {done.stderr}{done.stdout}\n{self.log()}"
+        return done.stdout
+
+    def hostagent(self, *words: str) -> str:
+        return self.run("/usr/lib/hostagent/bin/hostagent", *words)
+
+    def show(self, unit: str, what: str) -> str:
+        return self.run("systemctl", "show", "--value", f"--property={what}", unit).strip()
+
+    def log(self, unit: str = "hostagent.service") -> str:
+        command = self.command("journalctl", "--no-pager", "--output=cat", "--lines=30", f"--unit={unit}")
+        return subprocess.run(command, capture_output=True, text=True, timeout=WAIT).stdout
+
+    def until(self, done: Callable[[], Any], what: str) -> None:
+        deadline = time.monotonic() + WAIT
+        while not done():
+            assert time.monotonic() < deadline, f"{what}: not after {WAIT:g} s\n{self.log()}"
+            time.sleep(0.1)

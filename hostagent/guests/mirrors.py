@@ -400,16 +400,23 @@ def _why(job: Job, known: _Known, disk: Disk | None) -> str:
         return f"{what} was ended: libvirt was killed when it began, and does not know its target any more"
     if word is not None and word.good and job.completion is Completion.PIVOT:
         return f"QEMU says that {drive} went over to {job.after.top.path}, and libvirt does not show it; both are kept"
-    if word is None and known.said is None and job.completion is Completion.PIVOT and disk and disk.mirror:
+    other = _other(disk) if disk is not None and word is None and known.said is None else None
+    if other is not None and other != job.before.top.path:
         return (
-            f"{what}: libvirt shows a mirror that has no job any more. It was killed when the disk was to go over from "
-            f"{job.before.top.path} to {job.after.top.path}, and cannot say whether it did; both are kept. See with "
-            "`lsof` which of them the guest's QEMU has open: its definition must name that one before it starts again"
+            f"{what}: libvirt was killed when it ended, and shows {other} now, which may not be what the guest's QEMU "
+            f"writes. All files are kept. See with `lsof` which of {other} and {job.before.top.path} QEMU has open: "
+            "the domain's definition must name that one before it is started again"
         )
     if word is not None or known.said == "cancelled":
         return f"{what} was ended by somebody else (`virsh blockjob --abort`, or another program)"
     said = f"libvirt told: {known.said}" if known.said else "neither libvirt nor QEMU was heard to say how"
     return f"{what} ended, and {said}; see the guest's log (/var/log/libvirt/qemu/{drive.name}.log)"
+
+
+def _other(disk: Disk) -> str | None:
+    """What libvirt shows that the disk is, or goes over to, where no job runs on it."""
+    layer = disk.mirror.layer if disk.mirror is not None else next(iter(disk.layers), None)
+    return layer.path if layer is not None else None
 
 
 def _without_guest(job: Job, word: QemuJobEvent | None) -> str | None:

@@ -4,6 +4,7 @@ the headers, every byte that the guest has flushed or never wrote, who may open 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,8 +87,8 @@ def gone_over_or_not(cell: Cell, job: Json) -> None:
     _nothing_runs(cell)
 
 
-def nothing_left(cell: Cell) -> None:
-    """Undefines the guests: nobody needs anything then, and nobody can open it."""
+def nothing_left(cell: Cell, but: Sequence[Path] = ()) -> None:
+    """Undefines the guests: nobody needs anything then, and nobody can open it, `but` these."""
     scene = cell.scene
     _off(cell)
     for guest in (cell.guest, *cell.others):
@@ -95,7 +96,7 @@ def nothing_left(cell: Cell) -> None:
     until(lambda: _needless(cell), "nobody needs anything")
     paths = [*scene.files.values(), scene.copy]
     for path in paths:
-        if path.exists() and path.parent != scene.failing:  # what fails takes no other owner
+        if path.exists() and path not in but and path.parent != scene.failing:  # what fails takes no other owner
             until(lambda path=path: not cell.can_open(path), f"{path} is closed")
 
 

@@ -243,7 +243,7 @@ async def test_but_not_of_a_job_that_it_has_shown(host: Host) -> None:
 
 
 @on_a_host
-async def test_a_mirror_without_a_job_is_said_not_to_be_decided(host: Host) -> None:
+async def test_a_mirror_without_a_job_proves_nothing_and_both_files_are_named(host: Host) -> None:
     job = host.job(Completion.PIVOT)
     host.disks.job, host.disks.stale = None, True
     failure = decide(job, await host.driver.observe(job)).failure

@@ -103,13 +103,16 @@ async def _serve(load: Callable[[], Config]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to reload yet, and it must not end us
     agent = Agent(config)
-    loop.add_signal_handler(signal.SIGHUP, reload.Reload(config, load).now)
     try:
         await agent.start()
+        loop.add_signal_handler(signal.SIGHUP, reload.Reload(config, load).now)
         gc.freeze()  # or the collector walks all that was imported now and then: 50 ms in which nothing is done
         await stop.wait()
     finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         sdnotify.stopping(config.agent.stop_timeout + STOP_MORE)
         await agent.stop()
         workers.shutdown(wait=False)
@@ -359,7 +362,9 @@ class Agent:
         host.raise_file_limit()
         host.make_folders(self._state_dir, self._runtime_dir, self._group)
         given = activation.listeners().get(API)
-        if given is None:
+        if given is not None:
+            host.refuse_other_address(given, self._config.api.socket)
+        else:
             host.refuse_second_listener(self._config.api.socket)
         await self._store.open()
         await reboot.renumber(self._store)

@@ -159,6 +159,14 @@ def _refuse_foreign_folder(folder: Path, setting: str) -> None:
         )
 
 
+def refuse_other_address(listener: socket.socket, path: Path) -> None:
+    """What the service manager listens on must be where our clients look for us."""
+    if (found := listener.getsockname()) != str(path):
+        message = f"the service manager listens on {found!r}, and the settings name {str(path)!r}"
+        remedy = "set ListenStream= of hostagent.socket to the same"
+        raise AgentError("invalid", message, field="api.socket", value=str(path), remedy=remedy)
+
+
 def refuse_second_listener(path: Path) -> None:
     """Remove a socket that nobody listens on; refuse one that is answered, and anything that is no socket."""
     if not os.path.lexists(path):

@@ -106,11 +106,14 @@ class GuestCommit(Work):
 
     def is_ours(self, job: Job, disk: Disk) -> bool:
         """Of the active layer: that it goes to our base."""
-        top, base = commit.resolve(job.before, _by_real_paths(job.spec))
-        if top.file != job.before.top.file:
+        if not self.is_mirrored(job):
             return disk.mirror is None
+        _, base = commit.resolve(job.before, _by_real_paths(job.spec))
         mirror = disk.mirror.layer if disk.mirror else None
         return disk.mirror is None or (mirror is not None and os.path.realpath(mirror.path or "") == base.path)
+
+    def is_mirrored(self, job: Job) -> bool:
+        return commit.resolve(job.before, _by_real_paths(job.spec))[0].file == job.before.top.file
 
     async def proven(self, job: Job, disk: Disk) -> bool:
         if job.after == job.before or not disk.layers:

@@ -29,10 +29,9 @@ from jobs.model import Drive, Job
 T = TypeVar("T")
 
 PULL, COPY, COMMIT, ACTIVE_COMMIT = 1, 2, 3, 4
-
+"""virDomainBlockJobType"""
 MOMENT = 0.5
 """Seconds that libvirt may take to see that a guest ends whose job it refused."""
-"""virDomainBlockJobType"""
 
 
 def drive_of(job: Job) -> Drive:

@@ -230,7 +230,7 @@ class GuestDriver:
                 await _until_told(lambda: _explained(known))
                 if not _explained(known):
                     return await self.observe(job)  # a libvirtd that has just come back may have found the job by now
-        if proven:
+        if proven and not _rests(known):
             self._holding.foresee(drive)
         if proven and not await self._durable(job, known):
             if job.intent != "abort":
@@ -304,7 +304,7 @@ class GuestDriver:
     async def _durable(self, job: Job, known: _Known | None) -> bool:
         """Whether the pull that QEMU has done is on the file. Maps of large images take long: not at every look."""
         clock = asyncio.get_running_loop().time
-        if known is not None and known.waits is not None and clock() < known.again and job.intent != "abort":
+        if _rests(known) and job.intent != "abort":
             return False
         began = clock()
         try:
@@ -474,6 +474,12 @@ def _note(known: _Known, event: HypervisorEvent) -> None:
         known.said, known.sure = event.reason or known.said, False
     elif isinstance(event, DiskErrorEvent):
         known.said = f"a request of the guest failed ({event.reason or 'input/output error'}) on {event.path}"
+
+
+def _rests(known: _Known | None) -> bool:
+    """Whether it is not yet time to look again at what its end must have written."""
+    waits = known is not None and known.waits is not None
+    return waits and known is not None and asyncio.get_running_loop().time() < known.again
 
 
 def _explained(known: _Known) -> bool:

@@ -172,7 +172,11 @@ class Holding:
             await self.renew(drive_of(job), proven=_proven_by(job))
 
     def foresee(self, drive: Drive) -> None:
-        """A job on the disk is done, but for the proof: begin to ask what `conclude`, which may be next, will ask."""
+        """A job on the disk is done, but for the proof: begin to ask what `conclude`, which may be next, will ask. One
+        reading at a time."""
+        before = self._foreseen.get(drive.uuid)
+        if before is not None and not before[1].done():
+            return
         self._foreseen[drive.uuid] = asyncio.get_running_loop().time(), self._begin_needs(drive)
 
     def _begin_needs(self, drive: Drive) -> asyncio.Task[Found]:

@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 MIRRORED = (COPY, ACTIVE_COMMIT)
 """Block jobs that libvirt shows with a mirror."""
+ENDED_AT = 2
+"""Looks after which a job that libvirt knows half of is ended: the first may have come between two of its steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class _Known:
     """What is remembered of a job while it lives: `ours` says that a block job on its disk is this job's; `run` is the
     guest's run that it works in; `word` QEMU's last one, `said` libvirt's or of a failed request; `refused` how often
     the guest did not go over, and `again` when it is asked anew; `shown` that libvirt has shown the whole job, `half`
-    that it knows half of it only."""
+    how often it knew half of it only; `interrupted` that an event may have been missed."""
 
     drive: Drive
     operation: Operation
@@ -67,7 +69,8 @@ class _Known:
     refused: int = 0
     again: float = 0.0
     shown: bool = False
-    half: bool = False
+    half: int = 0
+    interrupted: bool = False
 
 
 class Mirrors:
@@ -141,9 +144,7 @@ class Mirrors:
         disk = await self._disks.describe(drive)
         if found is not None:
             if self._is_half(job, known, found, disk):
-                await self._disks.abort(drive)
-                known.half = True
-                raise JobError("job_failed", _why(job, known, disk), remedy="start it again")
+                raise JobError("unresponsive", f"libvirt knows half of the {job.spec.operation} of {drive}, it seems")
             if not self._is_ours(job, found, disk) or not (known.ours or job.started):
                 raise JobError("busy", f"{drive} has a block job of somebody else's", remedy=look_at(drive))
         elif job.started is None and not await work.proven(job, disk):
@@ -165,8 +166,9 @@ class Mirrors:
             runs, found = await self._disks.look(drive)
             disk = await self._describe(drive)
             if found is not None and disk is not None and self._is_half(job, known, found, disk):
-                await self._disks.abort(drive)
-                known.half = True
+                known.half += 1
+                if known.half == ENDED_AT:
+                    await self._disks.abort(drive)
                 return Observation(Contact.ALIVE, Phase.RUNNING, Cursor(found.cur, found.end))
             if found is not None and disk is not None and self._is_ours(job, found, disk):
                 known.run, known.shown = known.run or runs, known.shown or disk.mirror is not None
@@ -243,7 +245,9 @@ class Mirrors:
             return
         _, found = await self._disks.look(drive)
         disk = await self._describe(drive)
-        if found is not None and disk is not None and self._is_ours(job, found, disk):
+        if found is None or disk is None:
+            return
+        if self._is_ours(job, found, disk) or self._is_half(job, known, found, disk):
             await self._work(job.spec).end(job, self._disks.abort(drive))
 
     async def pause(self, job: Job) -> None:
@@ -266,11 +270,13 @@ class Mirrors:
         await self._work(job.spec).seal(job)
 
     async def discard(self, job: Job) -> bool:
-        """`over`: a pivot was asked for, and QEMU said that it was done, or the run that could tell has ended."""
+        """`over`: a pivot was asked for, and QEMU said that it was done, or may have when nobody could hear it."""
         drive, known = drive_of(job), self._of(job)
         runs, _ = await self._disks.look(drive) if job.started else (None, None)
         disk = await self._describe(drive) if job.started else None
-        untold = runs is None or runs != known.run or (known.word is not None and known.word.good)
+        word = known.word
+        missed = runs is None or runs != known.run or (known.interrupted and word is None)
+        untold = missed or (word is not None and word.good)
         over = job.completion is Completion.PIVOT and untold
         return await self._work(job.spec).discard(job, disk, over=over)
 
@@ -308,7 +314,8 @@ class Mirrors:
     def recover(self, job: Job) -> None:
         """After a restart: of a job that has begun, a block job that runs on the disk is its own."""
         if job.state is not State.QUEUED and not job.state.terminal:
-            self._claim(job).ours = True
+            known = self._claim(job)
+            known.ours = known.interrupted = True
             try:
                 self._work(job.spec).claim(job)
             except JobError as error:
@@ -333,7 +340,8 @@ class Mirrors:
 
     def resync(self) -> None:
         self._disks.reconnected()
-        for job in list(self._jobs):
+        for job, known in list(self._jobs.items()):
+            known.interrupted = True
             self._hint(job)
 
     async def _word(self, known: _Known) -> QemuJobEvent | None:
@@ -358,8 +366,11 @@ class Mirrors:
     def _is_half(self, job: Job, known: _Known, found: BlockJobInfo, disk: Disk) -> bool:
         """A libvirtd that is killed when a job begins (9.0) has the job when it comes back, and not its mirror: it can
         neither say where that leads nor let the guest go over."""
-        began = known.ours and not known.shown and disk.mirror is None
-        return began and found.type in MIRRORED and found.type in self._work(job.spec).types
+        if not known.ours or known.shown or job.ready is not None or disk.mirror is not None:
+            return False
+        runs = bool(disk.layers) and disk.layers[0].index is not None
+        work = self._work(job.spec)
+        return runs and found.type in MIRRORED and found.type in work.types and work.is_mirrored(job)
 
     def _is_ours(self, job: Job, found: BlockJobInfo, disk: Disk) -> bool:
         work = self._work(job.spec)
@@ -396,7 +407,7 @@ def _why(job: Job, known: _Known, disk: Disk | None) -> str:
     what = f"the {job.spec.operation} of {drive}"
     if word is not None and word.error is not None:
         return f"{what} ended: {word.error}"
-    if known.half:
+    if known.half >= ENDED_AT:
         return f"{what} was ended: libvirt was killed when it began, and does not know its target any more"
     if word is not None and word.good and job.completion is Completion.PIVOT:
         return f"QEMU says that {drive} went over to {job.after.top.path}, and libvirt does not show it; both are kept"

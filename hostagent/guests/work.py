@@ -30,6 +30,10 @@ class Work(Protocol):
     def is_ours(self, job: Job, disk: Disk) -> bool:
         """Whether the block job of our type that runs on the disk may be this one."""
 
+    def is_mirrored(self, job: Job) -> bool:
+        """Whether libvirt shows a mirror while it runs."""
+        return True
+
     async def proven(self, job: Job, disk: Disk) -> bool:
         """Whether the disk, as it is described now, or the files show that all is done."""
 

@@ -111,12 +111,13 @@ class Disks:
 
     async def fail_as(self, drive: Drive, error: JobError) -> NoReturn:
         """Raise what kept a job from beginning: that the guest has ended, where it has, or does so now."""
-        with contextlib.suppress(JobError):
-            for wait in (MOMENT, 0.0):
-                if (await self.look(drive))[0] is None:
-                    error = stopped(drive)
-                    break
-                await asyncio.sleep(wait)
+        for wait in (MOMENT, 0.0):
+            runs: int | None = 0
+            with contextlib.suppress(JobError):  # just while it ends libvirt refuses to look, too
+                runs, _ = await self.look(drive)
+            if runs is None:
+                raise stopped(drive) from error
+            await asyncio.sleep(wait)
         raise error
 
     async def describe(self, drive: Drive) -> Disk:

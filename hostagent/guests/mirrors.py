@@ -420,6 +420,12 @@ def _why(job: Job, known: _Known, disk: Disk | None) -> str:
         )
     if word is not None or known.said == "cancelled":
         return f"{what} was ended by somebody else (`virsh blockjob --abort`, or another program)"
+    if job.completion is Completion.PIVOT and known.interrupted and word is None:
+        return (
+            f"{what} ended when nobody could hear how: the guest may have gone over to {job.after.top.path}, though "
+            f"libvirt shows {job.before.top.path}. Both are kept. See with `lsof` which of them QEMU has open: the "
+            "domain's definition must name that one before it is started again"
+        )
     said = f"libvirt told: {known.said}" if known.said else "neither libvirt nor QEMU was heard to say how"
     return f"{what} ended, and {said}; see the guest's log (/var/log/libvirt/qemu/{drive.name}.log)"
 

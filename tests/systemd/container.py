@@ -61,6 +61,10 @@ def _root(folder: Path) -> Iterator[Path]:
         yield root
 
 
+class Unbootable(Exception):
+    """systemd-nspawn ended before anything ran in it: this host lets no container boot."""
+
+
 class Container:
     """`boot` it, then `run` commands in it."""
 
@@ -119,14 +123,19 @@ class Container:
             *("--keep-unit", "--private-network", "--console=pipe", "--boot"),
             *(f"--bind-ro={REPOSITORY}:/opt/repository", f"--bind-ro={packages}:/opt/packages"),
         ]
-        self._nspawn = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
-        )
+        said = self.root.parent / "nspawn.log"
+        with said.open("wb") as log:
+            self._nspawn = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
+            )
+        self.until(lambda: self._nspawn and (self._nspawn.poll() is not None or self._init()), "it begins")
+        if self._nspawn.poll() is not None:
+            raise Unbootable(said.read_text(errors="replace")[-500:])
         self.until_up()
 
     def until_up(self) -> None:
@@ -151,7 +160,6 @@ class Container:
 
     def _init(self) -> int | None:
         assert self._nspawn is not None
-        assert self._nspawn.poll() is None, "the container ended"
         found = subprocess.run(["pgrep", "-P", str(self._nspawn.pid)], capture_output=True, text=True).stdout.split()
         return int(found[0]) if found else None
 

@@ -26,7 +26,10 @@ def host() -> Iterator[Container]:
         host.drop_in(AGENT, "[Service]\nWatchdogSec=4\n")
         images = host.root / "srv/images"
         images.mkdir(parents=True)
-        host.boot()
+        try:
+            host.boot()
+        except container.Unbootable as error:
+            pytest.skip(f"no container boots here: {error}")
         host.until(lambda: host.show(AGENT, "ActiveState") == "active", "the agent is up")
         yield host
 

@@ -197,7 +197,7 @@ class Mirrors:
         if word is not None and word.good and job.completion is Completion.FINISH:
             return Observation(Contact.ALIVE, Phase.CONCLUDED)
         if gone:
-            return Observation(Contact.DEAD, error=_without_guest(job, word))
+            return Observation(Contact.DEAD, error=_without_guest(job, known))
         return Observation(Contact.ALIVE, Phase.ABSENT, None, _why(job, known, disk))
 
     async def _proven(self, job: Job, disk: Disk | None) -> bool | None:
@@ -436,15 +436,17 @@ def _other(disk: Disk) -> str | None:
     return layer.path if layer is not None else None
 
 
-def _without_guest(job: Job, word: QemuJobEvent | None) -> str | None:
+def _without_guest(job: Job, known: _Known) -> str | None:
     """What its user must know before the guest is started again; None for nothing."""
-    drive = drive_of(job)
+    drive, word = known.drive, known.word
+    lost = f"or libvirt was killed then and has lost it (see `pgrep -af guest={drive.name}`)"
     if job.completion is not Completion.PIVOT:
-        return None
+        end = f"domain {drive.name} ended while the job ran, {lost}; its disk is {job.before.top.path}, as before"
+        return end if known.interrupted else None
     new = job.after.top.path
     went = "had gone over" if word is not None and word.good else "may have gone over"
     return (
-        f"domain {drive.name} ended while {drive} was to go over to {new}, or libvirt was killed then and has lost it "
-        f"(see `pgrep -af guest={drive.name}`): it {went}, and libvirt's definition does not say so. Compare {new} "
-        f"with {job.before.top.path} before it is started again: one lacks what it wrote last"
+        f"domain {drive.name} ended while {drive} was to go over to {new}, {lost}: it {went}, and libvirt's definition "
+        f"does not say so. Compare {new} with {job.before.top.path} before it is started again: one lacks what it wrote "
+        "last"
     )

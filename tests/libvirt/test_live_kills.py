@@ -29,7 +29,7 @@ from tests.qemu.kills import SEED, Client, Moment, noted
 
 VICTIMS = ("agent", "libvirtd", "qemu", "agent+libvirtd")
 ONLY = os.environ.get("TEST_ROUND")
-UNDECIDED = ("gone over", "may not be what the guest's QEMU writes")
+UNDECIDED = ("gone over", "has lost it", "may not be what the guest's QEMU writes")
 """Of a disk that was just going over: one of two files has all."""
 STILL_NAMED = "libvirt still names"
 BANDWIDTH = 24 * MIB

@@ -447,6 +447,6 @@ def _without_guest(job: Job, known: _Known) -> str | None:
     went = "had gone over" if word is not None and word.good else "may have gone over"
     return (
         f"domain {drive.name} ended while {drive} was to go over to {new}, {lost}: it {went}, and libvirt's definition "
-        f"does not say so. Compare {new} with {job.before.top.path} before it is started again: one lacks what it wrote "
-        "last"
+        f"does not say so. Compare {new} with {job.before.top.path} before it is started again: one lacks what it "
+        "wrote last"
     )

@@ -88,15 +88,14 @@ STOP_MORE = 30.0
 told."""
 
 
-def run(load: Callable[[], Config]) -> int:
-    """Serve until SIGTERM or SIGINT, with the settings that `load` reads; SIGHUP reads them anew. What keeps it from
-    starting is raised as AgentError or JobError."""
-    asyncio.run(_serve(load))
+def run(config: Config, load: Callable[[], Config]) -> int:
+    """Serve until SIGTERM or SIGINT; SIGHUP reads the settings anew, with `load`. What keeps it from starting is raised
+    as AgentError or JobError."""
+    asyncio.run(_serve(config, load))
     return 0
 
 
-async def _serve(load: Callable[[], Config]) -> None:
-    config = load()
+async def _serve(config: Config, load: Callable[[], Config]) -> None:
     loop = asyncio.get_running_loop()
     workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="work")
     loop.set_default_executor(workers)

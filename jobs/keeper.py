@@ -230,8 +230,8 @@ class Keeper:
         )
         needed = [layer.file for layer in job.dropped if found[layer.file].verdict is AccessVerdict.GRANTED]
         warnings = await self._w.driver.delete_dropped(job, needed) if job.spec.delete else ()
-        named = [one for one in kept if found[_file(job, one.path)].verdict is AccessVerdict.GRANTED]
-        warnings = (*warnings, *still_named(job, named))
+        granted = {path for path, result in results if result.verdict is AccessVerdict.GRANTED}
+        warnings = (*warnings, *still_named(job, [one for one in kept if one.path in granted]))
         state = Revocation.KEPT if kept else Revocation.DONE
         if self._end_seen is not None:
             self._w.observer.revocation_lag(self._w.clock.monotonic() - self._end_seen)
@@ -244,10 +244,6 @@ def _needed(job: Job, result: AccessResult) -> str:
     if result.holders:
         return f"still needed by {', '.join(result.holders)}"
     return UNSEEN if job.drive else "still needed"
-
-
-def _file(job: Job, path: str) -> FileId:
-    return next(layer.file for layer in job.dropped if layer.path == path)
 
 
 def still_named(job: Job, kept: Sequence[Kept]) -> list[str]:

@@ -47,4 +47,4 @@ def _serve(args: argparse.Namespace) -> int:
     logs.setup(settings.logs.level, settings.logs.format, sys.stderr)
     from hostagent.daemon import run
 
-    return run(load)
+    return run(settings, load)

@@ -31,7 +31,7 @@ T = TypeVar("T")
 PULL, COPY, COMMIT, ACTIVE_COMMIT = 1, 2, 3, 4
 """virDomainBlockJobType"""
 MOMENT = 0.5
-"""Seconds that libvirt may take to see that a guest ends whose job it refused."""
+"""Seconds that libvirt may take to see that a guest ends whose job it refused, or said to have been cancelled."""
 
 
 def drive_of(job: Job) -> Drive:
@@ -111,14 +111,21 @@ class Disks:
 
     async def fail_as(self, drive: Drive, error: JobError) -> NoReturn:
         """Raise what kept a job from beginning: that the guest has ended, where it has, or does so now."""
+        if await self.ends(drive):
+            raise stopped(drive) from error
+        raise error
+
+    async def ends(self, drive: Drive) -> bool:
+        """Whether the guest has ended, or does so within a moment: of one whose QEMU was killed libvirt tells first
+        what that led to."""
         for wait in (MOMENT, 0.0):
             runs: int | None = 0
             with contextlib.suppress(JobError):  # just while it ends libvirt refuses to look, too
                 runs, _ = await self.look(drive)
             if runs is None:
-                raise stopped(drive) from error
+                return True
             await asyncio.sleep(wait)
-        raise error
+        return False
 
     async def describe(self, drive: Drive) -> Disk:
         """The disk and its live chain."""

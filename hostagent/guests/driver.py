@@ -478,8 +478,9 @@ def _note(known: _Known, event: HypervisorEvent) -> None:
 
 def _rests(known: _Known | None) -> bool:
     """Whether it is not yet time to look again at what its end must have written."""
-    waits = known is not None and known.waits is not None
-    return waits and known is not None and asyncio.get_running_loop().time() < known.again
+    if known is None or known.waits is None:
+        return False
+    return asyncio.get_running_loop().time() < known.again
 
 
 def _explained(known: _Known) -> bool:

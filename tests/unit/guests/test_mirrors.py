@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from events.model import QemuJobEvent
+from events.model import DiskJobEvent, DiskJobKind, QemuJobEvent
 from hostagent.drivers.domain_claims import DomainClaims
 from hostagent.drivers.domain_xml import Disk, LiveLayer, Mirror, SourceType
 from hostagent.drivers.libvirt import BlockJobInfo
@@ -27,8 +27,9 @@ COPYING = BlockJobInfo(2, 5, END, 0)
 
 
 class FakeDisks:
-    """Disks of a guest whose disk is mirrored. `refuses`: what a pivot says; `ended`: the guest does between two looks; `stale`: it
-    shows a mirror, with or without a job; `half`: a job, and no mirror."""
+    """Disks of a guest whose disk is mirrored. `refuses`: what a pivot says; `ended`: the guest does between two looks;
+    `ending`: it has, and libvirt sees it in a moment; `stale`: there is a mirror, with or without a job; `half`: a job,
+    and no mirror."""
 
     def __init__(self) -> None:
         self.run: int | None = 1
@@ -37,6 +38,7 @@ class FakeDisks:
         self.ended = False
         self.stale = False
         self.half = False
+        self.ending = False
         self.refuses: JobError | None = None
         self.deaf = False
         self.calls: list[str] = []
@@ -53,6 +55,11 @@ class FakeDisks:
             else None
         )
         return Disk("vda", "disk", (top,), True, False, mirror)
+
+    async def ends(self, drive: object) -> bool:
+        if self.ending:
+            self.run = None
+        return self.run is None
 
     async def contact(self) -> bool:
         return True
@@ -208,6 +215,18 @@ def test_a_job_that_a_new_libvirtd_has_not_found_yet_goes_on(completion: Complet
         assert (await host.driver.observe(job)).phase is Phase.ABSENT
 
     play(story())
+
+
+@on_a_host
+async def test_of_a_guest_that_was_killed_its_job_is_said_to_be_cancelled_first(host: Host) -> None:
+    job = host.job(None)
+    await host.driver.observe(job)
+    host.driver.event(
+        DiskJobEvent(DiskJobKind.FAILED, DRIVE.uuid, DRIVE.name, DRIVE.target, "copy", reason="cancelled")
+    )
+    host.disks.job, host.disks.ending = None, True
+    failure = decide(job, await host.driver.observe(job)).failure
+    assert failure is not None and failure.code == "guest_stopped"
 
 
 @on_a_host

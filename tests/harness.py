@@ -324,6 +324,23 @@ def user_can_read(path: Path, user: str) -> bool:
     return done.returncode == 0
 
 
+def stand_still(pid: int, seconds: float = 10) -> None:
+    """Stop a process and wait until all of its threads stand: one that is late still answers."""
+    os.kill(pid, signal.SIGSTOP)
+    until = time.monotonic() + seconds
+    while not _stands(pid):
+        assert time.monotonic() < until, f"process {pid} does not stop"
+        time.sleep(0.001)
+
+
+def _stands(pid: int) -> bool:
+    try:
+        states = [(thread / "stat").read_text() for thread in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+        return False
+    return all(state.rpartition(") ")[2].startswith("T") for state in states)
+
+
 @contextlib.contextmanager
 def reachable(folder: Path) -> Iterator[Path]:
     """Open the way to a test's folder for other users, so that a refusal is the file's own."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.data.wire import unix
+from tests.harness import stand_still
 
 START = 20.0
 
@@ -66,7 +67,7 @@ class NbdServer(ABC):
 
     def stall(self) -> None:
         """From now on it answers nothing, and its connections stay open."""
-        self.process_signal(signal.SIGSTOP)
+        stand_still(self.pid)
 
     def resume(self) -> None:
         self.process_signal(signal.SIGCONT)

@@ -31,7 +31,7 @@ from tests.data.both import OURS, THEIRS
 from tests.data.daemons import Daemon, Imageio, Ours
 from tests.data.exports import Qsd
 from tests.data.pki import Pki
-from tests.harness import overlay
+from tests.harness import overlay, stand_still
 
 SIZE = 6 * MIB + 5 * 512
 HERE = ["127.0.0.1"]
@@ -71,7 +71,7 @@ class ProxySuite(RangeSuite, ExtentsSuite, StallSuite):
 
 @contextlib.contextmanager
 def stopped(daemon: Daemon) -> Iterator[None]:
-    os.kill(daemon.pid, signal.SIGSTOP)
+    stand_still(daemon.pid)
     try:
         yield
     finally:

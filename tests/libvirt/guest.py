@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from tests.harness import stand_still
 from tests.libvirt import pattern
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ class Guest:
         """QEMU does nothing, and its monitor does not answer."""
         descriptor = os.pidfd_open(self.pid)
         try:
-            signal.pidfd_send_signal(descriptor, signal.SIGSTOP)
+            stand_still(self.pid)
             yield
         finally:
             with contextlib.suppress(ProcessLookupError):

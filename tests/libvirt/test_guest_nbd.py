@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, ApiError, Json, overlay, raw_image, reachable, same_content
+from tests.harness import MIB, AgentProcess, ApiError, Json, overlay, raw_image, reachable, same_content, stand_still
 from tests.libvirt.guest import Guest
 from tests.libvirt.jobs import abort, block_job, command, live_paths, terminal_events
 from tests.libvirt.private import PrivateLibvirt, until
@@ -330,7 +329,7 @@ def test_a_server_that_is_silent_is_never_shown_to_qemu(
     guest = writing(libvirt, disk)
     with nbd_server(disk.copy.parent, SIZE) as (uri, _, server):
         before = len(libvirt.asked("blockdev-add"))
-        server.send_signal(signal.SIGSTOP)
+        stand_still(server.pid)
         flushed = guest.flushed
         error = failure(agent, uri)
         assert error["code"] == "timeout" and "exports.nbd_timeout" in error["message"], error
@@ -404,7 +403,7 @@ def test_an_abort_ends_although_the_server_is_silent(
     with another_guest(libvirt, folder), nbd_server(folder, SIZE) as (uri, _, server):
         job = ready(agent, copy(agent, uri, synchronous_writes=synchronous))
         guest.until_flushed(guest.flushed + 3)
-        server.send_signal(signal.SIGSTOP)
+        stand_still(server.pid)
         time.sleep(0.5)  # requests of the mirror wait for it now
         if not synchronous:
             guest.until_flushed(guest.flushed + 3)
@@ -424,7 +423,7 @@ def test_a_finish_of_a_silent_server_fails_where_the_guest_waits_for_it(
     guest = writing(libvirt, disk)
     with nbd_server(disk.copy.parent, SIZE) as (uri, _, server):
         job = ready(agent, copy(agent, uri, synchronous_writes=True))
-        server.send_signal(signal.SIGSTOP)
+        stand_still(server.pid)
         time.sleep(0.5)
         agent.post(f"/v1/jobs/{job['id']}/complete", {"completion": "finish"})
         job = agent.until_ended(job["id"])

@@ -14,7 +14,7 @@ import pytest
 from events.model import DiskJobEvent, DiskJobKind, DomainEvent, DomainEventKind, QemuJobEvent
 from hostagent.drivers.libvirt import DomainRef, Lost
 from jobs.errors import JobError
-from tests.harness import overlay
+from tests.harness import overlay, stand_still
 from tests.libvirt.held import SETTINGS, held, pull
 from tests.libvirt.private import WAIT, PrivateLibvirt
 
@@ -155,7 +155,7 @@ def test_a_frozen_libvirtd_is_given_up_and_taken_back(libvirt: PrivateLibvirt) -
         async with held(libvirt.uri) as one:
             await one.connected()
             pid = libvirt.pid
-            os.kill(pid, signal.SIGSTOP)
+            stand_still(pid)
             try:
                 await one.heard.until(lambda _: one.heard.count("disconnected"))
                 assert "keepalive" in str(one.heard.items[-1])

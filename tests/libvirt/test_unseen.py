@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, Json, backing_of, overlay, raw_image, reachable
+from tests.harness import MIB, AgentProcess, Json, backing_of, overlay, raw_image, reachable, stand_still
 from tests.libvirt.guest import Guest
 from tests.libvirt.jobs import block_job, live_paths, write
 from tests.libvirt.private import PrivateLibvirt, until
@@ -71,7 +71,7 @@ def found(agent: AgentProcess) -> Json:
 def stopped(agent: AgentProcess) -> Iterator[None]:
     """Its process stands still."""
     assert agent.process is not None
-    agent.process.send_signal(signal.SIGSTOP)
+    stand_still(agent.process.pid)
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ != "__main__":
-    from tests.harness import MIB, AgentProcess, overlay, raw_image
+    from tests.harness import MIB, AgentProcess, overlay, raw_image, stand_still
 
 ROOT = os.geteuid() == 0
 READ = 64 * 1024
@@ -342,8 +342,9 @@ class BadSectors:
 @contextlib.contextmanager
 def stopped(*pids: int) -> Iterator[None]:
     """Processes that exist and do nothing, as one that waits for dead storage."""
-    send(signal.SIGSTOP, *pids)
     try:
+        for pid in pids:
+            stand_still(pid)
         yield
     finally:
         send(signal.SIGCONT, *pids)

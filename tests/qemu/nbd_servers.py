@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.harness import stand_still
 from tests.qemu.faults import PATIENCE, eventually, listens
 
 NAME = "disk"
@@ -24,7 +25,7 @@ class Serving:
     @contextlib.contextmanager
     def stalled(self) -> Iterator[None]:
         """It answers nothing meanwhile; its kernel still takes connections and some data."""
-        self.process.send_signal(signal.SIGSTOP)
+        stand_still(self.process.pid)
         try:
             yield
         finally:

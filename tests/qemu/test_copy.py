@@ -26,6 +26,7 @@ from tests.harness import (
     raw_image,
     reachable,
     same_content,
+    stand_still,
 )
 from tests.qemu.faults import (
     HASTE,
@@ -575,7 +576,7 @@ def test_a_target_that_hangs_holds_up_nobody_else_and_force_ends_it(tmp_path: Pa
         nbd_server(folder, 16 * MIB) as (uri, _, server),
     ):
         job = started(agent, images.top, uri, bandwidth=SLOW)
-        server.send_signal(signal.SIGSTOP)
+        stand_still(server.pid)
         time.sleep(0.3)
         began = time.monotonic()
         export = agent.export(other, format="raw")

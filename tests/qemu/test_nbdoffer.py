@@ -15,7 +15,7 @@ import pytest
 
 from hostagent.errors import AgentError
 from hostagent.nbdoffer import Offer, ask
-from tests.harness import MIB
+from tests.harness import MIB, stand_still
 from tests.qemu.faults import PATIENCE, eventually, listens
 from tests.qemu.remote_storage import needs_nbdkit
 
@@ -74,7 +74,7 @@ def test_a_server_without_a_handshake_says_it_by_serving(where: Path) -> None:
 @needs_nbdkit
 def test_a_silent_server_is_given_up(where: Path) -> None:
     with served(where, "nbdkit", "-f", "-U", str(where / "s"), "null", str(MIB)) as server:
-        server.send_signal(signal.SIGSTOP)
+        stand_still(server.pid)
         assert refusal(unix(where / "s"), timeout=0.3).code == "timeout"
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, ApiError, Json, raw_image, reachable
+from tests.harness import MIB, AgentProcess, ApiError, Json, raw_image, reachable, stand_still
 from tests.qemu.faults import HASTE, PATIENCE, ROOT, Pair, eventually, listens
 from tests.qemu.remote_storage import nbd_server, needs_nbdkit
 from tests.qemu.test_apart_exports import bytes_of
@@ -113,13 +113,6 @@ def connected(uri: str) -> Any:
     client = nbd.NBD()
     client.connect_uri(uri)
     return client
-
-
-def stand_still(server: subprocess.Popen[bytes]) -> None:
-    """All of its threads: one that is late still answers."""
-    server.send_signal(signal.SIGSTOP)
-    threads = Path(f"/proc/{server.pid}/task")
-    assert eventually(lambda: all(") T" in (one / "stat").read_text() for one in threads.iterdir()))
 
 
 def hanging_read(client: Any) -> None:
@@ -524,7 +517,7 @@ def test_a_server_that_is_silent_from_the_beginning_holds_up_nobody(
     agent: AgentProcess, folder: Path, images: Pair
 ) -> None:
     with served(folder) as (uri, _, server):
-        stand_still(server)
+        stand_still(server.pid)
         asking = [
             subprocess.Popen(
                 [*HOSTAGENT, "--socket", str(agent.socket), "export", "start", uri, "--json"],
@@ -554,7 +547,7 @@ def test_an_agent_that_is_killed_while_it_waits_for_a_silent_server_leaves_nothi
         AgentProcess(tmp_path, {**SETTINGS, "EXPORTS_OPEN_TIMEOUT": "8"}) as agent,
         served(folder) as (uri, _, server),
     ):
-        stand_still(server)
+        stand_still(server.pid)
         asking = subprocess.Popen(
             [*HOSTAGENT, "--socket", str(agent.socket), "export", "start", uri],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -583,7 +576,7 @@ def test_a_server_that_falls_silent_holds_up_nobody_and_force_ends_it(
         export = start(agent, uri, writable=writable)
         client = connected(export["uri"])
         assert bytes(client.pread(512, 0)) == disk.read_bytes()[:512]
-        stand_still(server)
+        stand_still(server.pid)
         hanging_read(client)
         assert content(other["uri"]) == images.truth.read_bytes()
         assert agent.until_ended(agent.pull(images.top)["id"])["state"] == "completed"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import MIB, AgentProcess, ApiError, Json, overlay, raw_image, reachable, same_content
+from tests.harness import MIB, AgentProcess, ApiError, Json, overlay, raw_image, reachable, same_content, stand_still
 from tests.qemu.faults import HASTE, ROOT, daemon_of, eventually, send
 
 pytestmark = pytest.mark.qemu
@@ -47,7 +47,7 @@ def hasty(tmp_path: Path) -> Iterator[AgentProcess]:
 def silenced(agent: AgentProcess, image: Path) -> int:
     """The pid of a storage daemon that is stopped, and known not to answer: the second export asks it something."""
     pid = daemon_of(agent, image)
-    send(signal.SIGSTOP, pid)
+    stand_still(pid)
     with pytest.raises(ApiError) as caught:
         agent.export(image)
     assert caught.value.code == "unresponsive"
@@ -95,7 +95,7 @@ def test_a_silent_daemon_that_only_serves_readers_may_be_killed_and_nothing_is_l
 def test_of_a_silent_daemon_whose_clients_write_nobody_says_that(hasty: AgentProcess, top: Path) -> None:
     hasty.export(top, writable=True)
     pid = daemon_of(hasty, top)
-    send(signal.SIGSTOP, pid)
+    stand_still(pid)
     (export,) = hasty.get("/v1/exports?state=running")["items"]
     with pytest.raises(ApiError):
         hasty.delete(f"/v1/exports/{export['id']}")

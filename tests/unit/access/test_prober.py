@@ -15,6 +15,7 @@ import pytest
 
 from hostagent.access.prober import Prober
 from jobs.errors import JobError
+from tests.harness import stand_still
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to run as another user")
@@ -150,7 +151,7 @@ def test_a_child_that_died_is_started_again(tmp_path: Path) -> None:
 def test_a_child_that_does_not_answer_is_a_timeout_and_is_replaced(tmp_path: Path) -> None:
     with (tmp_path / "disk").open("w") as file, Prober(os.geteuid(), os.getegid(), timeout=0.5) as prober:
         assert prober.can_open(file.fileno(), "r")
-        os.kill(child(prober), signal.SIGSTOP)
+        stand_still(child(prober))
         with pytest.raises(JobError) as late:
             prober.can_open(file.fileno(), "r")
         assert late.value.code == "timeout"

@@ -12,9 +12,10 @@ import pwd
 import resource
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,17 @@ def command_line(pid: int) -> list[str]:
 
 
 def launch(
-    argv: Sequence[str], *, user: User, pass_fds: Sequence[int], log_path: Path | None, open_files: int
+    argv: Sequence[str],
+    *,
+    user: User,
+    pass_fds: Sequence[int],
+    log_path: Path | None,
+    open_files: int,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen[bytes]:
     """Start a child in its own session, so that neither our end nor our terminal's ends it. Blocks for milliseconds.
-    What it says is appended to `log_path`; without one it goes where our own log does.
+    What it says is appended to `log_path`; without one it goes where our own log does. `environment`: what it gets
+    where our own says nothing.
 
     setpriv(1) changes the user, not Popen: with `user=` Python must fork, which stops the whole agent while the kernel
     copies its page tables (8 ms seen); without, it takes vfork. And prlimit(1) sets the limits, not we: of a process of
@@ -86,7 +94,7 @@ def launch(
             stderr=output,
             pass_fds=tuple(pass_fds),
             start_new_session=True,
-            env=_environment(),
+            env={**environment, **_environment()},
             umask=0o117,
             cwd="/",
         )

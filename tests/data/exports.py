@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from hostagent.drivers.qsd_process import ENVIRONMENT
 from tests.data.wire import unix
 from tests.harness import stand_still
 
@@ -34,6 +35,9 @@ class NbdServer(ABC):
     def command(self) -> list[str]:
         """How it is started."""
 
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
     @property
     @abstractmethod
     def url(self) -> str:
@@ -49,7 +53,7 @@ class NbdServer(ABC):
         errors = Path(self._home.name) / "errors"
         with errors.open("wb") as said:
             self.process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stderr=said, start_new_session=True
+                self.command(), stdin=subprocess.DEVNULL, stderr=said, start_new_session=True, env=self.environment()
             )
         deadline = time.monotonic() + START
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -137,6 +141,9 @@ class Qsd(NbdServer):
         server = {"addr": address, "max-connections": 512}
         words = ["--blockdev", node, "--nbd-server", server, "--export", export]
         return ["qemu-storage-daemon", *(word if isinstance(word, str) else json.dumps(word) for word in words)]
+
+    def environment(self) -> dict[str, str]:
+        return {**ENVIRONMENT, **os.environ}
 
     @property
     def url(self) -> str:

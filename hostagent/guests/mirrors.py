@@ -410,7 +410,10 @@ def _why(job: Job, known: _Known, disk: Disk | None) -> str:
     if known.half >= ENDED_AT:
         return f"{what} was ended: libvirt was killed when it began, and does not know its target any more"
     if word is not None and word.good and job.completion is Completion.PIVOT:
-        return f"QEMU says that {drive} went over to {job.after.top.path}, and libvirt does not show it; both are kept"
+        return (
+            f"QEMU says that {drive} has gone over to {job.after.top.path}, and libvirt shows {job.before.top.path}. Both "
+            f"are kept: the domain's definition must name {job.after.top.path} before it is started again"
+        )
     other = _other(disk) if disk is not None and word is None and known.said is None else None
     if other is not None and other != job.before.top.path:
         return (

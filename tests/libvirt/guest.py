@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -175,13 +176,16 @@ class Guest:
     def kill_what_is_lost(self) -> bool:
         """libvirt 9.0, killed in a pivot, may write a description that it cannot read itself (a mirror with the job ''),
         and forgets the domain when it comes back. Its QEMU runs on."""
-        from tests.libvirt.private import until
-
         lost = self._processes()
         for pid in lost:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        until(lambda: not self._processes(), "QEMU is gone")
+                descriptor = os.pidfd_open(pid)
+                try:
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    # Its command line is gone some time before its locks.
+                    assert select.select([descriptor], [], [], 10)[0], f"QEMU ({pid}) does not end"
+                finally:
+                    os.close(descriptor)
         return bool(lost)
 
     def remove(self) -> None:

@@ -48,7 +48,8 @@ def verify_image(image: Path, flushed: int, *, running: bool = False, before: Pa
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "disk.raw"
         command = ["qemu-img", "convert", *(["-U"] if running else []), "-O", "raw", str(image), str(raw)]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
         with contextlib.ExitStack() as stack:
             was = stack.enter_context(before.open("rb")) if before else None
             return verify(stack.enter_context(raw.open("rb")), flushed, was)

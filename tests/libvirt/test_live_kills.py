@@ -78,7 +78,8 @@ def stated(cell: Cell) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        error.add_note(f"QEMU's job {block_job(cell.guest)}, libvirt's chain {live_paths(cell.guest)}")
+        if cell.guest.runs:
+            error.add_note(f"QEMU's job {block_job(cell.guest)}, libvirt's chain {live_paths(cell.guest)}")
         error.add_note(f"headers {cell.scene.headers(cell.scene.before)}")
         raise
 

@@ -411,8 +411,8 @@ def _why(job: Job, known: _Known, disk: Disk | None) -> str:
         return f"{what} was ended: libvirt was killed when it began, and does not know its target any more"
     if word is not None and word.good and job.completion is Completion.PIVOT:
         return (
-            f"QEMU says that {drive} has gone over to {job.after.top.path}, and libvirt shows {job.before.top.path}. Both "
-            f"are kept: the domain's definition must name {job.after.top.path} before it is started again"
+            f"QEMU says that {drive} has gone over to {job.after.top.path}, and libvirt shows {job.before.top.path}. "
+            f"Both are kept: the domain's definition must name {job.after.top.path} before it is started again"
         )
     other = _other(disk) if disk is not None and word is None and known.said is None else None
     if other is not None and other != job.before.top.path:

@@ -9,7 +9,8 @@ from hostagent.nbddial import Fence, Server, Waits
 from hostagent.nbdstream import IN_FLIGHT, PIECE, Stream
 from tests.unit.data.nbd_fake import Behaviour, FakeServer
 
-MANY = 16
+MANY = 32
+WHOLE = IN_FLIGHT * PIECE
 
 
 def _anonymous() -> int:
@@ -20,20 +21,19 @@ def _anonymous() -> int:
 
 def test_idle_and_closed_connections_keep_no_buffers() -> None:
     with tempfile.TemporaryDirectory(prefix="nbd-") as folder:
-        server = FakeServer(Path(folder) / "s", bytes(PIECE), Behaviour())
+        server = FakeServer(Path(folder) / "s", bytes(WHOLE), Behaviour())
         address, waits = Server("", f"{folder}/s"), Waits(20, 20, "a", "b")
         before = _anonymous()
         for _ in range(MANY):
             stream = Stream(address, waits, Fence())
-            for _ in range(IN_FLIGHT):
-                stream.read(0, PIECE, len)
+            stream.read(0, WHOLE, len)
         idle = _anonymous() - before
         for _ in range(MANY):
             stream = Stream(address, waits, Fence())
-            stream.read(0, PIECE, len)
+            stream.read(0, WHOLE, len)
             stream.close()
         closed = _anonymous() - before
         server.close()
-    kept = MANY * IN_FLIGHT * PIECE  # of the idle ones, if they kept them
+    kept = MANY * WHOLE  # of the idle ones, if they kept them
     assert idle < kept // 4
     assert closed < kept // 4

@@ -20,10 +20,12 @@ import functools
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -153,6 +155,32 @@ class PrivateLibvirt:
     def stop(self) -> None:
         """SIGTERM; its guests go on."""
         self._end("libvirtd", signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def kept_running(self) -> Iterator[None]:
+        """As systemd does, libvirtd is started again when it ends: 9.0, killed when a mirror begins, may have lost its
+        target and then crash at the job's end."""
+        over = threading.Event()
+
+        def keep() -> None:
+            while not over.is_set():
+                with contextlib.suppress(ProcessLookupError, AssertionError):  # it is just gone
+                    descriptor = os.pidfd_open(self.pid)
+                    try:
+                        while not over.is_set() and not select.select([descriptor], [], [], 0.2)[0]:
+                            pass
+                    finally:
+                        os.close(descriptor)
+                if not over.is_set() and not self.processes("libvirtd"):
+                    self.start()
+
+        keeper = threading.Thread(target=keep, daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            over.set()
+            keeper.join(2 * WAIT)
 
     @property
     def pid(self) -> int:

@@ -98,7 +98,12 @@ class Round:
         client = Client(self.agent, self._request())
         moment.wait(lambda: self._ending(client))
         self._kill()
-        cell.job = self._settled(client)
+        with self.libvirt.kept_running():
+            cell.job = self._settled(client)
+            self._judge()
+
+    def _judge(self) -> None:
+        cell = self.cell
         if cell.job and any(words in str(cell.job["error"]) for words in UNDECIDED):
             assert self.victim == "qemu" or "libvirtd" in self.victim
             if cell.guest.runs:

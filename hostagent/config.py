@@ -389,6 +389,31 @@ class Store:
 
 
 @dataclass(frozen=True, slots=True)
+class Metrics:
+    listen: str = setting(
+        "",
+        "An address (IP:PORT, as 127.0.0.1:18177) on which GET /metrics is answered, for a Prometheus that cannot use "
+        "the API's socket. Empty is none. Every user who reaches it reads the names of guests and the paths of images.",
+        address=True,
+    )
+    beyond_loopback: bool = setting(
+        False,
+        "Whether that address may be another than this host's own loopback: it has neither encryption nor identities, "
+        "so only on a network for management.",
+    )
+    max_connections: int = setting(16, "Scrapes at a time.", low=1, high=1000)
+    max_head: int = setting(8192, "Bytes of a request's head.", low=1024, high=65536, size=True)
+    timeout: float = setting(10.0, "Seconds for one scrape, from its connection to its end.", low=0.1, high=600)
+    refresh: float = setting(
+        15.0,
+        "Seconds between two looks at what no event tells of: space beside the store, orphaned storage daemons that "
+        "have ended. A scrape looks at nothing.",
+        low=0.1,
+        high=3600,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Logs:
     level: str = setting("info", "The least that is written.", choices=("debug", "info", "warning", "error"))
     format: str = setting("auto", "auto is text on a terminal and json elsewhere.", choices=("auto", "text", "json"))
@@ -408,6 +433,7 @@ class Config:
     api: Api = Api()
     data: Data = Data()
     store: Store = Store()
+    metrics: Metrics = Metrics()
     logs: Logs = Logs()
     origin: Mapping[str, str] = field(default_factory=dict)
 

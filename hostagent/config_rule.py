@@ -26,6 +26,7 @@ class Rule:
     unset: str = ""
     usual: str = ""
     servers: bool = False
+    address: bool = False
 
 
 def setting(
@@ -39,8 +40,10 @@ def setting(
     unset: str = "",
     usual: str = "",
     servers: bool = False,
+    address: bool = False,
 ) -> T:
-    return field(default=default, metadata={"rule": Rule(manual, low, high, size, choices, unset, usual, servers)})
+    rule = Rule(manual, low, high, size, choices, unset, usual, servers, address)
+    return field(default=default, metadata={"rule": rule})
 
 
 UNSET = Path()

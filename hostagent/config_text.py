@@ -8,6 +8,7 @@ starts.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import os
 import re
@@ -241,12 +242,26 @@ def _checked(section: str, key: str, raw: object, source: str) -> Any:
     if isinstance(default, str):
         if not isinstance(raw, str) or not raw.isprintable() or (rule.choices and raw not in rule.choices):
             raise _wrong(name, raw, source, " or ".join(rule.choices) or "text")
+        if rule.address and raw and tcp_address(raw) is None:
+            raise _wrong(name, raw, source, "IP:PORT, as 127.0.0.1:18177 or [::1]:18177, or empty")
         return raw
     return _number(name, raw, source, default=default, rule=rule)
 
 
 def _is_absolute(raw: object) -> bool:
     return isinstance(raw, str) and raw.startswith("/") and "\0" not in raw
+
+
+def tcp_address(text: str) -> tuple[str, int] | None:
+    """IP:PORT, an IPv6 address in brackets; None when it is no such thing. Port 0 is any."""
+    found = _ADDRESS.fullmatch(text)
+    if found is None or int(found["port"]) >= 1 << 16:
+        return None
+    try:
+        known = ipaddress.IPv6Address(found["six"]) if found["six"] else ipaddress.IPv4Address(found["four"])
+    except ValueError:
+        return None
+    return str(known), int(found["port"])
 
 
 def _is_server(raw: object) -> bool:
@@ -257,6 +272,7 @@ def _is_server(raw: object) -> bool:
 
 
 _SERVER = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9][a-z0-9._-]*)(:(?P<port>[0-9]{1,5}))?", re.ASCII | re.IGNORECASE)
+_ADDRESS = re.compile(r"(\[(?P<six>[^\]]+)\]|(?P<four>[0-9.]+)):(?P<port>[0-9]{1,5})", re.ASCII)
 _PATHS = (_is_absolute, "absolute paths")
 
 
@@ -342,6 +358,17 @@ def _fits_together(config: Config) -> None:
                 value=str(path),
                 remedy="set agent.runtime_dir to a shorter path",
             )
+    listen = tcp_address(config.metrics.listen)
+    if listen and not ipaddress.ip_address(listen[0]).is_loopback and not config.metrics.beyond_loopback:
+        raise AgentError(
+            "invalid",
+            f"metrics.listen is {config.metrics.listen!r} in {config.origin['metrics.listen']}, which is not this "
+            "host's loopback",
+            field="metrics.listen",
+            value=config.metrics.listen,
+            remedy="listen on 127.0.0.1, or set metrics.beyond_loopback = true: whoever reaches the address reads the "
+            "names of guests and the paths of images",
+        )
     if config.libvirt.reconnect_wait > config.libvirt.reconnect_wait_max:
         raise _wrong(
             "libvirt.reconnect_wait", config.libvirt.reconnect_wait, config.origin["libvirt.reconnect_wait"],

@@ -34,10 +34,11 @@ from hostagent.access.subject import OwnProbe, Probe, Subject
 from hostagent.api.changes import Changes
 from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
+from hostagent.api.scrapes import Bounds, ScrapeServer
 from hostagent.api.service import AgentService
 from hostagent.api.status import HostFacts
 from hostagent.config import Config
-from hostagent.config_text import plain
+from hostagent.config_text import plain, tcp_address
 from hostagent.drain import Drain
 from hostagent.drivers import qsd_process
 from hostagent.drivers.libvirt import last_beat
@@ -147,6 +148,7 @@ class Agent:
         self.news = News(self._bus, self._changes, self._later)
         self._own_socket = True
         self._serving: asyncio.Task[None] | None = None
+        self._scrapes: ScrapeServer | None = None
         self._store = Store(
             self._state_dir,
             host=config.agent.host,
@@ -190,6 +192,9 @@ class Agent:
             watch=self._watch,
             live=self._live,
             bus=self._bus,
+            folder=self._state_dir,
+            min_free=config.store.min_free,
+            interval=config.metrics.refresh,
         )
         news = self.news
         news.store, news.metrics, news.engine, news.exports = self._store, self._metrics, self._engine, self._exports
@@ -366,6 +371,8 @@ class Agent:
             host.refuse_other_address(given, self._config.api.socket)
         else:
             host.refuse_second_listener(self._config.api.socket)
+        address = tcp_address(self._config.metrics.listen)
+        scraped = host.listen_for_scrapes(address) if address is not None else None
         await self._store.open()
         await reboot.renumber(self._store)
         await self._chains.recover()
@@ -388,9 +395,13 @@ class Agent:
         listener = given or host.listen(self._config.api.socket, self._group)
         self._own_socket = given is None
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="api")
+        if scraped is not None:
+            self._scrapes = self._make_scrapes()
+            self._later(self._scrapes.serve(sockets=[scraped]))
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._watch.run(), name="watch"),
+            asyncio.create_task(self._gauges.run(), name="gauges"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
         ]
         for look in self._guests.looks():
@@ -405,6 +416,7 @@ class Agent:
                 "fields": {
                     "version": __version__,
                     "socket": str(where),
+                    **({"metrics": "{}:{}".format(*scraped.getsockname()[:2])} if scraped is not None else {}),
                     "user": self._user.name,
                     "jobs": recovered,
                     "storage_daemons": len(self._chains.all()),
@@ -424,6 +436,8 @@ class Agent:
 
     async def stop(self) -> None:
         """Let go of everything; storage daemons run on."""
+        if self._scrapes is not None:
+            self._scrapes.should_exit = True
         if self._serving is not None:
             self._server.should_exit = True
             await asyncio.wait({self._serving}, timeout=self._config.agent.stop_timeout + 1)
@@ -487,6 +501,11 @@ class Agent:
         never = {host.data_user(config, self._group).uid} if config.data.start else set()
         policy = PeerPolicy.for_group(config.api.socket_group if self._group is not None else None, never=never)
         self._server = Server(app, self._bus, policy=policy, settings=settings)
+
+    def _make_scrapes(self) -> ScrapeServer:
+        metrics = self._config.metrics
+        bounds = Bounds(metrics.max_connections, metrics.max_head, metrics.timeout)
+        return ScrapeServer(self._metrics.render, bounds)
 
     def _retention(self) -> Retention:
         jobs, exports, store = self._config.jobs, self._config.exports, self._config.store

@@ -112,6 +112,11 @@ class Live:
         return self.hypervisor.status
 
     @property
+    def wanted(self) -> bool:
+        """Whether the settings name one."""
+        return bool(self._config.uri)
+
+    @property
     def no_jobs(self) -> tuple[str, str] | None:
         """Why no job can work on a guest's disk, and the remedy; None when it can."""
         if self.off is not None:

@@ -50,6 +50,7 @@ class Entry(NamedTuple):
 METRICS: dict[str, Entry] = {
     "build_info": Entry("gauge", "Always 1; the versions are in the labels.", ("version", "libvirt", "qemu")),
     "libvirt_connected": Entry("gauge", "Whether the connection to libvirt is up."),
+    "libvirt_configured": Entry("gauge", "Whether there is to be one (libvirt.uri)."),
     "libvirt_call_seconds": Entry(
         "histogram", "Calls to libvirt, by how they ended: ok, error or timeout.", ("call", "result"), CALL_SECONDS
     ),
@@ -59,7 +60,7 @@ METRICS: dict[str, Entry] = {
     "block_job_cursor_bytes": Entry("gauge", "How far an active job is.", _JOB),
     "block_job_end_bytes": Entry("gauge", "Where an active job's cursor ends; it may grow.", _JOB),
     "block_job_bandwidth_limit_bytes_per_second": Entry("gauge", "An active job's limit; 0 is no limit.", _JOB),
-    "block_job_stalled_seconds": Entry("gauge", "For how long an active job has not moved.", _JOB),
+    "block_job_stalled_seconds": Entry("gauge", "For how long a job has not moved that should; else 0.", _JOB),
     "block_jobs": Entry("gauge", "Jobs that have not ended, by state.", ("operation", "state")),
     "block_jobs_finished_total": Entry("counter", "Jobs that have ended, by outcome.", ("operation", "outcome")),
     "block_job_duration_seconds": Entry(
@@ -75,10 +76,14 @@ METRICS: dict[str, Entry] = {
     "access_revocations_pending": Entry("gauge", "Files that are still to be taken back."),
     "access_revocation_oldest_seconds": Entry("gauge", "How long the oldest of them has waited; 0 when none does."),
     "nbd_exports": Entry("gauge", "Exports that run.", ("mode",)),
+    "nbd_exports_orphaned": Entry("gauge", "Exports of storage daemons that no record of the agent's names."),
     "nbd_export_start_seconds": Entry("histogram", "From the request to a ready export.", (), EXPORT_SECONDS),
     "events_total": Entry("counter", "Events by where they came from.", ("source", "type")),
     "events_dropped_total": Entry("counter", "Records that a slow subscriber has missed.", ("subscriber",)),
     "reconciles_total": Entry("counter", "Comparisons of the store with the world.", ("result",)),
+    "store_bytes": Entry("gauge", "What the store takes on its file system."),
+    "store_free_bytes": Entry("gauge", "What is free beside it."),
+    "store_min_free_bytes": Entry("gauge", "What must be free for new work to be taken (store.min_free)."),
 }
 
 
@@ -96,9 +101,17 @@ class JobGauge:
     domain: str = ""
 
 
+class Room(NamedTuple):
+    """Bytes of a file system: what we use, and what is free for us."""
+
+    used: int
+    free: int
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of the agent at `taken` (Unix time), as far as gauges show it."""
+    """The state of the agent at `taken` (Unix time), as far as gauges show it. `store` is None while its file system
+    does not answer."""
 
     taken: float
     jobs: Sequence[JobGauge] = ()
@@ -107,10 +120,14 @@ class Snapshot:
     daemons: Mapping[str, int] = field(default_factory=dict)
     qmp_connected: int = 0
     libvirt_connected: bool = False
+    libvirt_configured: bool = False
     libvirt: str = ""
     revocations_pending: int = 0
     changed_files: int = 0
     oldest_pending: float | None = None
+    orphaned_exports: int = 0
+    store: Room | None = None
+    min_free: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -221,6 +238,7 @@ def _gauges(now: Snapshot, *, build: Labels) -> dict[str, dict[Labels, float]]:
     return {
         "build_info": {build: 1},
         "libvirt_connected": {(): int(now.libvirt_connected)},
+        "libvirt_configured": {(): int(now.libvirt_configured)},
         "qmp_connected": {(): now.qmp_connected},
         "snapshot_timestamp_seconds": {(): now.taken},
         "storage_daemons": _by_one_label(now.daemons),
@@ -230,6 +248,10 @@ def _gauges(now: Snapshot, *, build: Labels) -> dict[str, dict[Labels, float]]:
         "access_revocations_pending": {(): now.revocations_pending},
         "access_revocation_oldest_seconds": {(): waited},
         "nbd_exports": _by_one_label(now.exports),
+        "nbd_exports_orphaned": {(): now.orphaned_exports},
+        "store_bytes": {(): now.store.used} if now.store else {},
+        "store_free_bytes": {(): now.store.free} if now.store else {},
+        "store_min_free_bytes": {(): now.min_free},
         **_job_series(now.jobs),
     }
 

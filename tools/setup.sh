@@ -60,14 +60,14 @@ fi
 echo "setup: installing into .venv: hostagent$extra and the Python packages that it needs"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$extra"
 
-# promtool alone: the package would start a Prometheus on this machine.
-if [ "$purpose" = develop ] && [ ! -e .venv/bin/promtool ] && ! command -v promtool >/dev/null; then
-  echo "setup: unpacking promtool into .venv/bin"
+# Only unpacked: the package would start a Prometheus on this machine.
+if [ "$purpose" = develop ] && [ ! -e .venv/bin/prometheus ]; then
+  echo "setup: unpacking prometheus and promtool into .venv/bin"
   (
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     (cd "$work" && apt-get download -qq -o APT::Sandbox::User=root prometheus && dpkg-deb -x ./*.deb .)
-    cp "$work/usr/bin/promtool" .venv/bin/
+    cp "$work/usr/bin/promtool" "$work/usr/bin/prometheus" .venv/bin/
   )
 fi
 

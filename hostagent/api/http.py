@@ -80,8 +80,19 @@ def build_app(
     return app
 
 
-class Server(uvicorn.Server):
-    """uvicorn without its signal handlers, which are the daemon's. Stopping ends the event streams and long polls."""
+class QuietServer(uvicorn.Server):
+    """uvicorn without its signal handlers, which are the daemon's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def install_signal_handlers(self) -> None:
+        """What uvicorn before 0.29 has in place of capture_signals."""
+
+
+class Server(QuietServer):
+    """The API's. Stopping ends the event streams and long polls."""
 
     def __init__(self, app: FastAPI, bus: Bus, *, policy: PeerPolicy, settings: HttpSettings) -> None:
         http = protocol(policy, max_connections=settings.max_connections, stall_timeout=settings.body_timeout)
@@ -100,13 +111,6 @@ class Server(uvicorn.Server):
             )
         )
         self._bus = bus
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    def install_signal_handlers(self) -> None:
-        """What uvicorn before 0.29 has in place of capture_signals."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._bus.close()

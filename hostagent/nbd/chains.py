@@ -478,6 +478,12 @@ class Chains:
         await daemon.detach()
         self.orphans.append(Orphan(daemon_id, pid, tuple(exports), holds))
 
+    async def forget_ended_orphans(self) -> None:
+        """Somebody may have ended them."""
+        if self.orphans:
+            ended = await asyncio.to_thread(lambda: [o for o in self.orphans if not qsd_process.is_ours(o.pid, o.id)])
+            self.orphans = [orphan for orphan in self.orphans if orphan not in ended]
+
     # Small things
 
     def _places(self, daemon_id: str) -> Places:

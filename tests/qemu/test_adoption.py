@@ -41,7 +41,7 @@ pytestmark = pytest.mark.qemu
 
 ROOT = os.geteuid() == 0
 SIZE = 16 * MIB
-SETTINGS = {"JOBS_PROGRESS_INTERVAL": "0.05", "JOBS_SETTLE_RETRY": "0.1", "QSD_STOP_TIMEOUT": "5"}
+SETTINGS = {"JOBS_PROGRESS_INTERVAL": "0.05", "JOBS_SETTLE_RETRY": "0.1", "QSD_STOP_TIMEOUT": "5", "METRICS_REFRESH": "0.2"}
 REVOKED = "done" if ROOT else "kept"
 
 
@@ -491,7 +491,9 @@ def test_an_orphaned_storage_daemon_with_an_export_is_reported_and_left_to_its_c
         agent.start()
         (orphan,) = agent.get("/v1/host")["orphans"]
         assert (orphan["pid"], orphan["exports"]) == (export["pid"], [export["id"]])
-        assert 'hostagent_storage_daemons{state="orphan"} 1.0' in agent.call("GET", "/metrics")[2]
+        shown = agent.call("GET", "/metrics")[2]
+        assert 'hostagent_storage_daemons{state="orphan"} 1.0' in shown
+        assert "hostagent_nbd_exports_orphaned 1.0" in shown
         assert alive(export["pid"])
         assert reader.stop() > 0
     assert agent.get(f"/v1/exports/{export['id']}")["state"] == "lost"
@@ -499,6 +501,8 @@ def test_an_orphaned_storage_daemon_with_an_export_is_reported_and_left_to_its_c
         assert eventually(lambda: agent.get("/v1/host")["revocations"]["pending"] == 0)
     send(signal.SIGTERM, export["pid"])
     assert eventually(lambda: not alive(export["pid"]))
+    assert eventually(lambda: agent.get("/v1/host")["orphans"] == [])
+    assert "hostagent_nbd_exports_orphaned 0.0" in agent.call("GET", "/metrics")[2]
 
 
 def test_an_image_that_an_orphan_writes_is_busy_and_names_its_process(agent: AgentProcess, images: Pair) -> None:

@@ -136,6 +136,42 @@ def test_a_socket_too_long_for_a_unix_socket_is_refused() -> None:
     assert "agent.runtime_dir" in (refused.remedy or "")
 
 
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:18177", ("127.0.0.1", 18177)),
+        ("127.8.0.1:0", ("127.8.0.1", 0)),
+        ("[::1]:65535", ("::1", 65535)),
+    ],
+)
+def test_scrapes_are_answered_on_the_loopback_address(text: str, address: tuple[str, int]) -> None:
+    loaded = config_text.load(env={"HOSTAGENT_METRICS_LISTEN": text})
+    assert config_text.tcp_address(loaded.metrics.listen) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["18177", "127.0.0.1", "localhost:18177", "::1:18177", "[::1]", "127.0.0.1:65536", "1.2.3:4", "[127.0.0.1]:1", ":1"],
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    refused = _refused(env={"HOSTAGENT_METRICS_LISTEN": text})
+    assert refused.field == "metrics.listen"
+    assert text in refused.message and "127.0.0.1:18177" in (refused.remedy or "")
+
+
+@pytest.mark.parametrize("text", ["0.0.0.0:18177", "[::]:18177", "192.0.2.7:18177"])
+def test_beyond_the_loopback_somebody_must_say_so(text: str) -> None:
+    refused = _refused(env={"HOSTAGENT_METRICS_LISTEN": text})
+    assert refused.field == "metrics.listen"
+    assert "metrics.beyond_loopback" in (refused.remedy or "")
+    env = {"HOSTAGENT_METRICS_LISTEN": text, "HOSTAGENT_METRICS_BEYOND_LOOPBACK": "true"}
+    assert config_text.load(env=env).metrics.listen == text
+
+
+def test_nobody_is_answered_by_tcp_unless_the_settings_say_so() -> None:
+    assert config_text.tcp_address(config_text.load(env={}).metrics.listen) is None
+
+
 def test_an_empty_hypervisor_user_is_our_own() -> None:
     loaded = config_text.load(env={}, overrides={"access.hypervisor_user": ""})
     assert loaded.access.hypervisor_user == loaded.qsd.user == ""

@@ -4,7 +4,7 @@ import time
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from hostagent.metrics import JobGauge, Metrics, Snapshot
+from hostagent.metrics import JobGauge, Metrics, Room, Snapshot
 
 
 def scraped(metrics):
@@ -72,6 +72,12 @@ def test_the_oldest_pending_revocation_ages():
     assert scraped(metrics_of())["access_revocation_oldest_seconds",] == 0
     waited = scraped(metrics_of(oldest_pending=time.time() - 60))["access_revocation_oldest_seconds",]
     assert 60 <= waited < 70
+
+
+def test_what_is_not_known_of_the_store_is_not_shown():
+    unknown, known = scraped(metrics_of(min_free=5)), scraped(metrics_of(store=Room(used=3, free=7)))
+    assert (known["store_bytes",], known["store_free_bytes",], unknown["store_min_free_bytes",]) == (3, 7, 5)
+    assert not {("store_bytes",), ("store_free_bytes",)} & unknown.keys()
 
 
 def test_every_scrape_reads_one_snapshot():

@@ -1,0 +1,100 @@
+"""The metrics, and nothing else, on a TCP address of their own: for a Prometheus that cannot use the API's socket.
+
+Nobody has an identity here, so nothing can be asked but GET /metrics, and one connection is one answer. It is bounded
+from its begin to its end, and what was just rendered is said again: whoever asks without an end takes little from the
+agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import uvicorn
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from hostagent.api.http import QuietServer
+from hostagent.api.peercred import Deadline
+
+FRESH = 0.5
+"""Seconds for which an exposition is answered again: nobody who scrapes does it that often."""
+
+quiet = logging.getLogger(f"{__name__}.clients")
+quiet.setLevel(logging.ERROR)  # what strangers send is no news
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Named as in the configuration's [metrics] section."""
+
+    max_connections: int
+    max_head: int
+    timeout: float
+
+
+class ScrapeServer(QuietServer):
+    """`render` gives the exposition and its content type."""
+
+    def __init__(self, render: Callable[[], tuple[bytes, str]], bounds: Bounds) -> None:
+        super().__init__(
+            uvicorn.Config(
+                Scrapes(render),
+                http=_protocol(bounds),
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                proxy_headers=False,
+                server_header=False,
+                h11_max_incomplete_event_size=bounds.max_head,
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+
+class Scrapes:
+    """The application."""
+
+    def __init__(self, render: Callable[[], tuple[bytes, str]]) -> None:
+        self._render = render
+        self._at = -FRESH
+        self._last: tuple[bytes, str] = (b"", "")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._answer(scope["method"], scope["path"])
+        answer.headers["connection"] = "close"
+        await answer(scope, receive, send)
+
+    def _answer(self, method: str, path: str) -> Response:
+        if path != "/metrics":
+            return PlainTextResponse("there is /metrics only\n", 404)
+        if method not in ("GET", "HEAD"):
+            return PlainTextResponse("GET or HEAD\n", 405, {"allow": "GET, HEAD"})
+        if time.monotonic() - self._at >= FRESH:
+            self._last, self._at = self._render(), time.monotonic()
+        exposition, media_type = self._last
+        return Response(exposition, media_type=media_type)
+
+
+def _protocol(bounds: Bounds) -> type[H11Protocol]:
+    """The class that uvicorn makes one of for each connection."""
+
+    class Scrape(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.logger = quiet
+            self._end = Deadline(bounds.timeout, transport.abort)
+            self._end.start()
+            if len(self.connections) > bounds.max_connections:
+                transport.abort()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._end.stop()
+            super().connection_lost(exc)
+
+    return Scrape

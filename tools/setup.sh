@@ -22,6 +22,7 @@ case $purpose in
     programs+=([virsh]=libvirt-clients)  # the figures' peer
     programs+=([systemd-analyze]=systemd [systemd-nspawn]=systemd-container [dbus-daemon]=dbus)
     programs+=([nbdkit]=nbdkit [libvirtd]=libvirt-daemon [qemu-system-x86_64]=qemu-system-x86 [busybox]=busybox-static)
+    programs+=([vagrant]=vagrant)
     extra='[test]'
     ;;
   *)
@@ -39,6 +40,7 @@ headers='import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_pa
 [ "$purpose" = run ] || /usr/bin/python3 -c "$headers" || missing+=(python3-dev)  # ovirt-imageio is built from source
 /usr/bin/python3 -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)
 [ "$purpose" = run ] || /usr/bin/python3 -c 'import libvirt' 2>/dev/null || missing+=(python3-libvirt)
+[ "$purpose" = run ] || [ -e /usr/share/vagrant-plugins/plugins.d/vagrant-libvirt.json ] || missing+=(vagrant-libvirt)
 /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 
 if [ ${#missing[@]} -gt 0 ]; then

@@ -8,8 +8,8 @@
 It exports, pulls by increments, copies, commits and revokes. After each step every byte is compared with what it must
 be, and whether the hypervisor user can open a file is tried as that user. It works with the agent that HOSTAGENT_SOCKET
 names (empty: none), else with the system's, else with one that it starts for itself; with the libvirt that
-LIBVIRT_DEFAULT_URI names, else the system's. It needs root, 1 GiB in /var/tmp (TMPDIR) and a minute, and leaves nothing
-behind. Exit status 0 says that all held.
+LIBVIRT_DEFAULT_URI names, else the system's. It needs root, 256 MiB in /var/tmp (TMPDIR) and a minute, and leaves
+nothing behind. Exit status 0 says that all held.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 Json = dict[str, Any]
 
 MIB = 1 << 20
-SIZE = 48 * MIB
-DATA = 24 * MIB  # of random bytes at the base's begin
-STEP = 16 * MIB
+SIZE = 24 * MIB
+DATA = 16 * MIB  # of random bytes at the base's begin
+STEP = 8 * MIB
 WAIT = 120.0  # seconds for what takes one or two
 ENDED = ("completed", "failed", "aborted")
 SOCKET = Path("/run/hostagent/hostagent.sock")
@@ -107,7 +107,8 @@ def job(id: str) -> Json:
 def settled(id: str) -> Json:
     """The job when it has ended, and its access with it."""
     found = until("the job's end", lambda: _ended(job(id)))
-    held(found["state"] == "completed", f"the {found['operation']} is completed ({found.get('error')})")
+    why = f": {found['error']}" if found.get("error") else ""
+    held(found["state"] == "completed", f"the {found['operation']} is completed{why}")
     return dict(found)
 
 
@@ -198,7 +199,7 @@ def offline(images: Images) -> None:
     base, content = images.base("base.raw")
     disk = images.overlay("disk.qcow2", base, "raw")
     held(not images.opens(base), f"{images.user} cannot open the base")
-    write(images, disk, content, 20 * MIB)
+    write(images, disk, content, 12 * MIB)
 
     print("\n# export, and pull by increments meanwhile", flush=True)
     export = hostagent("export", "start", disk)
@@ -227,7 +228,7 @@ def offline(images: Images) -> None:
 
     print("\n# commit", flush=True)
     work = images.overlay("work.qcow2", copy, "qcow2")
-    write(images, work, content, 44 * MIB)
+    write(images, work, content, 18 * MIB)
     done = hostagent("job", "commit", work, "--pivot", "--wait")
     held(done["state"] == "completed", "the commit is completed")
     images.same(copy, "qcow2", content, "the base has what the overlay had")
@@ -237,7 +238,7 @@ def offline(images: Images) -> None:
 
 def by_increments(target: str | Path, *more: str, between: Callable[[], object], last: Callable[[], object]) -> None:
     """A pull, a step at a time; `more` are words of the command, and `last` is done when all is copied."""
-    id = hostagent("job", "pull", target, "--increment", "16MiB", *more)["id"]
+    id = hostagent("job", "pull", target, "--increment", "8MiB", *more)["id"]
     seen = 0
     while True:
         found = until("a step", lambda: _stands(job(id)))
@@ -288,11 +289,11 @@ def live(images: Images) -> None:
         print("\n# pull of a guest's disk, by increments", flush=True)
         run("virsh", "start", DOMAIN, "--paused")
         until("the agent knows the guest", _known)
-        guest_writes(content, 20 * MIB, 0x51)
+        guest_writes(content, 12 * MIB, 0x51)
         # The agent stops QEMU after each step, but does not foresee it: at full speed this would be the only one. And a
         # guest that does not run flushes nothing: QEMU writes the rest when it ends.
         by_increments(
-            f"{DOMAIN}/vda", "--bandwidth", "16MiB/s", between=_known, last=lambda: run("virsh", "destroy", DOMAIN)
+            f"{DOMAIN}/vda", "--bandwidth", "8MiB/s", between=_known, last=lambda: run("virsh", "destroy", DOMAIN)
         )
         held(backing(disk) is None, "the image's header names no base any more")
         held(not images.opens(base), f"{images.user} cannot open the base any more")
@@ -310,7 +311,7 @@ def live(images: Images) -> None:
         above = images.folder / "guest-above.qcow2"
         spec = f"vda,file={above}"
         run("virsh", "snapshot-create-as", DOMAIN, "--disk-only", "--no-metadata", "--atomic", "--diskspec", spec)
-        guest_writes(content, 44 * MIB, 0x52)
+        guest_writes(content, 18 * MIB, 0x52)
         run("hostagent", "job", "commit", f"{DOMAIN}/vda", "--pivot", "--wait")
         held(str(copy) in run("virsh", "domblklist", DOMAIN), "the guest is on the base of its snapshot")
         held(not images.opens(above), f"{images.user} cannot open the overlay any more")
@@ -335,7 +336,7 @@ def guest_writes(content: bytearray, offset: int, byte: int) -> None:
     """2 MiB through the guest's own device, as if the guest did."""
     command = f'qemu-io -d {DEVICE} "write -P {byte} {offset} {2 * MIB}"'
     said = run("virsh", "qemu-monitor-command", DOMAIN, "--hmp", command)
-    held(not said.strip(), f"the guest has written {said}")
+    held(not said.strip(), f"the guest has written {said.strip()}".rstrip())
     content[offset : offset + 2 * MIB] = bytes([byte]) * (2 * MIB)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -13,13 +14,14 @@ import pytest
 
 from tests import promql
 from tests.harness import MIB, AgentProcess, Json, overlay, raw_image, reachable
+from tests.libvirt.guest import Guest
 from tests.libvirt.private import PrivateLibvirt, until
 from tests.promql import Query
 from tests.qemu.faults import HASTE, storage_daemons
 from tests.scraping import Exporter, Prometheus
 
 WINDOW = "20s"
-SIZE = 16 * MIB
+SIZE = 4 * MIB
 STANDS = 1
 """Bytes per second, at which a job does not move while it is looked at."""
 # A domain that moves to another host is told of twice for a moment.
@@ -38,8 +40,10 @@ QUIET = {"Calls to libvirt that failed A"}
 class Scene:
     agent: AgentProcess
     prometheus: Prometheus
+    guest: Guest
+    """web1, on whose disk a job works."""
     offline: Json
-    """A job on an image; another one is on the disk of the guest web1."""
+    """A job on an image."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, daemon: PrivateLibvirt) -> I
             agent.export(chain(images, "exported"))
             agent.until_ended(agent.pull(chain(images, "done"))["id"])
             fail(agent, images)
-            yield Scene(agent, prometheus, offline)
+            yield Scene(agent, prometheus, guest, offline)
             daemon.remove_guests()
 
 
@@ -134,6 +138,27 @@ def test_jobs_of_guests_are_joined_to_whose_the_guests_are(scene: Scene) -> None
         "project_name": "store",
     }
     assert 0 <= value < 1
+
+
+def test_a_guest_whose_qemu_hangs_makes_no_scrape_slow(scene: Scene) -> None:
+    with scene.guest.frozen():
+        connection = http.client.HTTPConnection(address_of(scene.agent), timeout=5)
+        try:
+            connection.request("GET", "/metrics")
+            shown = connection.getresponse().read().decode()
+        finally:
+            connection.close()
+    assert 'hostagent_block_job_end_bytes{domain="web1"' in shown
+
+
+def test_an_address_that_is_taken_keeps_an_agent_from_starting(scene: Scene, tmp_path: Path) -> None:
+    other = AgentProcess(tmp_path, {"METRICS_LISTEN": address_of(scene.agent)})
+    try:
+        with pytest.raises(AssertionError, match=r"(?s)the agent ended: .*cannot listen on 127\.0\.0\.1 port"):
+            other.start()
+    finally:
+        other.close()
+    assert not (other.state / "hostagent.db").exists()
 
 
 def test_figures_are_those_of_the_job_and_end_with_it(scene: Scene) -> None:

@@ -76,6 +76,20 @@ def test_a_package_that_is_given_is_installed_and_nothing_else(tmp_path: Path) -
     assert not (tmp_path / "bin").exists()
 
 
+def test_the_newest_package_that_was_built_is_installed(tmp_path: Path) -> None:
+    path = stub(tmp_path / "stub", "apt-get", f'echo "$@" >>{tmp_path}/said')
+    there = tmp_path / "checkout"
+    (there / "dist").mkdir(parents=True)
+    shutil.copytree(FOLDER, there / "vagrant")
+    for age, name in enumerate(("hostagent_2_all.deb", "hostagent_3_all.deb", "hostagent_1_all.deb")):
+        package = there / "dist" / name
+        package.write_text("")
+        os.utime(package, (1e9 - age, 1e9 - age))
+    done = provision(tmp_path / "bin", package="", path=path, folder=there / "vagrant")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "said").read_text().splitlines()[-1].endswith(f" {there}/dist/hostagent_2_all.deb")
+
+
 def test_the_settings_of_the_machine_are_those_of_its_manual() -> None:
     text = (FOLDER / "Vagrantfile").read_text()
     manual = {word.strip(",.:") for line in text.splitlines() if line.startswith("#") for word in line.split()}

@@ -25,7 +25,7 @@ class Served:
     """`size` are the bytes that an exposition has at least."""
 
     def __init__(self, address: tuple[str, int], *, size: int = 0, **bounds: Any) -> None:
-        self._rendered, self._size = 0, size
+        self.rendered, self._size = 0, size
         self._listener = host.listen_for_scrapes(address)
         self.address = self._listener.getsockname()[:2]
         wanted = {"max_connections": 4, "max_head": 1024, "timeout": 5, **bounds}
@@ -33,8 +33,8 @@ class Served:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[self._listener])))
 
     def _render(self) -> tuple[bytes, str]:
-        self._rendered += 1
-        text = b"m %d\n" % self._rendered
+        self.rendered += 1
+        text = b"m %d\n" % self.rendered
         return text + b"#" * (self._size - len(text)), "text/plain; version=0.0.4; charset=utf-8"
 
     def start(self) -> None:
@@ -163,10 +163,11 @@ def until(done: Callable[[], bool]) -> None:
 
 
 def test_who_reads_nothing_gives_his_place_back_in_the_same_time() -> None:
-    with serving(timeout=2, max_connections=1, size=32 << 20) as served, served.connect() as connection:
+    with serving(timeout=1, max_connections=1, size=32 << 20) as served, served.connect() as connection:
         connection.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
-        until(lambda: refused(served))
+        until(lambda: served.rendered)
         until(lambda: not refused(served))
+        assert len(ends(connection)) < 32 << 20
 
 
 def test_more_connections_than_there_may_be_are_closed() -> None:

@@ -70,7 +70,7 @@ def test_a_write_that_failed_is_told_though_the_source_failed_first(
     landed: list[int] = []
     with refused("no_space"):
         stream.write(_giving(2), 0, 8 * PIECE, landed.append)
-    assert landed == []
+    assert sum(landed) in (0, (failing - 1) * PIECE)  # the first one's may have been heard before
     assert not stream.broken
 
 

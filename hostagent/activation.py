@@ -16,7 +16,7 @@ def listeners() -> dict[str, socket.socket]:
     the descriptors are theirs."""
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     pid, number = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "0")
-    if pid != str(os.getpid()):
+    if pid != str(os.getpid()) or not number.isdecimal():
         return {}
     return {name: taken(fd) for fd, name in zip(range(FIRST, FIRST + int(number)), names, strict=False)}
 

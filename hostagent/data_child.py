@@ -30,7 +30,9 @@ def make(config: Config, group: int | None, tell: Callable[[bool, str | None], N
         timeout=data.header_timeout,
         revoke=data.revoke_timeout,
     )
-    command = [sys.executable, "-m", "hostagent.cli.main", "data", "--config", str(settings)]
+    # It has our modules and no others: not those of the folder that we were started in.
+    command = [sys.executable, "-I" if sys.flags.isolated else "-P", "-m", "hostagent.cli.main"]
+    command += ["data", "--config", str(settings)]
     mark = f"{__version__}-{hashlib.sha256(show(config).encode()).hexdigest()[:16]}"
     files = data.max_connections * 3 + 1000
 

@@ -12,7 +12,7 @@ from typing import Any
 from hostagent.cli import arguments
 from hostagent.cli.client import Client, CliError, Json, once, patient
 from hostagent.cli.terminal import Column, Terminal, counted, remark
-from hostagent.errors import EXIT_OK
+from hostagent.errors import EXIT_BUSY, EXIT_OK
 from hostagent.sizes import format_size
 
 ADDRESS = "/v1/host/drain"
@@ -25,6 +25,7 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     parser = nouns.add_parser("drain", help=text, description=text, parents=[common])
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--pause", action="store_true", help="pause the running jobs instead of waiting for their ends")
+    how.add_argument("--check", action="store_true", help="change nothing; exit 6 while something holds")
     how.add_argument("--undo", action="store_true", help="take new work again, and resume what --pause has paused")
     parser.add_argument("--wait", action="store_true", help="return when nothing holds any more")
     parser.add_argument("--timeout", metavar="S", type=arguments.seconds, help="with --wait: exit 5 after S seconds")
@@ -33,10 +34,12 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
 
 def _drain(args: argparse.Namespace) -> int:
     client, terminal = arguments.connect(args), Terminal.of(args)
-    if args.undo and args.wait:
-        raise CliError("invalid", "--undo has nothing to wait for", remedy="leave out --wait")
+    if (args.undo or args.check) and args.wait:
+        raise CliError("invalid", f"--{'undo' if args.undo else 'check'} waits for nothing", remedy="leave out --wait")
     if args.timeout and not args.wait:
         raise CliError("invalid", "--timeout is for --wait", remedy="say --wait as well")
+    if args.check:
+        return _check(terminal, patient(lambda: client.get(ADDRESS).data))
     if args.undo:
         state = once(lambda: client.delete(ADDRESS))
     else:
@@ -52,6 +55,17 @@ def _drain(args: argparse.Namespace) -> int:
         what = f"the host was not drained within {args.timeout:g} s; it still takes no new work"
         raise CliError("timeout", what, remedy="end what holds it (above), wait again, or `hostagent drain --undo`")
     return EXIT_OK
+
+
+def _check(terminal: Terminal, state: Json) -> int:
+    """Whether anything holds, whoever may begin something meanwhile."""
+    held = _summary(state)
+    if terminal.json:
+        terminal.data(state)
+    else:
+        terminal.line(f"{held} still here" if held else "nothing holds this host", "pending" if held else "ok")
+        _print_what_holds(terminal, state)
+    return EXIT_BUSY if held else EXIT_OK
 
 
 def _until_drained(client: Client, state: Json, timeout: float | None) -> tuple[Json, bool]:
@@ -92,6 +106,10 @@ def _print(terminal: Terminal, state: Json) -> None:
         terminal.line(f"draining: no new work is taken; {_summary(state)} still here", "pending")
     if state["paused"]:
         terminal.line(f"paused until --undo: {', '.join(state['paused'][:MOST_ROWS])}")
+    _print_what_holds(terminal, state)
+
+
+def _print_what_holds(terminal: Terminal, state: Json) -> None:
     _print_jobs(terminal, state["jobs"])
     _print_exports(terminal, state["exports"])
     if state["revocations"]:

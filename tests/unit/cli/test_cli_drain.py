@@ -74,8 +74,20 @@ def test_it_is_lifted(agent: FakeAgent, run, capsys) -> None:
     assert capsys.readouterr().out == "new work is taken\n"
 
 
+def test_a_check_changes_nothing_and_exits_6_while_something_holds(agent: FakeAgent, run, capsys) -> None:
+    calm = state(draining=False, since=None)
+    agent.on("GET", ADDRESS, (200, calm | {"exports": [EXPORT]}), (200, calm | {"revocations": 1}), (200, calm))
+    assert run("drain", "--check") == 6
+    assert "1 export still here" in (out := capsys.readouterr().out) and "nbdcopy (pid 77)" in out
+    assert run("drain", "--check", "--json") == 6
+    assert json.loads(capsys.readouterr().out)["revocations"] == 1
+    assert run("drain", "--check") == 0
+    assert capsys.readouterr().out == "nothing holds this host\n"
+    assert {call.method for call in agent.calls} == {"GET"}
+
+
 def test_what_makes_no_sense_together_is_a_usage_error(agent: FakeAgent, run) -> None:
-    for words in (["--undo", "--pause"], ["--undo", "--wait"], ["--timeout", "3"]):
+    for words in (["--undo", "--pause"], ["--undo", "--wait"], ["--timeout", "3"], ["--check", "--wait"]):
         assert run("drain", *words) == 2
     assert agent.calls == []
 

@@ -75,7 +75,7 @@ def example() -> str:
     for section in SECTIONS:
         lines = [f"[{section}]"]
         for key, (default, rule) in rules(section).items():
-            lines += [*_manual(rule), f"#{key} = {_toml(rule.usual or default, rule)}", ""]
+            lines += [*_manual(rule), f"#{key} = {literal(default, rule)}", ""]
         parts.append("\n".join(lines))
     return "\n".join(parts)
 
@@ -400,14 +400,24 @@ def _home(env: Mapping[str, str]) -> Path:
 # TOML text
 
 
-def _manual(rule: Rule) -> list[str]:
+def manual(rule: Rule) -> str:
+    """What a person must know of a setting, in one line."""
     text = rule.manual
     if rule.choices:
         text += f" One of: {', '.join(rule.choices)}."
     if rule.unset:
         text += f" Default: {'; '.join(filter(None, (rule.usual, rule.unset)))}."
+    return text
+
+
+def literal(default: object, rule: Rule) -> str:
+    """The default in TOML, as root has it."""
+    return _toml(rule.usual or default, rule)
+
+
+def _manual(rule: Rule) -> list[str]:
     lines, line = [], "#"
-    for word in text.split():
+    for word in manual(rule).split():
         if len(line) + len(word) >= 118:
             lines.append(line)
             line = "#"

@@ -23,6 +23,7 @@ case $purpose in
     programs+=([systemd-analyze]=systemd [systemd-nspawn]=systemd-container [dbus-daemon]=dbus)
     programs+=([nbdkit]=nbdkit [libvirtd]=libvirt-daemon [qemu-system-x86_64]=qemu-system-x86 [busybox]=busybox-static)
     programs+=([vagrant]=vagrant)
+    programs+=([man]=man-db [zsh]=zsh [fish]=fish)  # manual pages and completions are tried in them
     extra='[test]'
     ;;
   *)

@@ -15,6 +15,7 @@ from hostagent import __version__
 from hostagent.cli import (
     arguments,
     bitmaps,
+    completion,
     data,
     demo,
     doctor,
@@ -34,7 +35,10 @@ from hostagent.cli.terminal import complain
 from hostagent.errors import CODES, EXIT_ERROR, EXIT_INTERRUPTED, AgentError
 from jobs.errors import JobError
 
-NOUNS = (jobs, images, bitmaps, exports, grants, events_cmd, status, doctor, drain, serve, data, transfers, demo)
+NOUNS = (
+    *(jobs, images, bitmaps, exports, grants, events_cmd, status, doctor, drain, serve, data, transfers, demo),
+    completion,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,6 +50,7 @@ def test_no_command_is_one_that_is_not_supported_yet() -> None:
         "upload",
         "download",
         "checksum",
+        "completion",
     }
 
 

@@ -5,6 +5,7 @@
 # make bench        figures, against named peers in the same run
 # make bench-scale  the same at scale: 600 storage daemons, 100,000 finished jobs; minutes
 # make lint         ruff and mypy alone
+# make dist         an sdist and a wheel, in dist/, with the distribution's own tools
 # make clean        without .venv and caches
 #
 # Each sets up what it needs by itself, once; again when pyproject.toml or tools/setup.sh change.
@@ -20,7 +21,7 @@ PYTEST := $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-re
 RUN := .venv/.run
 DEVELOP := .venv/.develop
 
-.PHONY: setup demo test test-full bench bench-scale lint clean
+.PHONY: setup demo test test-full bench bench-scale lint dist clean
 
 setup: $(DEVELOP)
 
@@ -51,5 +52,8 @@ bench: $(DEVELOP)
 bench-scale: $(DEVELOP)
 	@$(PYTHON) -m tests.bench crowd history
 
+dist: $(DEVELOP)
+	@/usr/bin/python3 -m build --no-isolation --outdir dist
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -42,6 +42,8 @@ headers='import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_pa
 /usr/bin/python3 -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)
 [ "$purpose" = run ] || /usr/bin/python3 -c 'import libvirt' 2>/dev/null || missing+=(python3-libvirt)
 [ "$purpose" = run ] || [ -e /usr/share/vagrant-plugins/plugins.d/vagrant-libvirt.json ] || missing+=(vagrant-libvirt)
+[ "$purpose" = run ] || /usr/bin/python3 -c 'import build, setuptools, wheel' 2>/dev/null ||
+  missing+=(python3-build python3-setuptools python3-wheel)  # make dist
 /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 
 if [ ${#missing[@]} -gt 0 ]; then

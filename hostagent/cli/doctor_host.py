@@ -244,9 +244,9 @@ def _apparmor(config: Config) -> Iterator[Finding]:
         return
     lines = "\n".join(
         (
-            "add to /etc/apparmor.d/local/abstractions/libvirt-qemu (untested), then reload libvirt's profiles:",
-            f"  {config.agent.runtime_dir}/** rw,",
-            "and for live disks, whose backing files get deny-write rules, see virt-aa-helper's local profile",
+            "add to /etc/apparmor.d/local/abstractions/libvirt-qemu (untested), for guests that are started then:",
+            f"  {config.agent.runtime_dir}/nbd/*.sock rw,",
+            "units/apparmor/libvirt-qemu says more (/usr/share/doc/hostagent/examples/apparmor/ of the package)",
         )
     )
     yield warn("AppArmor", "enabled: guests may not be able to reach the agent's NBD sockets", lines)

@@ -20,6 +20,7 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     listing = verbs.add_parser("list", help="grants, and files that could not be closed", parents=[common])
     listing.add_argument("--path", metavar="P", type=arguments.dest, help="only those of this file")
     listing.add_argument("--holder", metavar="H", help="only those of this holder, as job:ID or export:ID")
+    listing.add_argument("--given", action="store_true", help="only what the agent itself gave, by an ACL")
     listing.set_defaults(run=_list)
     show = verbs.add_parser("show", help="one grant", parents=[common])
     show.set_defaults(run=_show)
@@ -35,6 +36,8 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
 
 def _list(args: argparse.Namespace) -> int:
     grants = arguments.connect(args).items("/v1/grants", {"path": args.path, "holder": args.holder})
+    if args.given:
+        grants = [grant for grant in grants if grant["access"] == "acl" and grant["state"] in ("granted", "pending")]
     terminal = Terminal.of(args)
     if terminal.json:
         terminal.data({"items": grants})

@@ -123,6 +123,17 @@ def test_revoking_what_is_needed_exits_6_and_names_the_holder(agent: FakeAgent, 
     assert f"job:{ID} needs it" in capsys.readouterr().err
 
 
+def test_grant_list_given_leaves_out_what_was_not_given_or_is_taken_back(agent: FakeAgent, run, capsys) -> None:
+    others = [grant("revoked"), grant("kept"), grant(access="owner"), grant(access="none")]
+    given = [grant(id="g7"), grant("pending", id="g8")]
+    agent.on("GET", "/v1/grants", (200, {"items": [*others, *given], "next": None}))
+    assert run("grant", "list", "--given", "--json") == 0
+    assert [one["id"] for one in json.loads(capsys.readouterr().out)["items"]] == ["g7", "g8"]
+    agent.on("GET", "/v1/grants", (200, {"items": others, "next": None}))
+    assert run("grant", "list", "--given") == 0
+    assert capsys.readouterr().out == "", "nothing, for who keeps the list in a file"
+
+
 def test_a_domains_grant_is_shown_with_its_name_and_what_was_given_back_with_its_owner(
     agent: FakeAgent, run, capsys
 ) -> None:

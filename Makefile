@@ -6,6 +6,7 @@
 # make bench-scale  the same at scale: 600 storage daemons, 100,000 finished jobs; minutes
 # make lint         ruff and mypy alone
 # make dist         an sdist and a wheel, in dist/, with the distribution's own tools
+# make deb          a package for Debian 12, in dist/; VERSION=... where it is not the tree's
 # make clean        without .venv and caches
 #
 # Each sets up what it needs by itself, once; again when pyproject.toml or tools/setup.sh change.
@@ -21,7 +22,7 @@ PYTEST := $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-re
 RUN := .venv/.run
 DEVELOP := .venv/.develop
 
-.PHONY: setup demo test test-full bench bench-scale lint dist clean
+.PHONY: setup demo test test-full bench bench-scale lint dist deb clean
 
 setup: $(DEVELOP)
 
@@ -54,6 +55,9 @@ bench-scale: $(DEVELOP)
 
 dist: $(DEVELOP)
 	@/usr/bin/python3 -m build --no-isolation --outdir dist
+
+deb: $(DEVELOP)
+	@tools/deb.sh $(VERSION)
 
 clean:
 	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

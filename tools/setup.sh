@@ -24,6 +24,7 @@ case $purpose in
     programs+=([nbdkit]=nbdkit [libvirtd]=libvirt-daemon [qemu-system-x86_64]=qemu-system-x86 [busybox]=busybox-static)
     programs+=([vagrant]=vagrant)
     programs+=([man]=man-db [zsh]=zsh [fish]=fish)  # manual pages and completions are tried in them
+    programs+=([dh]=debhelper [debootstrap]=debootstrap [pip3]=python3-pip)  # make deb, and its test
     extra='[test]'
     ;;
   *)
@@ -65,16 +66,19 @@ fi
 echo "setup: installing into .venv: hostagent$extra and the Python packages that it needs"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$extra"
 
-# Only unpacked: the package would start a Prometheus on this machine.
-if [ "$purpose" = develop ] && [ ! -e .venv/bin/prometheus ]; then
-  echo "setup: unpacking prometheus and promtool into .venv/bin"
+# unpacked PACKAGE FILE…: these alone, in .venv/bin. The package would start a service on this machine, or change it.
+unpacked() {
+  [ "$purpose" = develop ] && [ ! -e ".venv/bin/$(basename "$2")" ] || return 0
+  echo "setup: unpacking ${*:2} into .venv/bin"
   (
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    (cd "$work" && apt-get download -qq -o APT::Sandbox::User=root prometheus && dpkg-deb -x ./*.deb .)
-    cp "$work/usr/bin/promtool" "$work/usr/bin/prometheus" .venv/bin/
+    (cd "$work" && apt-get download -qq -o APT::Sandbox::User=root "$1" && dpkg-deb -x ./*.deb .)
+    for file in "${@:2}"; do cp "$work/$file" .venv/bin/; done
   )
-fi
+}
+unpacked prometheus usr/bin/prometheus usr/bin/promtool
+unpacked apparmor sbin/apparmor_parser
 
 # Guests of the tests boot Debian's cloud kernel. It is only unpacked: this machine's own boot is not touched.
 guest=.venv/guest

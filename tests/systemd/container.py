@@ -66,22 +66,25 @@ class Unbootable(Exception):
 
 
 class Container:
-    """`boot` it, then `run` commands in it."""
+    """`boot` it, then `run` commands in it. `binds` are folders of the host's that it sees, by their names in it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, name: str = "hostagent-test", binds: dict[str, Path] | None = None) -> None:
         self.root = root
+        self.name = name
+        self.binds = binds or {}
         self._nspawn: subprocess.Popen[bytes] | None = None
 
     @classmethod
     @contextlib.contextmanager
     def made(cls) -> Iterator[Container]:
         with tempfile.TemporaryDirectory(prefix="hc-") as folder, _root(Path(folder)) as root:
-            container = cls(root)
+            packages = Path(sysconfig.get_path("purelib"))
+            container = cls(root, binds={"/opt/repository": REPOSITORY, "/opt/packages": packages})
             container._install()
             try:
                 yield container
             finally:
-                container._end()
+                container.end()
 
     def _install(self) -> None:
         """As a package does."""
@@ -96,15 +99,20 @@ class Container:
         program.parent.mkdir(parents=True)
         program.write_text(PROGRAM)
         program.chmod(0o755)
+        self.prepare()
+        self.enable("hostagent.service")
+
+    def prepare(self) -> None:
+        """A machine of its own, without what no test needs."""
+        system = self.root / "etc/systemd/system"
         for name in NOT_WANTED:
             (system / name).unlink(missing_ok=True)
             (system / name).symlink_to("/dev/null")
         machine = self.root / "etc/machine-id"
         machine.unlink(missing_ok=True)
         machine.write_text("")
-        for name in ("repository", "packages"):
-            (self.root / "opt" / name).mkdir(parents=True, exist_ok=True)
-        self.enable("hostagent.service")
+        for place in self.binds:
+            (self.root / place.strip("/")).mkdir(parents=True, exist_ok=True)
 
     def enable(self, unit: str) -> None:
         subprocess.run(["systemctl", f"--root={self.root}", "-q", "enable", unit], check=True, timeout=WAIT)
@@ -117,11 +125,10 @@ class Container:
     # Life
 
     def boot(self) -> None:
-        packages = sysconfig.get_path("purelib")
         command = [
-            *("systemd-nspawn", "--quiet", f"--directory={self.root}", "--machine=hostagent-test", "--register=no"),
+            *("systemd-nspawn", "--quiet", f"--directory={self.root}", f"--machine={self.name}", "--register=no"),
             *("--keep-unit", "--private-network", "--console=pipe", "--boot"),
-            *(f"--bind-ro={REPOSITORY}:/opt/repository", f"--bind-ro={packages}:/opt/packages"),
+            *(f"--bind-ro={path}:{place}" for place, path in self.binds.items()),
         ]
         said = self.root.parent / "nspawn.log"
         with said.open("wb") as log:
@@ -148,7 +155,7 @@ class Container:
         assert self._nspawn.wait(WAIT) == REBOOTS
         self.boot()
 
-    def _end(self) -> None:
+    def end(self) -> None:
         if self._nspawn is None:
             return
         self._nspawn.terminate()  # it powers the system off

@@ -138,6 +138,26 @@ def storage_daemons(host: Container) -> list[str]:
     return host.run("pgrep", "-f", "id=hostagent-", check=False).split()
 
 
+def processes(host: Container) -> str:
+    """The agent's own, and those that it runs as others."""
+    users = "libvirt-qemu,hostagent-data,nobody"
+    return host.run("pgrep", "-f", "hostagent", check=False) + host.run("pgrep", "-u", users, check=False)
+
+
+CONTROL = """
+import http.client, socket, sys
+connection = http.client.HTTPConnection("localhost")
+connection.sock = socket.socket(socket.AF_UNIX)
+connection.sock.connect("/run/hostagent/data-control.sock")
+connection.request(sys.argv[1], "/tickets/t-1", sys.argv[2] or None)
+assert connection.getresponse().status < 300
+"""
+
+
+def ticket(host: Container, verb: str, body: dict[str, Any] | None = None) -> None:
+    host.run("python3", "-c", CONTROL, verb, json.dumps(body) if body else "")
+
+
 def status_of(host: Container) -> str:
     """Of the package, as dpkg has it."""
     shown = host.run("dpkg-query", "-W", "-f", "${db:Status-Status}", "hostagent", check=False)
@@ -224,7 +244,12 @@ def it_is_not_removed_while_an_export_is_served(host: Container) -> None:
     assert status_of(host) == "installed" and host.show(AGENT, "ActiveState") == "active"
     (export,) = (one for one in asked(host, "export", "list")["items"] if one["state"] == "running")
     host.run("qemu-img", "compare", "-f", "raw", "-F", "raw", export["uri"], "/srv/images/truth.raw")
+    ticket(host, "PUT", {"uuid": "t-1", "ops": ["read"], "size": 64 * MIB, "timeout": 600, "url": "nbd:unix:/x"})
     host.run("hostagent", "export", "stop", export["id"])
+    said = refused(host, "dpkg", "-r", "hostagent")
+    assert "a data daemon with tickets" in said, said
+    assert host.run("systemctl", "is-active", AGENT, "hostagent.socket").split() == ["active", "active"], "again"
+    ticket(host, "DELETE")
 
     # An agent that does not answer cannot say; its storage daemons can be seen.
     slow_pull(host, image(host, "aborted"))
@@ -242,7 +267,7 @@ def it_is_removed_and_not_purged_while_access_is_given(host: Container) -> None:
     host.until(lambda: not storage_daemons(host), "its storage daemon ended")
     host.run("dpkg", "-r", "hostagent", timeout=WAIT)
     assert status_of(host) == "config-files"
-    assert host.run("pgrep", "-f", "hostagent", check=False) == "", "no process is left"
+    assert processes(host) == "", "none is left"
     gone = "for path in /usr/lib/hostagent /usr/bin/hostagent /run/hostagent /lib/systemd/system/hostagent.service; do "
     assert host.run("sh", "-c", f"{gone} [ ! -e $path ] || echo $path; done") == ""
     assert "width = 3" in (host.root / "etc/hostagent/hostagent.toml").read_text(), "settings stay"
@@ -265,7 +290,7 @@ def it_comes_back_and_goes_for_good(host: Container) -> None:
     assert asked(host, "grant", "revoke", grant["id"])["state"] == "revoked"
     host.run("dpkg", "-P", "hostagent", timeout=WAIT)
     assert status_of(host) in ("not-installed", "not known")
-    assert host.run("pgrep", "-f", "hostagent", check=False) == ""
+    assert processes(host) == ""
     assert host.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "hostagent*.service") == ""
     assert host.run("systemctl", "list-unit-files", "--no-legend", "hostagent*", check=False) == ""
     for path in ("pulled", "aborted", "served"):

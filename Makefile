@@ -1,12 +1,13 @@
 # make setup        packages (apt, through sudo when not root) and a private virtual environment in .venv
 # make demo         the main job, shown on a real qemu-storage-daemon; KEEP=1 leaves the agent running
 # make test         everything that belongs to a change: lint, types, unit, contract and real-parts tests
-# make test-full    the same, and what takes longer (the long kill matrix, STORIES=600 seconds of generated stories)
+# make test-full    the same, and what takes longer (the long kill matrix, STORIES=600 seconds of generated stories,
+#                   the package in a fresh Debian 12)
 # make bench        figures, against named peers in the same run
 # make bench-scale  the same at scale: 600 storage daemons, 100,000 finished jobs; minutes
 # make lint         ruff and mypy alone
 # make dist         an sdist and a wheel, in dist/, with the distribution's own tools
-# make deb          a package for Debian 12, in dist/; VERSION=... where it is not the tree's
+# make deb          a package for Debian 12, in dist/; DEB_VERSION=... where it is not the tree's
 # make clean        without .venv and caches
 #
 # Each sets up what it needs by itself, once; again when pyproject.toml or tools/setup.sh change.
@@ -57,7 +58,7 @@ dist: $(DEVELOP)
 	@/usr/bin/python3 -m build --no-isolation --outdir dist
 
 deb: $(DEVELOP)
-	@tools/deb.sh $(VERSION)
+	@tools/deb.sh $(DEB_VERSION)
 
 clean:
 	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

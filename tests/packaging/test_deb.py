@@ -166,6 +166,7 @@ def status_of(host: Container) -> str:
 
 def test_the_life_of_the_package(host: Container) -> None:
     clean = names(host)
+    it_refuses_an_environment_that_was_made_by_hand(host)
     it_installs_and_runs_in_its_own_environment(host)
     it_upgrades_under_a_running_pull_and_a_served_export(host)
     it_is_not_removed_while_an_export_is_served(host)
@@ -173,6 +174,13 @@ def test_the_life_of_the_package(host: Container) -> None:
     it_comes_back_and_goes_for_good(host)
     assert names(host) - clean == set(), "nothing is left"
     assert clean - names(host) == set(), "and nothing else is gone"
+
+
+def it_refuses_an_environment_that_was_made_by_hand(host: Container) -> None:
+    host.run("sh", "-c", "mkdir /usr/lib/hostagent && touch /usr/lib/hostagent/pyvenv.cfg")
+    said = refused(host, "dpkg", "-i", f"{PACKAGES}/hostagent.deb")
+    assert "made by hand" in said and not (host.root / "usr/bin/hostagent").exists(), said
+    host.run("rm", "-r", "/usr/lib/hostagent")
 
 
 def it_installs_and_runs_in_its_own_environment(host: Container) -> None:
@@ -234,6 +242,7 @@ def it_upgrades_under_a_running_pull_and_a_served_export(host: Container) -> Non
     base = "/srv/images/pulled-base.raw"
     host.until(lambda: asked(host, "job", "show", job)["chain"]["revoked"] == [base], "its base is taken back")
     host.run("qemu-img", "compare", pulled, "/srv/images/truth.raw")
+    assert job in host.run("script", "-qec", "hostagent job list", "/dev/null"), "a terminal's table, by Debian's rich"
     (host.root / "srv/enough").touch()
     assert reader.wait(container.WAIT) == 0
 

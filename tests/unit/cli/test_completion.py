@@ -105,20 +105,35 @@ def test_bash_offers_files_where_a_path_is_due(bash_script: Path, tmp_path: Path
     assert in_bash(bash_script, f"hostagent serve --state-dir {tmp_path}/") == [both[1:]]
 
 
-def test_the_tab_key_completes_in_an_interactive_bash(tmp_path: Path) -> None:
-    """Sourced as README says, with readline's own splitting of words."""
-    (tmp_path / "hostagent.bash").write_text(completion.bash(TOP))
+@pytest.mark.parametrize(
+    ("shell", "options", "before", "after"),
+    [
+        ("bash", ("--norc", "--noprofile", "-i"), ":", "--check always"),
+        ("zsh", ("-f", "-i"), "autoload -U compinit; compinit -D -u", "--check=always"),
+    ],
+)
+def test_the_tab_key_completes_in_an_interactive_shell(
+    shell: str, options: tuple[str, ...], before: str, after: str, tmp_path: Path
+) -> None:
+    """Sourced as README says, with the shell's own splitting of words."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed (tools/setup.sh develop)")
+    (tmp_path / "completion").write_text(completion.SHELLS[shell](TOP))
+    env = {**os.environ, "PS1": "ready> ", "TERM": "dumb", "HOME": str(tmp_path)}
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
-        os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], {**os.environ, "PS1": "> ", "TERM": "dumb"})
+        os.execvpe(shell, [shell, *options], env)
     try:
-        os.write(terminal, b"source ./hostagent.bash; hostagent() { echo \"ran<$*>\"; }; echo set''up\n")
+        setup = f"{before}; source ./completion; hostagent() {{ echo \"ran<$*>\"; }}; echo set''up\n"
+        os.write(terminal, setup.encode())
         until(terminal, "setup\r")
-        os.write(terminal, b"hostagent jo\tpul\t--che\tal\t\n")
-        until(terminal, "ran<job pull --check always>")
-        os.write(terminal, b"hostagent job pull ./hosta\t--check=al\t\n")
-        until(terminal, "ran<job pull ./hostagent.bash --check=always>")
+        until(terminal, "ready> ")
+        os.write(terminal, b"hostagent jo\tpul\t--che\talw\t\n")
+        until(terminal, f"ran<job pull {after}>")
+        until(terminal, "ready> ")
+        os.write(terminal, b"hostagent job pull ./compl\t--check=al\t\n")
+        until(terminal, "ran<job pull ./completion --check=always>")
     finally:
         os.close(terminal)
         os.kill(pid, 9)

@@ -11,9 +11,9 @@ WAIT = 600.0
 
 
 def files() -> list[str]:
-    """What belongs to the repository, also what is not committed yet. Outside of git: all but what is ignored there."""
-    if (REPOSITORY / ".git").exists():
-        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    """What belongs to the repository, as it is now. Outside of git: all but what would be ignored there."""
+    if (REPOSITORY / ".git").exists() and shutil.which("git"):
+        command = ["git", "-c", "safe.directory=*", "ls-files", "--cached", "-z"]  # whoever runs this, and whose it is
         listed = subprocess.run(
             command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=WAIT
         ).stdout

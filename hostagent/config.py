@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hostagent.config_data import Data
+from hostagent.config_dbus import Dbus
 from hostagent.config_rule import GIB, MIB, UNSET, Rule, setting
 
-__all__ = ["DEFAULTS", "GIB", "MIB", "SECTIONS", "UNSET", "Config", "Rule", "rules", "setting"]
+__all__ = ["DEFAULTS", "GIB", "MIB", "SECTIONS", "UNSET", "Config", "Dbus", "Rule", "rules", "setting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +432,7 @@ class Config:
     exports: Exports = Exports()
     tls: Tls = Tls()
     api: Api = Api()
+    dbus: Dbus = Dbus()
     data: Data = Data()
     store: Store = Store()
     metrics: Metrics = Metrics()

@@ -374,6 +374,11 @@ def _fits_together(config: Config) -> None:
             "libvirt.reconnect_wait", config.libvirt.reconnect_wait, config.origin["libvirt.reconnect_wait"],
             f"at most libvirt.reconnect_wait_max ({config.libvirt.reconnect_wait_max:g})",
         )  # fmt: skip
+    if config.dbus.reconnect_wait > config.dbus.reconnect_wait_max:
+        raise _wrong(
+            "dbus.reconnect_wait", config.dbus.reconnect_wait, config.origin["dbus.reconnect_wait"],
+            f"at most dbus.reconnect_wait_max ({config.dbus.reconnect_wait_max:g})",
+        )  # fmt: skip
     if config.jobs.settle_retry > config.jobs.settle_retry_max:
         raise _wrong(
             "jobs.settle_retry", config.jobs.settle_retry, config.origin["jobs.settle_retry"],

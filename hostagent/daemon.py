@@ -34,6 +34,7 @@ from hostagent.access.subject import OwnProbe, Probe, Subject
 from hostagent.api.changes import Changes
 from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
+from hostagent.api.projection.projection import Projection
 from hostagent.api.scrapes import Bounds, ScrapeServer
 from hostagent.api.service import AgentService
 from hostagent.api.status import HostFacts
@@ -182,6 +183,7 @@ class Agent:
         self._engine = self._make_engine()
         self._drain = Drain(self._store, self._engine, self._clock, self._later)
         self._data = data_child.make(config, self._group, self.news.data_daemon) if config.data.start else None
+        self._projection = Projection(config.dbus, host=config.agent.host, never=self._strangers)
         self._service: AgentService
         self._server: Server
         self._gauges = Gauges(
@@ -195,10 +197,12 @@ class Agent:
             folder=self._state_dir,
             min_free=config.store.min_free,
             interval=config.metrics.refresh,
+            projection=self._projection,
         )
         news = self.news
         news.store, news.metrics, news.engine, news.exports = self._store, self._metrics, self._engine, self._exports
         news.drain, news.gauges, news.settled = self._drain, self._gauges, self._guests.settled
+        news.touched = self._projection.touch
 
     # Making
 
@@ -402,6 +406,7 @@ class Agent:
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._watch.run(), name="watch"),
             asyncio.create_task(self._gauges.run(), name="gauges"),
+            asyncio.create_task(self._projection.run(self._service), name="dbus"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
         ]
         for look in self._guests.looks():
@@ -487,6 +492,7 @@ class Agent:
             watch=self._watch,
             live=self._live,
             holding=self._guests.holding,
+            dbus=self._projection.check,
             data=self._data.facts if self._data is not None else None,
         )
         self.news.trouble = self._service.troubles.append
@@ -497,15 +503,18 @@ class Agent:
             **{name: getattr(config.api, name) for name in names},
         )
         app = build_app(self._service, self._bus, settings=settings, metrics=self._metrics.render)
-        # The data daemon is in the group for the exports' sake: it has strangers as clients, and no say here.
-        never = {host.data_user(config, self._group).uid} if config.data.start else set()
-        policy = PeerPolicy.for_group(config.api.socket_group if self._group is not None else None, never=never)
+        group = config.api.socket_group if self._group is not None else None
+        policy = PeerPolicy.for_group(group, never=self._strangers())
         self._server = Server(app, self._bus, policy=policy, settings=settings)
 
     def _make_scrapes(self) -> ScrapeServer:
         metrics = self._config.metrics
         bounds = Bounds(metrics.max_connections, metrics.max_head, metrics.timeout)
         return ScrapeServer(self._metrics.render, bounds)
+
+    def _strangers(self) -> set[int]:
+        """The data daemon is in the group for the exports' sake: it has strangers as clients, and no say here."""
+        return {host.data_user(self._config, self._group).uid} if self._config.data.start else set()
 
     def _retention(self) -> Retention:
         jobs, exports, store = self._config.jobs, self._config.exports, self._config.store

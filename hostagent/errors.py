@@ -1,4 +1,4 @@
-"""One table maps an error code to HTTP, and to the command line's exit status. Nothing else decides these."""
+"""One table maps an error code to HTTP, to D-Bus, and to the command line's exit status. Nothing else decides these."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ CODES: dict[str, Code] = {
     "group_failed": Code(409, EXIT_JOB_FAILED, "Another job of the group failed"),
     "unreachable": Code(503, EXIT_UNREACHABLE, "The agent cannot be reached"),
 }
+
+
+def bus_name(code: str) -> str:
+    """The error on D-Bus: no_space is org.hostagent1.Error.NoSpace."""
+    known = code if code in CODES else "internal"
+    return "org.hostagent1.Error." + "".join(part.capitalize() for part in known.split("_"))
 
 
 class AgentError(Exception):

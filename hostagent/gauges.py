@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from events.bus import Bus
+from hostagent.api.projection.projection import Projection
 from hostagent.live import Live
 from hostagent.looks import Looks
 from hostagent.metrics import JobGauge, Room, Snapshot
@@ -44,6 +45,7 @@ class Gauges:
         folder: Path,
         min_free: int,
         interval: float,
+        projection: Projection,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -57,6 +59,7 @@ class Gauges:
         self._interval = interval
         self._looks = Looks(interval)
         self._room: Room | None = None
+        self._projection = projection
         self._pending = 0
         self._oldest: datetime | None = None
         self._grants: dict[str, int] = {}
@@ -102,7 +105,12 @@ class Gauges:
             store=self._room,
             min_free=self._min_free,
             changed_files=len({drift.path for drift in self._watch.found}),
-            dropped={**self._bus.dropped, "libvirt": self._live.hypervisor.dropped},
+            dbus_connected=self._projection.state.connected,
+            dropped={
+                **self._bus.dropped,
+                "libvirt": self._live.hypervisor.dropped,
+                "dbus": self._projection.dropped,
+            },
         )
 
     def _job(self, job: Job) -> JobGauge:

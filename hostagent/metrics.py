@@ -54,6 +54,7 @@ METRICS: dict[str, Entry] = {
     "libvirt_call_seconds": Entry(
         "histogram", "Calls to libvirt, by how they ended: ok, error or timeout.", ("call", "result"), CALL_SECONDS
     ),
+    "dbus_connected": Entry("gauge", "Whether the agent is on the message bus."),
     "qmp_connected": Entry("gauge", "Storage daemons whose monitor is connected."),
     "snapshot_timestamp_seconds": Entry("gauge", "When the data of these gauges were taken."),
     "storage_daemons": Entry("gauge", "Storage daemons by state.", ("state",)),
@@ -121,6 +122,7 @@ class Snapshot:
     qmp_connected: int = 0
     libvirt_connected: bool = False
     libvirt_configured: bool = False
+    dbus_connected: bool = False
     libvirt: str = ""
     revocations_pending: int = 0
     changed_files: int = 0
@@ -239,6 +241,7 @@ def _gauges(now: Snapshot, *, build: Labels) -> dict[str, dict[Labels, float]]:
         "build_info": {build: 1},
         "libvirt_connected": {(): int(now.libvirt_connected)},
         "libvirt_configured": {(): int(now.libvirt_configured)},
+        "dbus_connected": {(): int(now.dbus_connected)},
         "qmp_connected": {(): now.qmp_connected},
         "snapshot_timestamp_seconds": {(): now.taken},
         "storage_daemons": _by_one_label(now.daemons),

@@ -36,7 +36,8 @@ REFRESH = 0.1
 class News:
     """`later` runs what must not be waited for. The parts are given to it as they are made, all before anything is told
     of them; `settled` is for who follows guests, when a job has ended, `trouble` for who shows troubles, once there is
-    somebody, and `status` says in a line what the agent does."""
+    somebody, `status` says in a line what the agent does, and `touched` is for who shows objects: the kind, the
+    id and the state of one that has changed."""
 
     store: Store
     metrics: Metrics
@@ -53,6 +54,7 @@ class News:
         self.settled: Callable[[Job], None] = lambda job: None
         self.status: Callable[[], str] = lambda: "starting"
         self.trouble: Callable[[Trouble], None] = lambda trouble: None
+        self.touched: Callable[[str, str, str], None] = lambda kind, id, state: None
 
     # Storage daemons (hostagent.nbd.chains.Sink)
 
@@ -100,6 +102,7 @@ class News:
 
     def job_changed(self, job: Job) -> None:
         self._changes.tell(f"job {job.id}")
+        self.touched("job", job.id, job.state)
         self.drain.job_changed(job)
         if job.state.terminal:
             self.settled(job)
@@ -110,6 +113,7 @@ class News:
 
     def export_changed(self, record: ExportRecord) -> None:
         self._changes.tell(f"export {record.id}")
+        self.touched("export", record.id, record.state)
 
     def data_daemon(self, answers: bool, why: str | None) -> None:
         kind = HostEventKind.CONNECTED if answers else HostEventKind.DISCONNECTED
@@ -129,6 +133,7 @@ class News:
         """What was stored."""
         self.metrics.event("agent", cloudevents.type_of(record.event))
         self._bus.publish(record)
+        self.touched("grants", "", "")  # whatever happened may have moved some
         if (trouble := trouble_of(record.event, now())) is not None:
             self.trouble(trouble)
         if not self._refreshing:

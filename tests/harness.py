@@ -92,8 +92,9 @@ class AgentProcess:
         self.socket = self.runtime / "hostagent.sock"
         self.log = folder / "agent.log"
         self.user = ensure_user()
-        # Not the host's libvirt: its guests are none of a test's business. No data daemon where nothing is moved.
-        self.settings = {"LOGS_FORMAT": "json", "LIBVIRT_URI": "", "DATA_START": "false", **(settings or {})}
+        # Not the host's libvirt or bus: they are none of a test's business. No data daemon where nothing is moved.
+        quiet = {"LIBVIRT_URI": "", "DBUS_ADDRESS": "off", "DATA_START": "false"}
+        self.settings = {"LOGS_FORMAT": "json", **quiet, **(settings or {})}
         self.process: subprocess.Popen[bytes] | Spawned | None = None
 
     def __enter__(self) -> AgentProcess:

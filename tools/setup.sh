@@ -14,7 +14,7 @@ declare -A programs=(
   [qemu-storage-daemon]=qemu-system-common [qemu-img]=qemu-utils [qemu-io]=qemu-utils
   [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [getfacl]=acl [curl]=curl [ps]=procps
 )
-extra=
+extra='[dbus]'
 case $purpose in
   run) ;;
   develop)
@@ -25,7 +25,7 @@ case $purpose in
     programs+=([vagrant]=vagrant)
     programs+=([man]=man-db [zsh]=zsh [fish]=fish)  # manual pages and completions are tried in them
     programs+=([dh]=debhelper [debootstrap]=debootstrap [pip3]=python3-pip)  # make deb, and its test
-    extra='[test]'
+    extra='[dbus,test]'
     ;;
   *)
     sed -n '2,3s/^# //p' "$0" >&2

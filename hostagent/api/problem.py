@@ -79,14 +79,18 @@ def of_error(error: JobError | AgentError) -> Response:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> Response:
+    return of_error(first_of(errors))
+
+
+def first_of(errors: Sequence[Mapping[str, Any]]) -> AgentError:
     """The first thing that is wrong with a request. Unknown fields come before values: a typing slip explains both."""
     first = next((error for error in errors if error["type"] == "unknown_field"), errors[0])
     where = [str(part) for part in first["loc"][1:]]  # the first says body, query, path or header
     context = first.get("ctx", {})
     field = ".".join([*where, *([context["name"]] if first["type"] == "unknown_field" else [])]) or "body"
     if first["type"] == "missing":
-        return answer("invalid", f"{field} is missing", field=field)
-    return answer(
+        return AgentError("invalid", f"{field} is missing", field=field)
+    return AgentError(
         "invalid", f"{field}: {first['msg']}", field=field, value=first.get("input"), remedy=context.get("remedy")
     )
 

@@ -56,6 +56,7 @@ class AgentService:
         watch: Watch,
         live: Live,
         holding: Holding,
+        dbus: Callable[[], Json],
         data: Callable[[], Json] | None = None,
     ) -> None:
         self._engine = engine
@@ -81,6 +82,7 @@ class AgentService:
             live=live,
             holding=holding,
             data=data,
+            dbus=dbus,
             troubles=self.troubles,
         )
 

@@ -44,7 +44,8 @@ class HostFacts:
 
 
 class Status:
-    """`troubles` are the last errors, the oldest first; `data` tells of the data daemon, None where there is none."""
+    """`troubles` are the last errors, the oldest first; `data` tells of the data daemon, None where there is none;
+    `dbus` is the check of the message bus."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Status:
         live: Live,
         holding: Holding,
         data: Callable[[], Json] | None,
+        dbus: Callable[[], Json],
         troubles: Reversible[Trouble],
     ) -> None:
         self._facts = facts
@@ -73,6 +75,7 @@ class Status:
         self._live = live
         self._holding = holding
         self._data = data
+        self._dbus = dbus
         self._troubles = troubles
 
     async def host(self) -> Json:
@@ -165,6 +168,7 @@ class Status:
         checks["libvirt"] = self._live.check()
         if self._live.off is None:
             checks["domains"] = self._holding.check()
+        checks["dbus"] = self._dbus()
         return {"ready": all(check["ok"] for check in checks.values()), "checks": checks}
 
     def _free(self) -> int:

@@ -323,6 +323,7 @@ def _clean_environment() -> dict[str, str]:
     """Without settings for another agent, and with this program's own folder and root's programs in PATH."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HOSTAGENT_")}
     kept["PATH"] = f"{Path(sys.executable).parent}:{kept.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
+    kept["HOSTAGENT_DBUS_ADDRESS"] = "off"
     kept["HOSTAGENT_LIBVIRT_URI"] = ""  # it shows no guests, and the host's are none of its business
     return kept
 

@@ -247,7 +247,7 @@ def test_only_root_and_the_agents_own_user_drain_the_host() -> None:
             "holding",
         )
         parts: dict[str, Any] = dict.fromkeys(names)
-        service = AgentService(**parts, changes=Changes(), drain=host.drain)
+        service = AgentService(**parts, changes=Changes(), drain=host.drain, dbus=dict)
         member = Peer(1, 4242, 4242)
         for ask in (service.drain(False, peer=member), service.lift_drain(peer=member)):
             with pytest.raises(JobError) as refused:

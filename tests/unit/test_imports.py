@@ -20,7 +20,7 @@ OURS = {"events", "jobs", "hostagent"}
 LEAVES = {
     f"hostagent.{name}"
     for name in (
-        *("config", "config_data", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify", "activation"),
+        *("config", "config_data", "config_dbus", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify", "activation"),
         *("nbdclient", "nbdconnection", "nbddial", "nbdoffer", "nbdstream"),
         *("locks", "looks", "schema", "selection", "turns", "unix_http"),
         *("blocks", "extents", "inodes", "qcow2", "qemu_locks", "rangeset"),
@@ -51,9 +51,10 @@ HOMES = {
     "rich": ("hostagent/cli/",),
     "sqlite3": ("hostagent/database.py",),
     "grpc": ("hostagent/api/grpc.py",),
+    "dbus_next": ("hostagent/api/dbus.py",),
     "dbus_fast": ("hostagent/api/dbus.py",),
 }
-OPTIONAL = {"nbd", "libvirt", "libvirt_qemu", "rich"}
+OPTIONAL = {"nbd", "libvirt", "libvirt_qemu", "rich", "dbus_next", "dbus_fast"}
 
 
 @dataclass(frozen=True, slots=True)

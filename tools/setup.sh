@@ -20,7 +20,7 @@ case $purpose in
   develop)
     programs+=([mkfs.xfs]=xfsprogs [mkfs.ext4]=e2fsprogs [gcc]=gcc [openssl]=openssl)
     programs+=([virsh]=libvirt-clients)  # the figures' peer
-    programs+=([systemd-analyze]=systemd [systemd-nspawn]=systemd-container [dbus-daemon]=dbus)
+    programs+=([systemd-analyze]=systemd [systemd-nspawn]=systemd-container [dbus-daemon]=dbus [pkaction]=polkitd)
     programs+=([nbdkit]=nbdkit [libvirtd]=libvirt-daemon [qemu-system-x86_64]=qemu-system-x86 [busybox]=busybox-static)
     programs+=([vagrant]=vagrant)
     programs+=([man]=man-db [zsh]=zsh [fish]=fish)  # manual pages and completions are tried in them

@@ -122,6 +122,7 @@ class Status:
             "jobs": await self._store.counts(),
             "exports": exports,
             "data_daemon": self._data() if self._data else None,
+            "dbus": self._dbus()["detail"],
             "drain": {"draining": self._drain.on, "since": views.time(self._drain.record.since)},
             "settings": dict(self._facts.settings),
         }

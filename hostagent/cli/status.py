@@ -66,6 +66,7 @@ def _print_head(terminal: Terminal, host: Json) -> None:
             ("qemu", f"{host.get('qemu') or 'unknown'}, {counted(len(daemons), 'storage daemon')}"),
             ("libvirt", _libvirt(host.get("libvirt") or {})),
             ("data", _data(host.get("data_daemon"))),
+            ("D-Bus", str(host.get("dbus") or "unknown")),
         ]
     )
 

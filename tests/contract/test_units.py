@@ -7,15 +7,19 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from hostagent import config_text
+from hostagent.api.projection import interface, polkit
+from hostagent.api.projection.verbs import VERBS
 from hostagent.data import listeners
 
 UNITS = Path(__file__).resolve().parents[2] / "units"
 SERVICES = {"hostagent.service": 4.0, "hostagent-data.service": 2.0}
 """How exposed each may be, of 10 (systemd-analyze security)."""
+CHANGING = [verb for verb in VERBS.values() if verb.action]
 ALLOWED = {"CHOWN", "FOWNER", "DAC_OVERRIDE", "SETUID", "SETGID", "KILL", "SYS_PTRACE"}
 
 analyze = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
@@ -79,3 +83,38 @@ def test_the_sockets_are_where_the_settings_say_that_they_are() -> None:
         "control": str(usual / settings.data.control_socket.name),
         "handover": str(usual / listeners.HANDOVER),
     }
+
+
+def test_the_bus_lets_everybody_call_what_there_is_and_root_alone_be_it() -> None:
+    policies = {
+        policy.get("context") or policy.get("user"): [(rule.tag, dict(rule.attrib)) for rule in policy]
+        for policy in ElementTree.parse(UNITS / "dbus/org.hostagent1.conf").getroot()
+    }
+    assert set(policies) == {"root", "default"}
+    assert ("allow", {"own": interface.NAME}) in policies["root"]
+    assert ("deny", {"own": interface.NAME}) in policies["default"]
+    rules = [rule for tag, rule in policies["default"] if tag == "allow"]
+    assert {rule["send_interface"] for rule in rules} == set(interface.ALL)
+    assert {rule["send_destination"] for rule in rules} == {interface.NAME}
+
+
+def test_whoever_calls_it_on_the_bus_starts_the_unit() -> None:
+    section = unit("dbus/org.hostagent1.service")["D-BUS Service"]
+    assert dict(section) == {
+        "Name": interface.NAME,
+        "Exec": "/bin/false",
+        "User": "root",
+        "SystemdService": "hostagent.service",
+    }
+    assert (UNITS / section["SystemdService"]).exists()
+
+
+def test_polkit_knows_every_action_and_asks_for_an_administrator() -> None:
+    root = ElementTree.parse(UNITS / "polkit/org.hostagent1.policy").getroot()
+    actions = {action.get("id"): action for action in root.iter("action")}
+    assert set(actions) == set(polkit.ACTIONS.values()) == {f"org.hostagent1.{verb.action}" for verb in CHANGING}
+    for action in actions.values():
+        assert {one.tag: one.text for one in action.find("defaults") or ()} == dict.fromkeys(
+            ("allow_any", "allow_inactive", "allow_active"), "auth_admin_keep"
+        )
+        assert action.findtext("description") and action.findtext("message")

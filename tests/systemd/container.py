@@ -94,6 +94,15 @@ class Container:
                 shutil.copy(unit, system)
         shutil.copy(UNITS / "sysusers.conf", self.root / "usr/lib/sysusers.d/hostagent.conf")
         shutil.copy(UNITS / "tmpfiles.conf", self.root / "usr/lib/tmpfiles.d/hostagent.conf")
+        for file, folder in (
+            ("dbus/org.hostagent1.conf", "dbus-1/system.d"),
+            ("dbus/org.hostagent1.service", "dbus-1/system-services"),
+            ("polkit/org.hostagent1.policy", "polkit-1/actions"),
+            ("polkit/org.hostagent1.rules", "polkit-1/rules.d"),
+        ):
+            to = self.root / "usr/share" / folder
+            to.mkdir(parents=True, exist_ok=True)
+            shutil.copy(UNITS / file, to)
         (self.root / "usr/lib/sysusers.d/hypervisor.conf").write_text("u libvirt-qemu - - / /usr/sbin/nologin\n")
         program = self.root / "usr/lib/hostagent/bin/hostagent"
         program.parent.mkdir(parents=True)

@@ -118,6 +118,51 @@ def test_a_stopped_agent_is_started_by_whoever_asks(host: Container) -> None:
     assert host.show(AGENT, "ActiveState") == "active"
 
 
+BUS = ("busctl", "--system", "--no-pager")
+OBJECT = ("org.hostagent1", "/org/hostagent1", "org.hostagent1.Manager")
+
+
+def test_it_is_on_the_system_bus_where_polkit_decides_who_changes_anything(host: Container, top: str) -> None:
+    """With dbus-daemon, polkitd and our files for both as they are on a host."""
+    if not (host.root / "usr/bin/pkaction").exists():
+        pytest.skip("polkitd is not installed (tools/setup.sh develop)")
+    host.run("useradd", "--groups=hostagent", "member")
+    host.run("useradd", "stranger")
+    host.until(lambda: "org.hostagent1" in host.run(*BUS, "list"), "it is on the bus")
+    options = ("2", "bandwidth", "t", str(MIB), "id", "s", "7b0e3f5c-6a44-4c1a-9d0f-3a3f6f2f9a01")
+    start = (*BUS, "call", *OBJECT, "StartJob", "ssa{sv}", "pull", top, *options)
+    job = "/org/hostagent1/job/7b0e3f5c_6a44_4c1a_9d0f_3a3f6f2f9a01"
+    member, stranger = (("runuser", "-u", name, "--") for name in ("member", "stranger"))
+    assert "lacks the authorisation org.hostagent1.job-start" in fails(host, *stranger, *start)
+    for action in ("job-start", "job-control", "export", "grant-revoke"):
+        assert host.run("pkaction", f"--action-id=org.hostagent1.{action}") == f"org.hostagent1.{action}\n"
+    assert host.run(*start) == f'o "{job}"\n'
+    cancel = (*BUS, "call", OBJECT[0], job, "org.hostagent1.Job", "Cancel", "a{sv}", "0")
+    assert "lacks the authorisation org.hostagent1.job-control" in fails(host, *stranger, *cancel)
+    get = (*BUS, "get-property", OBJECT[0], job, "org.hostagent1.Job", "State")
+    assert host.run(*stranger, *get) in ('s "running"\n', 's "starting"\n', 's "queued"\n')
+    host.run(*member, *cancel)  # the group of the agent's socket
+    host.until(lambda: host.run(*get) == 's "aborted"\n', "it is aborted")
+    bus = ("org.freedesktop.DBus", "/", "org.freedesktop.DBus")
+    assert "Access denied" in fails(
+        host, *stranger, *BUS, "call", *bus, "RequestName", "su", "org.hostagent1", "4"
+    )
+
+
+def test_whoever_calls_it_on_the_bus_starts_it(host: Container) -> None:
+    host.run("systemctl", "stop", AGENT)
+    version = host.run(*BUS, "get-property", *OBJECT, "Version")
+    assert version.startswith('s "')
+    assert host.show(AGENT, "ActiveState") == "active"
+
+
+def fails(host: Container, *words: str) -> str:
+    """What it says, when it fails."""
+    done = subprocess.run(host.command(*words), capture_output=True, text=True, timeout=container.WAIT)
+    assert done.returncode != 0, done.stdout
+    return done.stderr
+
+
 def test_an_agent_that_hangs_is_killed_and_its_job_goes_on(host: Container, top: str) -> None:
     job, restarts = pull(host, top), int(host.show(AGENT, "NRestarts"))
     pid = host.show(AGENT, "MainPID")

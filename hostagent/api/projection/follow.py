@@ -48,6 +48,7 @@ class Follower:
         self._settings = settings
         self._started_by: dict[str, int] = {}
         self._hidden = 0
+        self._grants_said: dict[str, Json] = {}
         self._leaving: dict[str, float] = {}  # ended jobs by id, and when each goes (time.monotonic())
         self.tell: Callable[[Message], Awaitable[None]] = _nobody
         self.touched = asyncio.Event()
@@ -79,16 +80,17 @@ class Follower:
         await asyncio.sleep(GATHER)
 
     async def read_all(self) -> None:
-        """Everything anew: what is shown and is not there any more goes."""
+        """Everything anew. What is shown and was in no list may have moved from one to another: it is asked for."""
         self._pending.begin()
         seen: set[Key] = set()
         async for kind, value in self._everything():
             seen.add((kind, value["id"]))
             await self._put(kind, value, news=False)
+            await asyncio.sleep(0)  # thousands of them, and others have their turn
         for kind in KINDS:
             for shown in self._tree.all(kind):
                 if (kind, shown.id) not in seen:
-                    await self.drop(kind, shown.id)
+                    await (self.drop(kind, shown.id) if kind == "grant" else self._renew((kind, shown.id)))
 
     async def _everything(self) -> AsyncIterator[tuple[str, Json]]:
         async for value in self._pages(self._exports):
@@ -140,7 +142,9 @@ class Follower:
         if key == GRANTS:
             values = await self._grants()
             for value in values:
-                await self._put("grant", value)
+                if self._grants_said.get(value["id"]) != value:  # of thousands, few have changed
+                    await self._put("grant", value)
+                    await asyncio.sleep(0)
             for gone in {one.id for one in self._tree.all("grant")} - {value["id"] for value in values}:
                 await self.drop("grant", gone)
             return
@@ -166,6 +170,8 @@ class Follower:
             await self._tell_hidden()
             return
         await self._tell(now, before)
+        if kind == "grant":
+            self._grants_said[id] = value
         if kind == "job":
             await self._job(now, before, value, news=news or before is not None)
         if kind == "export":
@@ -217,6 +223,7 @@ class Follower:
         self._pending.forget((kind, id))
         self._started_by.pop(id, None)
         self._leaving.pop(id, None)
+        self._grants_said.pop(id, None)
         hidden = (kind, id) in self._tree.hidden
         gone = self._tree.remove(kind, id)
         if hidden:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -137,6 +138,28 @@ def test_what_does_not_let_us_in_is_left_in_time(bus: Bus) -> None:
             began = time.monotonic()
             with pytest.raises((Closed, TimeoutError)):
                 await Wire.connect(address, LIMITS, Calls())
+            assert time.monotonic() - began < 5
+
+    run(scenario)
+
+
+def test_a_bus_that_lets_nobody_in_any_more_is_left_in_time() -> None:
+    """Its queue of connections is full: connect(2) would block."""
+
+    async def scenario() -> None:
+        with tempfile.TemporaryDirectory(prefix="hb-") as folder, contextlib.ExitStack() as stack:
+            path = str(Path(folder) / "bus")
+            full = stack.enter_context(socket.socket(socket.AF_UNIX))
+            full.bind(path)
+            full.listen(1)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                    waiting.setblocking(False)
+                    waiting.connect(path)
+            began = time.monotonic()
+            with pytest.raises((OSError, TimeoutError)):
+                await Wire.connect(f"unix:path={path}", LIMITS, Calls())
             assert time.monotonic() - began < 5
 
     run(scenario)

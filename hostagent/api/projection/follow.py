@@ -32,7 +32,6 @@ ACTIVE = ("queued", "starting", "running", "paused", "waiting", "ready", "comple
 class Settings:
     """Named as in the configuration: [dbus]."""
 
-    interval: float
     refresh: float
     finished_time: float
     finished_count: int

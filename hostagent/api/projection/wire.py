@@ -50,12 +50,14 @@ Call = Callable[["Wire", Message, bytes], None]
 
 
 class Wire(asyncio.Protocol):
-    """Use `connect`. `closed` is set when the connection is gone."""
+    """Use `connect`. `closed` is set when the connection is gone, `heard` is when something came last (the
+    loop's time)."""
 
     def __init__(self, limits: Limits, on_call: Call) -> None:
         loop = asyncio.get_running_loop()
         self.closed = asyncio.Event()
         self.name = ""
+        self.heard = loop.time()
         self._limits = limits
         self._on_call = on_call
         self._loop = loop
@@ -182,6 +184,7 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
+        self.heard = self._loop.time()
         if not self._authenticated.done():
             self._authenticate()
         else:

@@ -69,7 +69,7 @@ class Bus:
         self.world = World()
         self.pending = Pending(1000, 1.0, time.monotonic)
         self.tree = Tree(most, {"Version": "1", "Host": "h"})
-        settings = Settings(interval=1.0, refresh=60.0, finished_time=finished_time, finished_count=finished_count)
+        settings = Settings(refresh=60.0, finished_time=finished_time, finished_count=finished_count)
         self.follower = Follower(self.world, self.tree, self.pending, settings)  # type: ignore[arg-type]
         self.told: list[Message] = []
 

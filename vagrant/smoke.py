@@ -361,7 +361,7 @@ def agent(folder: Path) -> Iterator[None]:
         return
     runtime = Path(tempfile.mkdtemp(prefix="hs-", dir="/tmp"))  # names of sockets are to be short
     runtime.chmod(0o755)
-    environment = {**os.environ, "HOSTAGENT_DATA_START": "false"}
+    environment = {**os.environ, "HOSTAGENT_DATA_START": "false", "HOSTAGENT_DBUS_ADDRESS": "off"}
     if (uri := os.environ.get("LIBVIRT_DEFAULT_URI")) is not None:
         environment["HOSTAGENT_LIBVIRT_URI"] = uri
     command = ["hostagent", "serve", "--config", os.devnull, "--state-dir", str(folder / "state")]

@@ -32,7 +32,7 @@ def test_it_follows_a_pull_to_its_end(agent: AgentProcess, bus: PrivateBus, call
     status, said = follow(bus, top)
     assert (status, said[-1].split()) == (0, ["completed"])
     assert all(re.fullmatch(r"\d+%", line) for line in said[:-1])
-    assert same_content(top, base)
+    assert same_content(top, base, running=True)
 
 
 @pytest.mark.qemu

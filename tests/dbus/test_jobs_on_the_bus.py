@@ -68,7 +68,7 @@ def test_a_pull_is_started_followed_and_completed(caller: Caller, agent: AgentPr
     assert caller.heard("Completed", lambda m: m.path == path).body == (True, "")
     assert caller.heard("JobRemoved").body == (id, path, str(top), "completed")
 
-    assert same_content(top, truth)
+    assert same_content(top, truth, running=True)
     job = agent.until_ended(id)
     last = until(lambda: (found := caller.get_all(path, JOB))["Revocation"] != "pending" and found, "it is settled")
     assert (last["Progress"], last["ProgressValid"], last["Cancelable"]) == (1.0, True, False)

@@ -40,6 +40,6 @@ class Dbus:
     queue: int = setting(
         10000, "Objects that have changed and wait for the bus; when more do, all are read anew.", low=10, high=1000000
     )
-    calls: int = setting(64, "Calls at a time.", low=1, high=10000)
+    calls: int = setting(64, "Calls at a time, and as many of root and the agent's own user.", low=1, high=10000)
     caller_calls: int = setting(16, "Calls of one connection at a time.", low=1, high=10000)
     max_message: int = setting(65536, "Bytes of a message to the agent.", low=4096, high=16 * MIB, size=True)

@@ -106,6 +106,7 @@ class Caller:
         self._buffer = b""
         self._serial = 0
         self.signals: list[Message] = []
+        self._answers: dict[int, Message] = {}
         with _as(uid):  # the bus asks the kernel who has connected
             self._socket.connect(str(path))
             self._socket.sendall(b"\0AUTH EXTERNAL " + str(os.geteuid()).encode().hex().encode() + b"\r\n")
@@ -134,14 +135,16 @@ class Caller:
 
     def answer(self, serial: int, timeout: float = WAIT) -> tuple[Any, ...]:
         deadline = time.monotonic() + timeout
-        while True:
+        while serial not in self._answers:
             message = self.read(max(0.01, deadline - time.monotonic()))
             if message.kind is Kind.SIGNAL:
                 self.signals.append(message)
-            elif message.reply_to == serial:
-                if message.kind is Kind.ERROR:
-                    raise BusError(message.error, message.body[0])
-                return message.body
+            else:
+                self._answers[message.reply_to] = message
+        message = self._answers.pop(serial)
+        if message.kind is Kind.ERROR:
+            raise BusError(message.error, message.body[0])
+        return message.body
 
     def read(self, timeout: float = WAIT) -> Message:
         """The next message, whatever it is. Raises TimeoutError."""

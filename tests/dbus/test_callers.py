@@ -3,6 +3,7 @@ stand-in that answers, refuses, asks for a password, fails, says nonsense or han
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +146,28 @@ def test_polkit_that_hangs_is_a_no_in_its_time(
 def test_without_polkit_root_alone_changes_anything(stranger: Caller, things: dict[str, str]) -> None:
     error = refusal(stranger, things[JOB], JOB, "Pause", "a{sv}", {})
     assert (error.name, "polkit" in error.message) == (DENIED, True)
+
+
+def test_strangers_who_wait_for_polkit_keep_root_from_nothing(
+    bus: PrivateBus, caller: Caller, polkit: Polkit, things: dict[str, str], agent: AgentProcess
+) -> None:
+    """And one of them has no more than his share."""
+    polkit.answer = "silence"
+    call = Message(Kind.CALL, things[JOB], JOB, "Pause", "a{sv}", ({},), destination=NAME)
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(Caller(bus.socket, NOBODY)) for _ in range(6)]
+        serials = [(one, one.send(call)) for one in crowd for _ in range(20)]
+        until(lambda: len(polkit.asked) >= 60, "polkit is asked")
+        caller.call(things[JOB], JOB, "SetBandwidth", "ta{sv}", MIB, {})
+        names = [refused(one, serial) for one, serial in serials]
+    assert set(names) == {DENIED, "org.freedesktop.DBus.Error.LimitsExceeded"}
+    assert names.count(DENIED) == len(polkit.asked)
+
+
+def refused(caller: Caller, serial: int) -> str:
+    with pytest.raises(BusError) as told:
+        caller.answer(serial)
+    return told.value.name
 
 
 def test_who_leaves_while_polkit_thinks_is_nobody(

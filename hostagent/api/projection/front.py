@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hostagent.api import dbus
-from hostagent.api.peer import NOBODY
+from hostagent.api.peer import NOBODY, Peer, Places
 from hostagent.api.projection import interface, polkit, verbs
 from hostagent.api.projection.message import NO_REPLY, STANDARD, BusError, Message, text
 from hostagent.api.projection.tree import Shown, Tree
@@ -29,11 +29,17 @@ log = logging.getLogger(__name__)
 
 MACHINE_ID = Path("/etc/machine-id")
 MANAGED = "a{oa{sa{sv}}}"
+TOO_MANY = (STANDARD + "LimitsExceeded", "too many calls at a time: wait for an answer (dbus.calls, dbus.caller_calls)")
+
+
+UNKNOWN = 4
+"""Times dbus.calls: calls of whom the bus has not said yet who calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`calls` at a time, and `caller_calls` of one caller; `never` are uids that polkit is not asked about."""
+    """`calls` at a time of owners, as many of all others, and as many for all objects; `caller_calls` of one caller.
+    `never` are uids that polkit is not asked about."""
 
     calls: int
     caller_calls: int
@@ -51,6 +57,8 @@ class Front:
         self._shows = shows
         self._tree = tree
         self._limits = limits
+        self._places = Places(limits.calls)
+        self._readers: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Task[None]] = set()
         self._work: set[asyncio.Future[tuple[Any, ...]]] = set()
         self._callers: Counter[str] = Counter()
@@ -71,9 +79,10 @@ class Front:
 
     async def close(self) -> None:
         """What has not been answered is told so."""
-        for task in self._running:
+        running = self._readers | self._running
+        for task in running:
             task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
 
     # What is called
 
@@ -81,7 +90,8 @@ class Front:
         """The object, None for a path on the way to some, and the interface whose method is meant: a call need not
         name it."""
         shown = self._tree.find(call.path)
-        if shown is None and self._tree.children(call.path) is None:
+        anywhere = call.interface == interface.PEER  # the specification: any path will do
+        if shown is None and not anywhere and self._tree.children(call.path) is None:
             raise BusError(STANDARD + "UnknownObject", f"there is no object {call.path}")
         names = interface.interfaces_at(call.path, shown.interface if shown else None)
         if call.interface and call.interface not in names:
@@ -112,7 +122,10 @@ class Front:
             case "Set":
                 raise BusError(STANDARD + "PropertyReadOnly", "properties are what they are: call a method")
             case "GetMachineId":
-                return (MACHINE_ID.read_text().strip(),)
+                try:
+                    return (MACHINE_ID.read_text().strip(),)
+                except OSError as error:
+                    raise BusError(STANDARD + "Failed", "this host has no machine id") from error
             case _:
                 return ()
 
@@ -126,27 +139,27 @@ class Front:
     # Verbs
 
     def _begin(self, call: Message, frame: bytes, shown: Shown | None) -> None:
-        if len(self._running) >= self._limits.calls or self._callers[call.sender] >= self._limits.caller_calls:
-            raise BusError(STANDARD + "LimitsExceeded", "too many calls at a time: wait for an answer")
+        running, most = (self._readers, 1) if shown is None else (self._running, UNKNOWN)
+        if len(running) >= most * self._limits.calls or self._callers[call.sender] >= self._limits.caller_calls:
+            raise BusError(*TOO_MANY)
         self._callers[call.sender] += 1
         task = asyncio.create_task(self._run(call, frame, shown))
-        self._running.add(task)
-        task.add_done_callback(lambda done: self._ended(done, call.sender))
+        running.add(task)
+        task.add_done_callback(running.discard)
+        task.add_done_callback(lambda _: self._ended(call.sender))
 
-    def _ended(self, task: asyncio.Task[None], sender: str) -> None:
-        self._running.discard(task)
+    def _ended(self, sender: str) -> None:
         self._callers[sender] -= 1
         if not self._callers[sender]:
             del self._callers[sender]
 
     async def _run(self, call: Message, frame: bytes, shown: Shown | None) -> None:
         try:
-            if call.path == "/":
+            if shown is None:
                 async with self._managing:
                     await self._wire.room()
                     await self._wire.send_large(reply(call, MANAGED, self._tree.managed()))
                 return
-            assert shown is not None
             self._answer(call, await self._verb(call, frame, shown))
         except Closed:
             return
@@ -159,12 +172,19 @@ class Front:
 
     async def _verb(self, call: Message, frame: bytes, shown: Shown) -> Message:
         verb = verbs.VERBS[shown.interface, call.member]
-        peer = NOBODY
-        if verb.action is not None:
-            peer = await polkit.who(self._wire, call.sender)
-            await polkit.require(
-                self._wire, call, peer, verb.action, never=self._limits.never, timeout=self._limits.polkit_timeout
-            )
+        if verb.action is None:
+            return await self._do(verb, call, frame, shown, NOBODY)
+        peer = await polkit.who(self._wire, call.sender)
+        if not self._places.take(peer):
+            raise BusError(*TOO_MANY)
+        try:
+            never, timeout = self._limits.never, self._limits.polkit_timeout
+            await polkit.require(self._wire, call, peer, verb.action, never=never, timeout=timeout)
+            return await self._do(verb, call, frame, shown, peer)
+        finally:
+            self._places.leave(peer)
+
+    async def _do(self, verb: verbs.Verb, call: Message, frame: bytes, shown: Shown, peer: Peer) -> Message:
         signature, answer = interface.OURS[shown.interface].methods[call.member]
         arguments = list(dbus.decode(frame).body)
         options = arguments.pop() if signature.endswith("a{sv}") else {}

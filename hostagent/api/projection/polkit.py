@@ -7,6 +7,7 @@ not.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Collection
 from dataclasses import replace
@@ -16,6 +17,8 @@ from hostagent.api.peer import NOBODY, Peer
 from hostagent.api.projection.message import INTERACTIVE, NO_REPLY, BusError, Kind, Message, Variant, to_bus
 from hostagent.api.projection.wire import Closed, Wire
 from hostagent.errors import AgentError
+
+log = logging.getLogger(__name__)
 
 ACTIONS = {verb: f"org.hostagent1.{verb}" for verb in ("job-start", "job-control", "export", "grant-revoke")}
 POLKIT = "org.freedesktop.PolicyKit1"
@@ -45,6 +48,15 @@ async def require(
     """Raises AgentError denied. `never`: users that may not, whatever polkit says."""
     if peer.owner:
         return
+    try:
+        await _ask(wire, call, peer, action, never, timeout)
+    except AgentError as error:
+        fields = {"uid": peer.uid, "pid": peer.pid, "action": ACTIONS[action], "reason": error.message}
+        log.warning("refused a call on the bus", extra={"fields": fields})
+        raise
+
+
+async def _ask(wire: Wire, call: Message, peer: Peer, action: str, never: Collection[int], timeout: float) -> None:
     if peer.uid in never:
         raise AgentError("denied", f"uid {peer.uid} may not use this agent", remedy="ask as another user")
     cancellation = uuid.uuid4().hex

@@ -15,7 +15,7 @@ import pytest
 
 from hostagent.api import dbus
 from hostagent.api.projection.message import BusError, Kind, Message, Variant
-from hostagent.api.projection.wire import HIGH, Closed, Limits, Wire, failure, reply, unix_path
+from hostagent.api.projection.wire import BATCH, HIGH, Closed, Limits, Wire, failure, reply, unix_path
 from hostagent.errors import AgentError
 
 LIMITS = Limits(call_timeout=1.0, stall_timeout=0.3, max_message=4096)
@@ -175,18 +175,15 @@ def test_a_bus_that_takes_nothing_is_left_and_nobody_has_waited_for_it() -> None
         async with listening(bus) as address:
             wire = await Wire.connect(address, LIMITS, Calls())
             signal = Message(Kind.SIGNAL, "/", "a.b", "News", "s", ("x" * 2000,))
-            sent, slowest = 0, 0.0
+            sent = 0
             began = time.monotonic()
             with pytest.raises(Closed, match=r"dbus\.stall_timeout"):
                 while True:
                     await wire.room()
-                    step = time.monotonic()
-                    wire.send(signal)
-                    slowest = max(slowest, time.monotonic() - step)
+                    wire.send(signal)  # one that waited for this bus would wait for ever
                     sent += 1
             assert 0.2 < time.monotonic() - began < 10
             assert HIGH < sent * 2000 < 20 * HIGH  # our bound, and what the kernel holds
-            assert slowest < 0.2
             with pytest.raises(Closed):
                 wire.send(signal)
 
@@ -227,12 +224,11 @@ def test_a_flood_of_calls_leaves_the_loop_its_turns() -> None:
     async def scenario() -> None:
         async with listening(bus) as address:
             await Wire.connect(address, LIMITS, calls)
-            slowest = 0.0
+            turns = 0
             while len(calls.members) < 3000:
-                before = time.monotonic()
+                turns += 1
                 await asyncio.sleep(0)
-                slowest = max(slowest, time.monotonic() - before)
-            assert slowest < 0.5
+            assert turns >= 3000 // BATCH
 
     run(scenario)
 

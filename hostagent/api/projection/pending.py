@@ -21,7 +21,7 @@ class Pending:
         self._clock = clock
         self._waiting: dict[Key, tuple[str, bool]] = {}
         self._shown: dict[Key, tuple[float, str]] = {}
-        self.everything = True
+        self.everything = False
         self.dropped = 0
 
     def __len__(self) -> int:

@@ -90,10 +90,9 @@ class Projection:
 
     def touch(self, kind: str, id: str, state: str) -> None:
         """An object has changed, and is in this state now."""
-        if self.on:
+        if self._follower is not None:  # a later connection begins with reading everything
             self._pending.touch((kind, id), state)
-            if self._follower is not None:
-                self._follower.touched.set()
+            self._follower.touched.set()
 
     def check(self) -> dict[str, Any]:
         """For readiness, which the bus is no condition of."""
@@ -150,10 +149,10 @@ class Projection:
         )
         tasks: list[asyncio.Task[Any]] = []
         try:
+            self._follower = follower
             await follower.read_all()  # what is shown is there before the name is
             await _take_name(wire)
             follower.tell = _teller(wire)
-            self._follower = follower
             self.state = State(connected=True, name=wire.name, why="")
             log.info("on the bus", extra={"fields": {"name": interface.NAME, "objects": len(tree)}})
             tasks = [asyncio.create_task(one) for one in (follower.run(), _heartbeat(wire, config), _gone(wire))]
@@ -165,7 +164,6 @@ class Projection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._pending.everything = True
             await answers.close()
             wire.close()
             with contextlib.suppress(TimeoutError):

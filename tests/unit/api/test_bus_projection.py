@@ -89,6 +89,7 @@ def test_a_bus_that_is_not_there_is_looked_for_and_is_a_fault_only_where_it_was_
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         assert not projection.state.connected
+        assert projection.dropped == 0  # nobody was to be told
         return projection.check()
 
     automatic = asyncio.run(scenario("auto"))

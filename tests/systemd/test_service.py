@@ -46,10 +46,10 @@ def top(host: Container) -> Iterator[str]:
     host.run("sh", "-c", "rm /srv/images/*")
 
 
-def pull(host: Container, path: str) -> str:
-    """Begun, and half done. Its id."""
+def pull(host: Container, path: str, rate: int = 16 * MIB) -> str:
+    """Begun, and not done yet: at `rate` bytes per second. Its id."""
     curl = ["curl", "-sf", "--unix-socket", "/run/hostagent/hostagent.sock", "http://localhost/v1/jobs"]
-    body = json.dumps({"operation": "pull", "target": path, "bandwidth": 16 * MIB})
+    body = json.dumps({"operation": "pull", "target": path, "bandwidth": rate})
     job = json.loads(host.run(*curl, "-H", "Content-Type: application/json", "-d", body))
     host.until(lambda: shown(host, job["id"])["cursor"]["cur"] > 0, "it pulls")
     return str(job["id"])
@@ -84,7 +84,7 @@ def test_it_is_up_after_a_boot_as_its_units_say(host: Container) -> None:
 
 
 def test_a_pull_goes_on_over_a_restart_in_a_unit_of_its_own(host: Container, top: str) -> None:
-    job = pull(host, top)
+    job = pull(host, top, 2 * MIB)  # a restart takes seconds where much else runs
     host.until(lambda: scopes(host), "the storage daemon has its scope")
     (scope,) = scopes(host)
     (before,) = host.run("cat", f"/sys/fs/cgroup{host.show(scope, 'ControlGroup')}/cgroup.procs").split()
@@ -92,6 +92,7 @@ def test_a_pull_goes_on_over_a_restart_in_a_unit_of_its_own(host: Container, top
     assert scopes(host) == [scope], "it was left alone"
     assert host.run("sed", "-n", "s/^Uid:\\t\\([0-9]*\\).*/\\1/p", f"/proc/{before}/status") != "0\n"
     assert host.run("sed", "-n", "s/^Max open files *\\([0-9]*\\).*/\\1/p", f"/proc/{before}/limits") == "4096\n"
+    host.hostagent("job", "speed", job, "1GiB/s")
     completes(host, job, top)
     host.until(lambda: not scopes(host), "its scope is gone with it")
 

@@ -190,6 +190,9 @@ def it_installs_and_runs_in_its_own_environment(host: Container) -> None:
     assert host.run(*enabled, check=False).split() == ["enabled", "enabled", "disabled"]
     assert host.show(AGENT, "ActiveState") == "active"
     host.until(lambda: asked(host, "status")["host"]["data_daemon"]["running"], "the data daemon runs")
+    host.until(lambda: asked(host, "status")["host"]["dbus"].startswith("connected"), "it is on the system bus")
+    version = ("/org/hostagent1", "org.hostagent1.Manager", "Version")
+    assert host.run("busctl", "get-property", "org.hostagent1", *version) == f's "{__version__}"\n'
     assert host.run("dpkg", "-V", "hostagent") == ""
     assert host.run("getent", "group", "hostagent") and host.run("getent", "passwd", "hostagent-data")
 

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hostagent import __version__
@@ -27,6 +26,7 @@ from hostagent.api.projection.wire import Closed, Limits, Wire, unix_path
 from hostagent.api.usecases import Service
 from hostagent.config import Dbus
 from hostagent.errors import AgentError
+from jobs.errors import JobError
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Projection:
             began = time.monotonic()
             try:
                 await self._session(service)
-            except (OSError, TimeoutError, BusError, AgentError) as error:
+            except (OSError, TimeoutError, BusError, AgentError, JobError) as error:
                 self._lost(error)
             except Exception as error:  # a task root: whatever it is, jobs go on
                 log.exception("the projection on the bus failed")
@@ -128,11 +128,11 @@ class Projection:
 
     def _lost(self, error: Exception) -> None:
         why = str(error) or f"it does not answer for {self._config.call_timeout:g} s (dbus.call_timeout)"
-        if self.state.connected or why != self.state.why:
+        if absent := isinstance(error, FileNotFoundError):
+            why = f"there is no bus at {self._address}"
+        if self.state.connected or why != self.state.why:  # once, and not at each attempt
             log.warning("not on the bus", extra={"fields": {"reason": why}})
-        assert self._address is not None
-        absent = isinstance(error, FileNotFoundError) and not Path(unix_path(self._address)).exists()
-        self.state = State(why=f"there is no bus at {self._address}" if absent else why, absent=absent)
+        self.state = State(why=why, absent=absent)
 
     async def _session(self, service: Service) -> None:
         """One connection, from its beginning to its end."""

@@ -72,7 +72,7 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 def test_a_bus_that_is_not_there_is_looked_for_and_is_a_fault_only_where_it_was_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: ROOT)
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/none")
@@ -85,6 +85,7 @@ def test_a_bus_that_is_not_there_is_looked_for_and_is_a_fault_only_where_it_was_
         async with asyncio.timeout(20):
             while not projection.state.absent:
                 await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # and some attempts more
         assert not running.done()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -93,6 +94,7 @@ def test_a_bus_that_is_not_there_is_looked_for_and_is_a_fault_only_where_it_was_
         return projection.check()
 
     automatic = asyncio.run(scenario("auto"))
+    assert [record.message for record in caplog.records].count("not on the bus") == 1
     assert automatic["ok"] and "remedy" not in automatic and "there is no bus" in automatic["detail"]
     named = asyncio.run(scenario("system"))
     assert named["ok"] and named["remedy"] == "it is tried again by itself"

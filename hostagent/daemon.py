@@ -43,6 +43,7 @@ from hostagent.config_text import plain, tcp_address
 from hostagent.drain import Drain
 from hostagent.drivers import qsd_process
 from hostagent.drivers.libvirt import last_beat
+from hostagent.errors import AgentError
 from hostagent.gauges import Gauges
 from hostagent.guest_jobs import GuestJobs, Parts
 from hostagent.guests.router import Router
@@ -375,8 +376,6 @@ class Agent:
             host.refuse_other_address(given, self._config.api.socket)
         else:
             host.refuse_second_listener(self._config.api.socket)
-        address = tcp_address(self._config.metrics.listen)
-        scraped = host.listen_for_scrapes(address) if address is not None else None
         await self._store.open()
         await reboot.renumber(self._store)
         await self._chains.recover()
@@ -399,9 +398,8 @@ class Agent:
         listener = given or host.listen(self._config.api.socket, self._group)
         self._own_socket = given is None
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="api")
-        if scraped is not None:
-            self._scrapes = self._make_scrapes()
-            self._later(self._scrapes.serve(sockets=[scraped]))
+        if (address := tcp_address(self._config.metrics.listen)) is not None:
+            self._later(self._answer_scrapes(address))
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._watch.run(), name="watch"),
@@ -421,7 +419,6 @@ class Agent:
                 "fields": {
                     "version": __version__,
                     "socket": str(where),
-                    **({"metrics": "{}:{}".format(*scraped.getsockname()[:2])} if scraped is not None else {}),
                     "user": self._user.name,
                     "jobs": recovered,
                     "storage_daemons": len(self._chains.all()),
@@ -507,10 +504,23 @@ class Agent:
         policy = PeerPolicy.for_group(group, never=self._strangers())
         self._server = Server(app, self._bus, policy=policy, settings=settings)
 
-    def _make_scrapes(self) -> ScrapeServer:
-        metrics = self._config.metrics
+    async def _answer_scrapes(self, address: tuple[str, int]) -> None:
+        """As soon as the address is free: somebody who has it keeps nobody's image from being looked after."""
+        metrics, told = self._config.metrics, False
+        while True:
+            try:
+                listener = host.listen_for_scrapes(address)
+                break
+            except AgentError as error:
+                if not told:
+                    fields = {"error": error.message, "remedy": error.remedy}
+                    log.error("no metrics on metrics.listen, as yet", extra={"fields": fields})
+                told = True
+                await asyncio.sleep(metrics.refresh)
+        log.info("metrics", extra={"fields": {"address": "{}:{}".format(*listener.getsockname()[:2])}})
         bounds = Bounds(metrics.max_connections, metrics.max_head, metrics.timeout)
-        return ScrapeServer(self._metrics.render, bounds)
+        self._scrapes = ScrapeServer(self._metrics.render, bounds)
+        await self._scrapes.serve(sockets=[listener])
 
     def _strangers(self) -> set[int]:
         """The data daemon is in the group for the exports' sake: it has strangers as clients, and no say here."""

@@ -323,6 +323,9 @@ class Grant(Answer):
     since: datetime
     reason: str
     access: Literal["acl", "owner", "none"]
+    given: Annotated[
+        Literal["r", "rw"] | None, Field(description="What the hypervisor user may do by the ACL that the agent set.")
+    ]
     state: str
     detail: str | None
 

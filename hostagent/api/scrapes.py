@@ -22,7 +22,9 @@ from hostagent.api.http import QuietServer
 from hostagent.api.peercred import Deadline
 
 FRESH = 0.5
-"""Seconds for which an exposition is answered again: nobody who scrapes does it that often."""
+"""Seconds for which an exposition is answered again, at least: nobody who scrapes does it that often."""
+REST = 20
+"""And so many times what it took to make: strangers get a twentieth of the agent's time, however large it is."""
 
 quiet = logging.getLogger(f"{__name__}.clients")
 quiet.setLevel(logging.ERROR)  # what strangers send is no news
@@ -52,6 +54,7 @@ class ScrapeServer(QuietServer):
                 proxy_headers=False,
                 server_header=False,
                 h11_max_incomplete_event_size=bounds.max_head,
+                backlog=bounds.max_connections,  # so many are accepted in one turn of the loop
                 timeout_graceful_shutdown=1,
             )
         )
@@ -62,7 +65,8 @@ class Scrapes:
 
     def __init__(self, render: Callable[[], tuple[bytes, str]]) -> None:
         self._render = render
-        self._at = -FRESH
+        self._made = -FRESH
+        self._took = 0.0
         self._last: tuple[bytes, str] = (b"", "")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,8 +79,10 @@ class Scrapes:
             return PlainTextResponse("there is /metrics only\n", 404)
         if method not in ("GET", "HEAD"):
             return PlainTextResponse("GET or HEAD\n", 405, {"allow": "GET, HEAD"})
-        if time.monotonic() - self._at >= FRESH:
-            self._last, self._at = self._render(), time.monotonic()
+        if (began := time.monotonic()) - self._made >= max(FRESH, REST * self._took):
+            self._last = self._render()
+            self._made = time.monotonic()
+            self._took = self._made - began
         exposition, media_type = self._last
         return Response(exposition, media_type=media_type)
 

@@ -160,9 +160,15 @@ def grant(row: AccessRow, file: AccessFile | None) -> Json:
         "since": time(row.since),
         "reason": row.reason,
         "access": file.access if file else "none",
+        "given": _given(file),
         "state": state,
         "detail": detail,
     }
+
+
+def _given(file: AccessFile | None) -> str | None:
+    """What the file's ACL lets the hypervisor user do because of us; None where it needs nothing of us."""
+    return (file.mode or None) if file is not None and file.access == "acl" else None
 
 
 def leftover(file: AccessFile) -> Json:
@@ -175,6 +181,7 @@ def leftover(file: AccessFile) -> Json:
         "since": time(file.since),
         "reason": "nobody needs it any more",
         "access": file.access,
+        "given": _given(file),
         "state": "pending" if file.verdict == "granted" else file.verdict,
         "detail": file.reason,
     }

@@ -37,7 +37,7 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
 def _list(args: argparse.Namespace) -> int:
     grants = arguments.connect(args).items("/v1/grants", {"path": args.path, "holder": args.holder})
     if args.given:
-        grants = [grant for grant in grants if grant["access"] == "acl" and grant["state"] in ("granted", "pending")]
+        grants = [grant for grant in grants if grant["given"]]
     terminal = Terminal.of(args)
     if terminal.json:
         terminal.data({"items": grants})

@@ -196,7 +196,8 @@ class Mirrors:
         word = known.word
         if word is not None and word.good and job.completion is Completion.FINISH:
             return Observation(Contact.ALIVE, Phase.CONCLUDED)
-        if gone or await self._disks.ends(drive):
+        told = word is not None and word.error is not None  # that is the reason, whatever the guest did then
+        if gone or (not told and await self._disks.ends(drive)):
             return Observation(Contact.DEAD, error=_without_guest(job, known))
         return Observation(Contact.ALIVE, Phase.ABSENT, None, _why(job, known, disk))
 

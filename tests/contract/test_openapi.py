@@ -22,7 +22,7 @@ created stopped expires ttl idle_timeout clients daemon pid labels revision"""
 OBJECTS = {
     "Job": JOB,
     "Export": EXPORT,
-    "Grant": "id path mode holder since reason access state detail",
+    "Grant": "id path mode holder since reason access given state detail",
     "Drain": "draining since pause paused drained jobs exports revocations beginning",
     "Chain": "before after revoked kept",
     "Kept": "path reason holders",

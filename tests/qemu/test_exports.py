@@ -28,7 +28,7 @@ from tests.harness import (
     same_content,
     user_can_read,
 )
-from tests.qemu.faults import HASTE, PATIENCE, Pair, Reader, eventually, permissions
+from tests.qemu.faults import HASTE, PATIENCE, Pair, Reader, daemon_of, eventually, permissions
 
 nbd: Any = importlib.import_module("nbd")
 
@@ -185,6 +185,12 @@ def assert_no_grants(agent: AgentProcess, images: Pair) -> None:
     """As it must be when the answer to whoever ended it is there. What ends by itself is told first: `eventually`."""
     if ROOT:
         assert not granted(agent, images)
+
+
+def test_its_storage_daemon_keeps_the_memory_of_its_buffers(agent: AgentProcess, images: Pair) -> None:
+    agent.export(images.top)
+    environment = Path(f"/proc/{daemon_of(agent, images.top)}/environ").read_bytes()
+    assert b"GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4194304:glibc.malloc.trim_threshold=8388608" in environment.replace(b"\0", b":")
 
 
 def test_an_export_is_served_when_the_request_returns(agent: AgentProcess, images: Pair) -> None:

@@ -36,6 +36,12 @@ def test_what_is_another_processes_is_left_alone(given: socket.socket, monkeypat
     given.close()
 
 
+def test_a_number_that_is_none_hands_over_nothing(given: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_FDS", "some")
+    assert activation.listeners() == {}
+    given.close()
+
+
 def test_a_descriptor_that_is_no_socket_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with open(os.devnull, "rb") as nothing, pytest.raises(AgentError, match="is no socket"):
         activation.taken(nothing.fileno())

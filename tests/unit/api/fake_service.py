@@ -272,6 +272,7 @@ class FakeService:
             "since": TIME,
             "reason": "pull",
             "access": "acl",
+            "given": "r",
             "state": "granted",
             "detail": None,
         }

@@ -22,10 +22,10 @@ Scraped = Callable[..., http.client.HTTPResponse]
 
 
 class Served:
-    """`size` are the bytes that an exposition has at least."""
+    """`size` are the bytes that an exposition has at least, `slow` the seconds that it takes."""
 
-    def __init__(self, address: tuple[str, int], *, size: int = 0, **bounds: Any) -> None:
-        self.rendered, self._size = 0, size
+    def __init__(self, address: tuple[str, int], *, size: int = 0, slow: float = 0, **bounds: Any) -> None:
+        self.rendered, self._size, self._slow = 0, size, slow
         self._listener = host.listen_for_scrapes(address)
         self.address = self._listener.getsockname()[:2]
         wanted = {"max_connections": 4, "max_head": 1024, "timeout": 5, **bounds}
@@ -34,6 +34,7 @@ class Served:
 
     def _render(self) -> tuple[bytes, str]:
         self.rendered += 1
+        time.sleep(self._slow)
         text = b"m %d\n" % self.rendered
         return text + b"#" * (self._size - len(text)), "text/plain; version=0.0.4; charset=utf-8"
 
@@ -118,6 +119,27 @@ def test_who_asks_again_at_once_is_told_the_same(monkeypatch: pytest.MonkeyPatch
         assert {served.ask()[2] for _ in range(5)} == {b"m 1\n"}
         monkeypatch.setattr(scrapes, "FRESH", 0)
         assert served.ask()[2] == b"m 2\n"
+
+
+def test_what_takes_long_to_make_is_made_the_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scrapes, "FRESH", 0)
+    with serving(slow=0.2) as served:
+        assert {served.ask()[2] for _ in range(5)} == {b"m 1\n"}
+
+
+def test_a_crowd_is_let_in_by_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio accepts as many in one turn of the loop as the backlog has."""
+    accepted: list[int] = []
+    real = asyncio.base_events.Server._start_serving  # type: ignore[attr-defined]
+
+    def started(server: Any) -> None:
+        accepted.append(server._backlog)
+        real(server)
+
+    monkeypatch.setattr(asyncio.base_events.Server, "_start_serving", started)
+    with serving() as served:
+        assert served.ask()[0] == 200
+    assert accepted == [4]
 
 
 def test_a_head_that_is_too_long_is_refused(served: Served) -> None:

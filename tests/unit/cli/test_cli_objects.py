@@ -24,7 +24,7 @@ def export(state: str = "running", **more: object) -> dict[str, object]:
 def grant(state: str = "granted", **more: object) -> dict[str, object]:
     return {
         "id": "g1", "path": "/images/base.qcow2", "mode": "r", "holder": {"kind": "job", "id": ID},
-        "since": "2024-05-01T10:00:00Z", "reason": "reads it as backing", "access": "acl", "state": state,
+        "since": "2024-05-01T10:00:00Z", "reason": "reads it as backing", "access": "acl", "given": None, "state": state,
         "detail": None, **more,
     }  # fmt: skip
 
@@ -124,8 +124,8 @@ def test_revoking_what_is_needed_exits_6_and_names_the_holder(agent: FakeAgent, 
 
 
 def test_grant_list_given_leaves_out_what_was_not_given_or_is_taken_back(agent: FakeAgent, run, capsys) -> None:
-    others = [grant("revoked"), grant("kept"), grant(access="owner"), grant(access="none")]
-    given = [grant(id="g7"), grant("pending", id="g8")]
+    others = [grant("revoked"), grant("kept"), grant(), grant(access="owner"), grant(access="none")]
+    given = [grant(id="g7", given="r"), grant("kept", id="g8", given="rw")]
     agent.on("GET", "/v1/grants", (200, {"items": [*others, *given], "next": None}))
     assert run("grant", "list", "--given", "--json") == 0
     assert [one["id"] for one in json.loads(capsys.readouterr().out)["items"]] == ["g7", "g8"]

@@ -230,6 +230,16 @@ async def test_of_a_guest_that_was_killed_its_job_is_said_to_be_cancelled_first(
 
 
 @on_a_host
+async def test_what_qemu_said_is_the_reason_whatever_the_guest_did_then(host: Host) -> None:
+    job = host.job(None)
+    await host.driver.observe(job)
+    host.says(good=False, error="No space left on device")
+    host.disks.job, host.disks.ending = None, True
+    failure = decide(job, await host.driver.observe(job)).failure
+    assert failure is not None and "No space left on device" in failure.message
+
+
+@on_a_host
 async def test_what_libvirt_knows_half_of_is_ended(host: Host) -> None:
     """It was killed when the job began."""
     job = replace(host.job(None), started=None)

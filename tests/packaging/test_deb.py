@@ -303,7 +303,8 @@ def it_comes_back_and_goes_for_good(host: Container) -> None:
     host.run("dpkg", "-P", "hostagent", timeout=WAIT)
     assert status_of(host) in ("not-installed", "not known")
     assert processes(host) == ""
-    assert host.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "hostagent*.service") == ""
+    units = ("systemctl", "list-units", "--all", "--plain", "--no-legend", "hostagent*.service")
+    host.until(lambda: host.run(*units) == "", "systemd has forgotten them")
     assert host.run("systemctl", "list-unit-files", "--no-legend", "hostagent*", check=False) == ""
     for path in ("pulled", "aborted", "served"):
         host.run("qemu-img", "compare", f"/srv/images/{path}.qcow2", "/srv/images/truth.raw")

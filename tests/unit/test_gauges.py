@@ -48,6 +48,7 @@ def make(folder: Path, *, store: Any = None, jobs: tuple[Any, ...] = (), orphans
             status=SimpleNamespace(connected=False), version="", wanted=True, hypervisor=SimpleNamespace(dropped=0)
         ),
         "bus": SimpleNamespace(dropped={}),
+        "projection": SimpleNamespace(state=SimpleNamespace(connected=False), dropped=0),
     }
     return Gauges(**parts, folder=folder, min_free=16, interval=0.01)
 

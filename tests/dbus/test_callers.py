@@ -4,6 +4,7 @@ stand-in that answers, refuses, asks for a password, fails, says nonsense or han
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,11 @@ from tests.dbus.bus import NAME, Caller, Polkit, PrivateBus, until
 from tests.dbus.conftest import SETTINGS, on_the_bus
 from tests.harness import MIB, AgentProcess, overlay, raw_image, reachable
 
-pytestmark = [pytest.mark.qemu, pytest.mark.root]
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: other users call"),
+]
 
 MANAGER, JOB, EXPORT, GRANT = (f"org.hostagent1.{noun}" for noun in ("Manager", "Job", "Export", "Grant"))
 ROOT = "/org/hostagent1"

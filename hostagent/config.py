@@ -369,6 +369,60 @@ class Api:
     )
     sse_queue: int = setting(1000, "Events that wait for one slow stream before it loses some.", low=10, high=100000)
     keepalive: int = setting(5, "Seconds that an idle connection is kept.", low=1, high=600)
+    listen: tuple[str, ...] = setting(
+        (),
+        "Addresses (IP:PORT, [IP]:PORT) to serve the API on by TCP, with TLS, to who has a token or a certificate. "
+        "Empty is none. In the environment they are separated by commas.",
+        words=True,
+    )
+    tls_certificate: Path = setting(UNSET, "The certificate for that (PEM, with its chain).")
+    tls_key: Path = setting(
+        UNSET,
+        "Its private key (PEM, without a password), where it is not in that file. Both are read anew when they change, "
+        "and on SIGHUP; what cannot be used leaves the old ones in force.",
+    )
+    tls_client_ca: Path = setting(UNSET, "Authorities (PEM) of which clients show a certificate.")
+    tls_clients: str = setting(
+        "required",
+        "Whether each must; `optional` is for those with tokens alone. It matters with tls_client_ca.",
+        choices=("required", "optional"),
+    )
+    certificate_scopes: tuple[str, ...] = setting(
+        (),
+        "What clients with a certificate may do: NAME=SCOPE, where NAME is CN:…, DNS:…, URI:… or email:… as it stands "
+        "in the certificate, and SCOPE read, operate or admin. One without a name of these may do nothing. In the "
+        "environment they are separated by commas.",
+        words=True,
+    )
+    tokens_file: Path = setting(
+        UNSET,
+        "The names, scopes and hashes of tokens, as `hostagent token` writes them.",
+        unset="tokens.json in agent.state_dir",
+        usual="/var/lib/hostagent/tokens.json",
+    )
+    tokens: int = setting(1000, "Tokens at a time.", low=0, high=10000)
+    plain_loopback: bool = setting(
+        False, "Whether `listen` may name loopback addresses without a certificate. Tokens are asked for all the same."
+    )
+    tcp_connections: int = setting(256, "Connections by TCP at a time.", low=1, high=10000)
+    tcp_client_connections: int = setting(
+        64, "Connections by TCP of one address (IPv6: of 64 bits of it).", low=1, high=10000
+    )
+    handshake_timeout: float = setting(10.0, "Seconds for a TLS handshake.", low=0.1, high=600)
+    handshake_rate: int = setting(50, "Connections by TCP that are begun in a second.", low=1, high=10000)
+    auth_failures: int = setting(
+        10,
+        "Failed authentications of one address in a minute; one more gets 429 instead of 401, and no line in the log.",
+        low=1,
+        high=10000,
+    )
+    identity_interval: float = setting(
+        1.0,
+        "Seconds between two looks whether tokens and certificates have changed, and whether those who are connected "
+        "may still be.",
+        low=0.1,
+        high=60,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,6 +469,24 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Audit:
+    file: Path = setting(
+        UNSET,
+        "The file that gets a JSON line for each call that changes something: who, what, from where, the result. It is "
+        "opened anew on SIGHUP.",
+        unset="audit.jsonl in agent.state_dir",
+        usual="/var/lib/hostagent/audit.jsonl",
+    )
+    size: int = setting(
+        16 * MIB, "Bytes from which on it becomes FILE.1, and that one FILE.2.", low=4096, high=16 * GIB, size=True
+    )
+    keep: int = setting(4, "Such older files that are kept.", low=0, high=1000)
+    queue: int = setting(
+        10000, "Lines that wait for a slow disk; one more is lost, which is counted and logged.", low=1, high=1000000
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Logs:
     level: str = setting("info", "The least that is written.", choices=("debug", "info", "warning", "error"))
     format: str = setting("auto", "auto is text on a terminal and json elsewhere.", choices=("auto", "text", "json"))
@@ -436,6 +508,7 @@ class Config:
     data: Data = Data()
     store: Store = Store()
     metrics: Metrics = Metrics()
+    audit: Audit = Audit()
     logs: Logs = Logs()
     origin: Mapping[str, str] = field(default_factory=dict)
 

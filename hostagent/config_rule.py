@@ -15,7 +15,8 @@ MIB, GIB = 1 << 20, 1 << 30
 class Rule:
     """What a value must be, beyond its type, and its manual.
 
-    `unset` says what stands for an empty default, `usual` is what root gets then.
+    `unset` says what stands for an empty default, `usual` is what root gets then. A list is of paths, unless it is of
+    `servers` or of `words`, which who uses them checks.
     """
 
     manual: str
@@ -27,6 +28,7 @@ class Rule:
     usual: str = ""
     servers: bool = False
     address: bool = False
+    words: bool = False
 
 
 def setting(
@@ -41,8 +43,9 @@ def setting(
     usual: str = "",
     servers: bool = False,
     address: bool = False,
+    words: bool = False,
 ) -> T:
-    rule = Rule(manual, low, high, size, choices, unset, usual, servers, address)
+    rule = Rule(manual, low, high, size, choices, unset, usual, servers, address, words)
     return field(default=default, metadata={"rule": rule})
 
 

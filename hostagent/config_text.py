@@ -25,7 +25,9 @@ from hostagent.sizes import parse_size
 
 DEFAULT_FILE = "/etc/hostagent/hostagent.toml"
 ENV_PREFIX = "HOSTAGENT_"
-CLIENT_VARIABLES = frozenset({"HOSTAGENT_SOCKET"})  # read by the command line, not settings of the agent
+CLIENT_VARIABLES = frozenset(
+    f"HOSTAGENT_{name}" for name in ("SOCKET", "URL", "CAFILE", "CERTIFICATE", "KEY", "TOKEN_FILE")
+)  # read by the command line, not settings of the agent
 _LARGEST_FILE = 1 * MIB  # of TOML; a settings file has a few KiB
 _LONGEST_SOCKET = 107  # bytes of sun_path before its NUL (unix(7))
 
@@ -182,7 +184,7 @@ def _from_text(section: str, key: str, text: str) -> object:
     """A value of the environment or the command line, as TOML would have given it."""
     default, rule = rules(section)[key]
     if isinstance(default, tuple):
-        return [item for item in text.split("," if rule.servers else ":") if item]  # as in PATH
+        return [item for item in text.split("," if rule.servers or rule.words else ":") if item]  # as in PATH
     if isinstance(default, bool):
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
     if isinstance(default, int) and not rule.size:
@@ -225,7 +227,7 @@ def _checked(section: str, key: str, raw: object, source: str) -> Any:
         except AgentError as problem:
             raise _wrong(name, raw, source, 'a size in bytes, or text like "64MiB"') from problem
     if isinstance(default, tuple):
-        fits, what = (_is_server, "servers (HOST, HOST:PORT) and absolute paths") if rule.servers else _PATHS
+        fits, what = _SERVERS if rule.servers else _WORDS if rule.words else _PATHS
         if not isinstance(raw, list) or not all(fits(item) for item in raw):
             raise _wrong(name, raw, source, f"a list of {what}")
         return tuple(raw)
@@ -273,6 +275,8 @@ def _is_server(raw: object) -> bool:
 
 _SERVER = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9][a-z0-9._-]*)(:(?P<port>[0-9]{1,5}))?", re.ASCII | re.IGNORECASE)
 _ADDRESS = re.compile(r"(\[(?P<six>[^\]]+)\]|(?P<four>[0-9.]+)):(?P<port>[0-9]{1,5})", re.ASCII)
+_SERVERS = (_is_server, "servers (HOST, HOST:PORT) and absolute paths")
+_WORDS = (lambda raw: isinstance(raw, str) and raw.isprintable() and len(raw) <= 1024, "text")
 _PATHS = (_is_absolute, "absolute paths")
 
 
@@ -335,7 +339,12 @@ def _settled(values: Mapping[str, Any], origin: Mapping[str, str], env: Mapping[
         libvirt=replace(config.libvirt, uri=uri),
         access=replace(config.access, hypervisor_user=user, unknown_owner=heir),
         qsd=replace(config.qsd, user=config.qsd.user or user),
-        api=replace(config.api, socket=_or(config.api.socket, agent.runtime_dir / "hostagent.sock")),
+        api=replace(
+            config.api,
+            socket=_or(config.api.socket, agent.runtime_dir / "hostagent.sock"),
+            tokens_file=_or(config.api.tokens_file, agent.state_dir / "tokens.json"),
+        ),
+        audit=replace(config.audit, file=_or(config.audit.file, agent.state_dir / "audit.jsonl")),
         data=replace(
             config.data,
             local_socket=_or(config.data.local_socket, agent.runtime_dir / "data.sock"),

@@ -31,13 +31,18 @@ from hostagent.access.ledger import Ledger
 from hostagent.access.ledger import Settings as LedgerSettings
 from hostagent.access.prober import Prober
 from hostagent.access.subject import OwnProbe, Probe, Subject
+from hostagent.api import identities, remote
 from hostagent.api.changes import Changes
 from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
 from hostagent.api.projection.projection import Projection
+from hostagent.api.remote import Doors
 from hostagent.api.scrapes import Bounds, ScrapeServer
 from hostagent.api.service import AgentService
 from hostagent.api.status import HostFacts
+from hostagent.audit import Audit
+from hostagent.audit import Settings as AuditSettings
+from hostagent.certificates import Renewing
 from hostagent.config import Config
 from hostagent.config_text import plain, tcp_address
 from hostagent.drain import Drain
@@ -74,6 +79,7 @@ from hostagent.nbd.watch import Watch
 from hostagent.news import News
 from hostagent.retention import Retention, keep_house
 from hostagent.store import Store
+from hostagent.tokens import Tokens
 from jobs.engine import Engine
 from jobs.errors import JobError
 from jobs.model import FileId, State
@@ -109,7 +115,7 @@ async def _serve(config: Config, load: Callable[[], Config]) -> None:
     agent = Agent(config)
     try:
         await agent.start()
-        loop.add_signal_handler(signal.SIGHUP, reload.Reload(config, load).now)
+        loop.add_signal_handler(signal.SIGHUP, reload.Reload(config, load, agent.reload).now)
         gc.freeze()  # what was imported stays: no need to walk it again and again, 50 ms in which nothing is done
         gc.set_threshold(10_000, 10, 10)  # a list of 100 jobs is 10,000 objects: not ten collections each
         await stop.wait()
@@ -166,7 +172,9 @@ class Agent:
             self._user.name, self._user.uid, (self._user.gid, *self._user.groups), own=self._user.is_us
         )
         self._qemu = host.qemu_version(config)
-        self._metrics = Metrics(lambda: self._gauges.snapshot(), version=__version__, qemu=self._qemu)
+        self._metrics = Metrics(
+            lambda: self._gauges.snapshot(), version=__version__, qemu=self._qemu, refusals=identities.REASONS
+        )
         self._live = Live(
             config.libvirt,
             record=self.news.record,
@@ -187,6 +195,8 @@ class Agent:
         self._projection = Projection(config.dbus, host=config.agent.host, never=self._strangers)
         self._service: AgentService
         self._server: Server
+        self._doors: Doors | None = None
+        self._audit: Audit
         self._gauges = Gauges(
             store=self._store,
             engine=self._engine,
@@ -376,7 +386,9 @@ class Agent:
             host.refuse_other_address(given, self._config.api.socket)
         else:
             host.refuse_second_listener(self._config.api.socket)
+        self._doors = self._make_doors()
         await self._store.open()
+        self._audit = self._make_audit()
         await reboot.renumber(self._store)
         await self._chains.recover()
         await self._exports.recover()
@@ -462,7 +474,45 @@ class Agent:
         self._prober.close()
         with contextlib.suppress(AttributeError):  # it was never opened
             await self._store.close()
+        with contextlib.suppress(AttributeError):
+            await asyncio.to_thread(self._audit.close, self._config.agent.stop_timeout)
         log.info("agent stopped")
+
+    def _make_doors(self) -> Doors | None:
+        """Bound here, as early as all else that may keep us from starting; opened with the rest of the API."""
+        api = self._config.api
+        tokens = Tokens(api.tokens_file, api.tokens)
+        certificate = Renewing(found) if (found := remote.certificate_of(api)) is not None else None
+        known = identities.Identities(
+            tokens,
+            api.certificate_scopes,
+            failures=api.auth_failures,
+            told=self._metrics.refused,
+            authorities=lambda: certificate.authorities if certificate else "",
+        )
+        if not api.listen:
+            return None
+        tokens.look()
+        if not len(tokens) and not api.certificate_scopes:
+            remedy = "make a token: `hostagent token add NAME --scope read`; or set api.certificate_scopes"
+            log.warning("nobody may use the API by TCP yet", extra={"fields": {"remedy": remedy}})
+        return Doors(remote.listen(api), certificate, known, remote.Bounds.of(api), self._metrics.refused)
+
+    def _make_audit(self) -> Audit:
+        loop, settings = asyncio.get_running_loop(), self._config.audit
+
+        def lost() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._metrics.audit_lost)
+
+        return Audit(AuditSettings(settings.file, settings.size, settings.keep, settings.queue), lost)
+
+    def reload(self, config: Config) -> None:
+        """What can be read anew while we run. AgentError: it is wrong, and nothing has changed."""
+        if self._doors is not None:
+            self._doors.identities.rescope(config.api.certificate_scopes)
+            self._later(asyncio.to_thread(self._doors.reload))
+        self._audit.reopen()
 
     def _make_service(self) -> None:
         config = self._config
@@ -499,10 +549,17 @@ class Agent:
             stop_timeout=config.agent.stop_timeout,
             **{name: getattr(config.api, name) for name in names},
         )
-        app = build_app(self._service, self._bus, settings=settings, metrics=self._metrics.render)
+        app = build_app(
+            self._service,
+            self._bus,
+            settings=settings,
+            metrics=self._metrics.render,
+            told=self._metrics.refused,
+            audit=self._audit.tell,
+        )
         group = config.api.socket_group if self._group is not None else None
         policy = PeerPolicy.for_group(group, never=self._strangers())
-        self._server = Server(app, self._bus, policy=policy, settings=settings)
+        self._server = Server(app, self._bus, policy=policy, settings=settings, doors=self._doors)
 
     async def _answer_scrapes(self, address: tuple[str, int]) -> None:
         """As soon as the address is free: somebody who has it keeps nobody's image from being looked after."""

@@ -17,6 +17,7 @@ class Code(NamedTuple):
 CODES: dict[str, Code] = {
     "invalid": Code(400, EXIT_USAGE, "The request is not valid"),
     "too_large": Code(413, EXIT_USAGE, "The request is too large"),
+    "unauthenticated": Code(401, EXIT_DENIED, "Nobody that is known here"),
     "denied": Code(403, EXIT_DENIED, "Not allowed"),
     "not_found": Code(404, EXIT_NOT_FOUND, "No such object"),
     "busy": Code(409, EXIT_BUSY, "Something else uses it"),

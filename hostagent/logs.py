@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from hostagent import calls
+
 # qemu.qmp logs each lost connection as an ERROR with a traceback. A storage daemon that ends is a normal event here,
 # and our own code says what it means.
 _TOO_LOUD = {"qemu.qmp": logging.CRITICAL, "asyncio": logging.WARNING, "uvicorn": logging.WARNING}
@@ -79,8 +81,10 @@ def escape(text: str) -> str:
 
 
 def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
-    fields = getattr(record, "fields", None)
-    return fields if isinstance(fields, Mapping) else {}
+    given = getattr(record, "fields", None)
+    fields: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    call = calls.present()
+    return {**fields, "request": call.id} if call else fields
 
 
 def _clip(value: object) -> object:

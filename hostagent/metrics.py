@@ -85,6 +85,8 @@ METRICS: dict[str, Entry] = {
     "store_bytes": Entry("gauge", "What the store takes on its file system."),
     "store_free_bytes": Entry("gauge", "What is free beside it."),
     "store_min_free_bytes": Entry("gauge", "What must be free for new work to be taken (store.min_free)."),
+    "api_refused_total": Entry("counter", "Callers and connections by TCP that were turned away.", ("reason",)),
+    "audit_lost_total": Entry("counter", "Lines of the audit that could not be written."),
 }
 
 
@@ -160,7 +162,10 @@ Labels = tuple[str, ...]
 class Metrics(Collector):
     """Tell it what happens; `render` is what /metrics answers. Use it from the loop's thread only."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], *, version: str, qemu: str = "") -> None:
+    def __init__(
+        self, snapshot: Callable[[], Snapshot], *, version: str, qemu: str = "", refusals: Iterable[str] = ()
+    ) -> None:
+        """`refusals` are the reasons that `refused` may be told."""
         self._snapshot = snapshot
         self._version, self._qemu = version, qemu
         self._counters: dict[str, Counter[Labels]] = defaultdict(Counter)
@@ -172,6 +177,9 @@ class Metrics(Collector):
         for operation in Operation:  # from zero on, so that `increase()` sees the first failure
             for outcome in TERMINAL:
                 self._counters["block_jobs_finished_total"][operation, outcome] = 0
+        for reason in refusals:
+            self._counters["api_refused_total"][reason,] = 0
+        self._counters["audit_lost_total"][()] = 0
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -200,6 +208,12 @@ class Metrics(Collector):
 
     def reconcile(self, result: str) -> None:
         self._count("reconciles_total", result)
+
+    def refused(self, reason: str) -> None:
+        self._count("api_refused_total", reason)
+
+    def audit_lost(self) -> None:
+        self._count("audit_lost_total")
 
     def render(self) -> tuple[bytes, str]:
         """The exposition, and its content type."""

@@ -13,15 +13,19 @@ from hostagent.errors import AgentError
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = ("logs.level",)
+AT_ONCE = ("logs.level", "api.certificate_scopes")
 
 
 class Reload:
-    """`load` reads the settings; `config` are those in force."""
+    """`load` reads the settings; `config` are those in force. `anew` gets those that were read, for what else is read
+    anew with them: it raises AgentError where they are wrong, and changes nothing then."""
 
-    def __init__(self, config: Config, load: Callable[[], Config]) -> None:
+    def __init__(
+        self, config: Config, load: Callable[[], Config], anew: Callable[[Config], None] = lambda config: None
+    ) -> None:
         self._in_force = plain(config)
         self._load = load
+        self._anew = anew
 
     def now(self) -> None:
         sdnotify.reloading()
@@ -35,6 +39,7 @@ class Reload:
 
     def _apply(self, config: Config) -> None:
         wanted = plain(config)
+        self._anew(config)
         logging.getLogger().setLevel(config.logs.level.upper())
         self._in_force |= {name: wanted[name] for name in AT_ONCE}
         waiting = [name for name, value in wanted.items() if value != self._in_force.get(name)]

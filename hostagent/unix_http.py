@@ -10,7 +10,7 @@ from pathlib import Path
 
 CONNECT_TIMEOUT = 5.0  # seconds; a unix socket connects at once, unless the agent's queue is full
 
-__all__ = ["HTTPException", "HTTPResponse", "UnixConnection"]
+__all__ = ["HTTPConnection", "HTTPException", "HTTPResponse", "UnixConnection"]
 
 
 class UnixConnection(HTTPConnection):

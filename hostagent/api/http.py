@@ -1,8 +1,8 @@
 """The HTTP front-end: the application, and the server that runs it on a socket that is already bound.
 
-Around the routes, from the outside in: the connection (who is there, peercred.py), faults (problem.py), limits
-(limits.py), then FastAPI. The document at /openapi.json is the contract in machine-readable form; there is no page that
-would load scripts from elsewhere.
+Around the routes, from the outside in: the connection (who is there: peercred.py, remote.py), the request's id, faults
+(problem.py), whether the caller may (gate.py), limits (limits.py), then FastAPI. The document at /openapi.json is the
+contract in machine-readable form; there is no page that would load scripts from elsewhere.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from events.bus import Bus
 from hostagent import __version__
-from hostagent.api import models, problem, routes
+from hostagent.api import models, problem, routes, scopes
+from hostagent.api.audited import Tell, audited
+from hostagent.api.gate import Gate, RequestIds
 from hostagent.api.limits import Limits, RequestLimits
 from hostagent.api.peercred import PeerPolicy, protocol
+from hostagent.api.remote import Doors
 from hostagent.api.sse import Streams, StreamSettings
 from hostagent.api.usecases import Service
 from hostagent.errors import CODES
@@ -53,9 +57,17 @@ class HttpSettings:
 
 
 def build_app(
-    service: Service, bus: Bus, *, settings: HttpSettings, metrics: Callable[[], tuple[bytes, str]]
+    service: Service,
+    bus: Bus,
+    *,
+    settings: HttpSettings,
+    metrics: Callable[[], tuple[bytes, str]],
+    told: Callable[[str], None] = lambda reason: None,
+    audit: Tell = lambda what, result, **details: None,
 ) -> FastAPI:
-    """`metrics` gives the exposition and its content type (`Metrics.render`)."""
+    """`metrics` gives the exposition and its content type (`Metrics.render`); `told` hears why somebody was turned
+    away, `audit` of each call that changes something."""
+    _every_route_has_its_rule()
     app = FastAPI(
         title="hostagent",
         version=__version__,
@@ -66,7 +78,7 @@ def build_app(
         responses=PROBLEM,
     )
     app.state.front = routes.Front(
-        service=service,
+        service=audited(service, audit),
         bus=bus,
         streams=Streams(service, bus, _stream_settings(settings)),
         metrics=metrics,
@@ -74,7 +86,9 @@ def build_app(
         list_limit=settings.list_limit,
     )
     app.add_middleware(Limits, limits=_request_limits(settings))
-    problem.install(app)  # last, and so outermost: it catches what the limits let through too
+    app.add_middleware(Gate, told=told, audit=audit)
+    problem.install(app)  # around all that may fail
+    app.add_middleware(RequestIds)
     for router in routes.ALL:
         app.include_router(router)
     return app
@@ -91,10 +105,25 @@ class QuietServer(uvicorn.Server):
         """What uvicorn before 0.29 has in place of capture_signals."""
 
 
-class Server(QuietServer):
-    """The API's. Stopping ends the event streams and long polls."""
+def _every_route_has_its_rule() -> None:
+    found = {
+        (method, route.path)
+        for router in routes.ALL
+        for route in router.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    }
+    if found ^ (scopes.ROUTES.keys() - {("GET", "/openapi.json")}):
+        raise RuntimeError(f"routes and scopes differ: {found ^ scopes.ROUTES.keys()}")
 
-    def __init__(self, app: FastAPI, bus: Bus, *, policy: PeerPolicy, settings: HttpSettings) -> None:
+
+class Server(QuietServer):
+    """The API's. Stopping ends the event streams and long polls. `doors` are what it listens on besides the sockets
+    that `serve` is given."""
+
+    def __init__(
+        self, app: FastAPI, bus: Bus, *, policy: PeerPolicy, settings: HttpSettings, doors: Doors | None = None
+    ) -> None:
         http = protocol(policy, max_connections=settings.max_connections, stall_timeout=settings.body_timeout)
         super().__init__(
             uvicorn.Config(
@@ -111,9 +140,17 @@ class Server(QuietServer):
             )
         )
         self._bus = bus
+        self._doors = doors
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._doors is not None:
+            self._doors.open(self.config, self.server_state)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._bus.close()
+        if self._doors is not None:
+            await self._doors.close()
         await super().shutdown(sockets)
 
 

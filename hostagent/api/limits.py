@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hostagent.api import problem
+from hostagent.api.gate import PEER_KEY
 from hostagent.api.peer import NOBODY, Peer, Places
-from hostagent.api.peercred import SCOPE_KEY
 from hostagent.errors import AgentError
 
 _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)  # a string whole, or one bracket
@@ -45,7 +45,7 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        peer: Peer = scope.get(SCOPE_KEY, NOBODY)
+        peer: Peer = scope.get(PEER_KEY, NOBODY)
         if not self._places.take(peer):
             await problem.answer("limit", "too many requests at once", field="api.max_connections")(
                 scope, receive, send
@@ -62,6 +62,9 @@ class Limits:
             await self._app(scope, receive, send)
             return
         try:
+            if b"content-length" in headers and b"transfer-encoding" in headers:
+                message = "two lengths of one body: somebody between us may have taken another one"
+                raise AgentError("invalid", message, field="content-length", remedy="leave one of them out")
             body = await self._body(receive, headers)
             if body:
                 require_json_type(headers.get(b"content-type", b""))

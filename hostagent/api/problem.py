@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hostagent import calls
 from hostagent.errors import CODES, AgentError
 from jobs.errors import JobError
 
@@ -42,7 +43,13 @@ def describe(
 ) -> tuple[int, dict[str, Any]]:
     """The HTTP status and the problem's members; those that have nothing to say are left out."""
     entry = CODES.get(code) or CODES["internal"]
-    optional = {"remedy": remedy, "field": field, "value": None if value is None else _short(value)}
+    call = calls.present()
+    optional = {
+        "remedy": remedy,
+        "field": field,
+        "value": None if value is None else _short(value),
+        "request_id": call.id if call else None,
+    }
     return entry.http, {
         **(details or {}),
         "type": f"urn:hostagent:problem:{code}",

@@ -19,8 +19,8 @@ from starlette.responses import Response
 
 from events.bus import Bus
 from hostagent.api import models
+from hostagent.api.gate import PEER_KEY, ROUTE_KEY
 from hostagent.api.peer import NOBODY, Peer
-from hostagent.api.peercred import SCOPE_KEY
 from hostagent.api.problem import nearest
 from hostagent.api.sse import Streams
 from hostagent.api.usecases import Json, Service
@@ -50,8 +50,14 @@ async def front_of(request: Request) -> Front:
 
 
 async def peer_of(request: Request) -> Peer:
-    peer: Peer = request.scope.get(SCOPE_KEY, NOBODY)
+    peer: Peer = request.scope.get(PEER_KEY, NOBODY)
     return peer
+
+
+async def only_as_judged(request: Request) -> None:
+    """The second lock: a route that is not the one by which the gate let the caller in answers nothing."""
+    if request.scope.get(ROUTE_KEY) != request.scope["route"].path:
+        raise AgentError("denied", "that is not what was asked for")
 
 
 async def only_known_query(request: Request) -> None:
@@ -119,7 +125,7 @@ WaitSeconds = Annotated[float | None, Query(ge=0, allow_inf_nan=False, descripti
 ImagePath = Annotated[str, Query(min_length=1, max_length=models.PATH_MAX)]
 Filter = Annotated[str | None, Query(max_length=models.PATH_MAX)]
 
-STRICT = [Depends(only_known_query)]
+STRICT = [Depends(only_as_judged), Depends(only_known_query)]
 NEW: dict[int | str, dict[str, Any]] = {
     200: {"description": "Nothing was started: the id and body were seen before, or it was a dry run"}
 }

@@ -18,8 +18,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from hostagent.api.bounded import Deadline
 from hostagent.api.http import QuietServer
-from hostagent.api.peercred import Deadline
 
 FRESH = 0.5
 """Seconds for which an exposition is answered again, at least: nobody who scrapes does it that often."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -319,8 +318,8 @@ class AgentService:
     # Rules
 
     def _anywhere(self, peer: Peer) -> bool:
-        """Root and the agent's own user may name any image; others only images in a pool."""
-        return peer.uid in (0, os.geteuid())
+        """Owners of the host may name any image; others only images in a pool."""
+        return peer.owner
 
     def _admitted(self, known: object) -> contextlib.AbstractContextManager[None]:
         """Around what starts something; a request that was obeyed before (`known`) starts nothing, and is answered."""

@@ -22,8 +22,8 @@ from events.bus import RESYNC, Bus, Closed, Item, Subscription
 from events.cloudevents import to_json, type_of
 from events.model import Record
 from hostagent.api import problem
+from hostagent.api.gate import PEER_KEY
 from hostagent.api.peer import NOBODY, Peer, Places
-from hostagent.api.peercred import SCOPE_KEY
 
 PAGE = 500  # records that one replay step holds in memory
 
@@ -118,7 +118,7 @@ class EventStream(Response):
         self._since = since
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        peer: Peer = scope.get(SCOPE_KEY, NOBODY)
+        peer: Peer = scope.get(PEER_KEY, NOBODY)
         if not self._streams.places.take(peer):
             refusal = problem.answer(
                 "limit",

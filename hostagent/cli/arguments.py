@@ -7,30 +7,62 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hostagent.cli.client import Client
 from hostagent.errors import AgentError
 from hostagent.sizes import parse_rate, parse_size
 
+if TYPE_CHECKING:
+    from hostagent.cli.away import Away
 
-def common() -> argparse.ArgumentParser:
-    """The options that every command has, before or after its noun and verb."""
+
+def common(*, away: bool = True) -> argparse.ArgumentParser:
+    """The options that every command has, before or after its noun and verb. `away`: those for an agent of another
+    host, too, which a command that asks no agent has not."""
     parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group("common options")
     group.add_argument("--socket", metavar="PATH", help="the agent's socket (else HOSTAGENT_SOCKET, else the usual)")
+    if away:
+        _away(group)
     group.add_argument("--json", action="store_true", help="print JSON, for programs")
     group.add_argument("--no-color", action="store_true", help="print without colours")
     return parser
 
 
+def _away(group: Any) -> None:
+    group.add_argument(
+        "--url", metavar="URL", dest="api_url", help="an agent by TCP: https://HOST:PORT (HOSTAGENT_URL)"
+    )
+    text = "authorities (PEM) that its certificate must be of, instead of the system's (HOSTAGENT_CAFILE)"
+    group.add_argument("--cafile", metavar="FILE", dest="api_cafile", help=text)
+    text = "our certificate (PEM) for it (HOSTAGENT_CERTIFICATE)"
+    group.add_argument("--cert", metavar="FILE", dest="api_certificate", help=text)
+    group.add_argument("--key", metavar="FILE", dest="api_key", help="its key, where it is not in it (HOSTAGENT_KEY)")
+    text = "a file with our token for it (HOSTAGENT_TOKEN_FILE)"
+    group.add_argument("--token-file", metavar="FILE", dest="api_token_file", help=text)
+
+
 NBD = ("nbd://", "nbd+unix://")
 
-COMMON_DEFAULTS = {"socket": None, "json": False, "no_color": False}
+AWAY = ("url", "cafile", "certificate", "key", "token_file")
+COMMON_DEFAULTS = {"socket": None, "json": False, "no_color": False, **{f"api_{name}": None for name in AWAY}}
 
 
 def connect(args: argparse.Namespace) -> Client:
-    return Client(socket_path(args))
+    return Client(away(args) or socket_path(args))
+
+
+def away(args: argparse.Namespace) -> Away | None:
+    """The agent of another host that was named, by an option or else in the environment; a --socket wins over that."""
+    given = {name: getattr(args, f"api_{name}") or os.environ.get(f"HOSTAGENT_{name.upper()}") or "" for name in AWAY}
+    if args.api_url and args.socket:
+        raise AgentError("invalid", "--url and --socket are two agents", field="url", remedy="name one of them")
+    if not given["url"] or args.socket:
+        return None
+    from hostagent.cli.away import Away
+
+    return Away(**given)
 
 
 def socket_path(args: argparse.Namespace) -> Path:

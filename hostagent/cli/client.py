@@ -1,4 +1,5 @@
-"""The agent's API over its unix socket, with nothing but the standard library: it must start in milliseconds.
+"""The agent's API, over its unix socket or by TCP, with nothing but the standard library: it must start in
+milliseconds.
 
 Each call is one connection. An answer that is a problem (RFC 9457) becomes a `CliError`, whose exit status comes from
 the one table of codes. `patient` is for those who follow a job: an agent that restarts is waited for, because its jobs
@@ -19,7 +20,8 @@ from urllib.parse import quote, urlencode
 from hostagent.errors import CODES, EXIT_ERROR
 
 if TYPE_CHECKING:
-    from hostagent.unix_http import HTTPResponse
+    from hostagent.cli.away import Away
+    from hostagent.unix_http import HTTPConnection, HTTPResponse
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -73,10 +75,23 @@ class StreamEvent:
 class Client:
     """`owner`: the only user whose agent is asked; an agent of another user is `denied`."""
 
-    def __init__(self, socket_path: Path, *, owner: int | None = None, timeout: float = ANSWER_TIMEOUT) -> None:
-        self.socket = socket_path
+    def __init__(self, where: Path | Away, *, owner: int | None = None, timeout: float = ANSWER_TIMEOUT) -> None:
+        self._where = where
         self._owner = owner
         self._timeout = timeout
+
+    def _connection(self, timeout: float) -> HTTPConnection:
+        from hostagent.unix_http import UnixConnection
+
+        if isinstance(self._where, Path):
+            return UnixConnection(self._where, timeout=timeout, owner=self._owner)
+        return self._where.connection(timeout)
+
+    def _headers(self, *given: Mapping[str, str]) -> dict[str, str]:
+        headers = {} if isinstance(self._where, Path) else dict(self._where.headers)
+        for more in given:
+            headers |= more
+        return headers
 
     def get(self, path: str, query: Mapping[str, Any] | None = None, *, etag: object = None, wait: float = 0) -> Reply:
         headers = {} if etag is None else {"If-None-Match": f'"{etag}"'}
@@ -113,14 +128,12 @@ class Client:
 
     def events(self, query: Mapping[str, Any], *, silence: float = STREAM_SILENCE) -> Iterator[StreamEvent]:
         """The event stream until it ends. Raises TimeoutError after `silence` seconds without a byte."""
-        from hostagent.unix_http import UnixConnection
-
-        connection = UnixConnection(self.socket, timeout=ANSWER_TIMEOUT)
-        with _as_unreachable(self.socket, but=TimeoutError):
+        connection, headers = self._connection(ANSWER_TIMEOUT), self._headers({"Accept": "text/event-stream"})
+        with _as_unreachable(self._where, but=TimeoutError):
             try:
                 connection.connect()
                 stream = connection.sock
-                connection.request("GET", _address("/v1/events", query), headers={"Accept": "text/event-stream"})
+                connection.request("GET", _address("/v1/events", query), headers=headers)
                 response = connection.getresponse()
                 if response.status != 200:
                     raise _problem(response.status, _decoded(response.read(LARGEST_ANSWER)))
@@ -142,16 +155,14 @@ class Client:
         headers: Mapping[str, str] | None = None,
         timeout: float = ANSWER_TIMEOUT,
     ) -> Reply:
-        from hostagent.unix_http import UnixConnection
-
-        sent = {"Accept": "application/json", "Connection": "close", **(headers or {})}
+        sent = self._headers({"Accept": "application/json", "Connection": "close"}, headers or {})
         payload = None if body is None else json.dumps(body).encode()
         if payload is not None:
             sent["Content-Type"] = "application/json"
-        connection = UnixConnection(self.socket, timeout=timeout, owner=self._owner)
-        with _as_unreachable(self.socket):
+        connection = self._connection(timeout)
+        with _as_unreachable(self._where):
             connection.connect()
-        with _as_unreachable(self.socket, sent=True):
+        with _as_unreachable(self._where, sent=True):
             try:
                 connection.request(method, _address(path, query or {}), payload, sent)
                 response = connection.getresponse()
@@ -208,7 +219,7 @@ def _address(path: str, query: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _as_unreachable(path: Path, *, but: type[OSError] | None = None, sent: bool = False) -> Iterator[None]:
+def _as_unreachable(where: Path | Away, *, but: type[OSError] | None = None, sent: bool = False) -> Iterator[None]:
     """Turn what the socket says into a CliError. `but` is an exception that the caller knows what to do with."""
     from hostagent.unix_http import HTTPException
 
@@ -217,18 +228,20 @@ def _as_unreachable(path: Path, *, but: type[OSError] | None = None, sent: bool 
     except PermissionError as error:
         raise CliError(
             "denied",
-            f"the agent's socket {str(path)!r} may not be used by this user",
+            f"the agent's socket {str(where)!r} may not be used by this user",
             remedy="join the group hostagent (then log in again), or ask as root",
         ) from error
     except (OSError, HTTPException) as error:
         if but is not None and isinstance(error, but):
             raise
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        message = f"no answer from the agent at {str(path)!r}: {reason}"
-        raise CliError("unreachable", message, remedy=_where_else(path), sent=sent) from error
+        reason = getattr(error, "verify_message", None) or getattr(error, "strerror", None) or str(error)
+        message = f"no answer from the agent at {str(where)!r}: {reason or type(error).__name__}"
+        raise CliError("unreachable", message, remedy=_where_else(where), sent=sent) from error
 
 
-def _where_else(path: Path) -> str:
+def _where_else(path: Path | Away) -> str:
+    if not isinstance(path, Path):
+        return "is it served there (api.listen)? its certificate must be of --cafile, and ours of its api.tls_client_ca"
     system = Path("/run/hostagent/hostagent.sock")
     other = f"; this host's own agent is at --socket {system}" if path != system and system.exists() else ""
     return f"start it (`hostagent serve`), or name its socket with --socket or HOSTAGENT_SOCKET{other}"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hostagent.cli import arguments
 from hostagent.cli.client import Client, CliError, Json
 from hostagent.cli.finding import Finding, Result, fail, ok, warn
 from hostagent.cli.judged import judged
@@ -56,6 +57,10 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     from hostagent import config_text
     from hostagent.cli import doctor_host
 
+    if (away := arguments.away(args)) is not None:
+        yield ok("host", f"not looked at: this is not the host of {away}")
+        yield from _agent(Client(away))
+        return
     try:
         settings = config_text.load(file=args.config or config_text.default_file(os.environ))
         yield ok("settings", "understood")

@@ -28,6 +28,7 @@ from hostagent.cli import (
     later,
     serve,
     status,
+    tokens,
     transfers,
 )
 from hostagent.cli.client import CliError
@@ -35,10 +36,9 @@ from hostagent.cli.terminal import complain
 from hostagent.errors import CODES, EXIT_ERROR, EXIT_INTERRUPTED, AgentError
 from jobs.errors import JobError
 
-NOUNS = (
-    *(jobs, images, bitmaps, exports, grants, events_cmd, status, doctor, drain, serve, data, transfers, demo),
-    completion,
-)
+NOUNS = (jobs, bitmaps, exports, grants, events_cmd, status, doctor, drain)
+HERE = (images, serve, data, transfers, demo, tokens, completion)
+"""Nouns of what runs here, and asks no agent of another host."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
     nouns = top.add_subparsers(dest="noun", metavar="NOUN", required=True)
     for module in NOUNS:
         module.register(nouns, common)
+    here = arguments.common(away=False)
+    for module in HERE:
+        module.register(nouns, here)
     later.register(nouns, common)
     return top
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hostagent import sdnotify
+from hostagent.certificates import Certificate, Renewing
 from hostagent.config import UNSET, Config
 from hostagent.config_data import Data
 from hostagent.data import cloudstack, memory
@@ -39,7 +40,6 @@ from hostagent.data.metrics import Metrics
 from hostagent.data.server import House, Server, Service, room
 from hostagent.data.throttle import Lane, Rate
 from hostagent.data.tickets import Ticket, Tickets
-from hostagent.data.tls import Certificate, Renewing
 from hostagent.data.uploads import Uploads
 from hostagent.errors import AgentError
 

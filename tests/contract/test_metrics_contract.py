@@ -48,6 +48,7 @@ def exposition() -> str:
     metrics.event("qmp", "job.completed")
     metrics.libvirt_call("describe", "ok", 0.1)
     metrics.reconcile("ok")
+    metrics.refused("scope")
     return metrics.render()[0].decode()
 
 

@@ -20,9 +20,11 @@ OURS = {"events", "jobs", "hostagent"}
 LEAVES = {
     f"hostagent.{name}"
     for name in (
-        *("config", "config_data", "config_dbus", "config_rule", "config_text", "errors", "sizes", "logs", "sdnotify", "activation"),
+        *("config", "config_data", "config_dbus", "config_rule", "config_text"),
+        *("errors", "sizes", "logs", "sdnotify", "activation"),
+        *("audit", "calls", "certificates", "tokens", "x509"),
         *("nbdclient", "nbdconnection", "nbddial", "nbdoffer", "nbdstream"),
-        *("locks", "looks", "schema", "selection", "turns", "unix_http"),
+        *("locks", "looks", "schema", "selection", "turns", "unix_http", "tls_http"),
         *("blocks", "extents", "inodes", "qcow2", "qemu_locks", "rangeset"),
     )
 }

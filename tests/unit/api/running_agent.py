@@ -16,8 +16,10 @@ from typing import Any
 from fake_service import FakeService
 
 from events.bus import Bus
+from hostagent import calls
 from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
+from hostagent.api.remote import Doors
 
 JSON = {"content-type": "application/json"}
 
@@ -41,8 +43,13 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 class Agent:
-    def __init__(self, path: Path, settings: HttpSettings, policy: PeerPolicy) -> None:
+    def __init__(
+        self, path: Path, settings: HttpSettings, policy: PeerPolicy, doors: Callable[[Agent], Doors] | None = None
+    ) -> None:
         self.path = path
+        self.refusals: list[str] = []
+        self.audit: list[dict[str, Any]] = []
+        self.doors = doors(self) if doors else None
         self._settings = settings
         self._policy = policy
         self._listening = threading.Event()
@@ -52,14 +59,26 @@ class Agent:
         self.loop = asyncio.get_running_loop()
         self.bus = Bus()
         self.service = FakeService(self.bus)
-        app = build_app(self.service, self.bus, settings=self._settings, metrics=lambda: (b"m 1\n", "text/plain"))
+        app = build_app(
+            self.service,
+            self.bus,
+            settings=self._settings,
+            metrics=lambda: (b"m 1\n", "text/plain"),
+            told=self.refusals.append,
+            audit=self._tell,
+        )
         self.front = app.state.front
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self.path))
         listener.listen()
-        self.server = Server(app, self.bus, policy=self._policy, settings=self._settings)
+        self.server = Server(app, self.bus, policy=self._policy, settings=self._settings, doors=self.doors)
         self._listening.set()
         await self.server.serve(sockets=[listener])
+
+    def _tell(self, what: str, result: str, **details: object) -> None:
+        call = calls.present()
+        assert call is not None
+        self.audit.append({"what": what, "result": result, "who": call.who, "from": call.origin, **details})
 
     def start(self) -> None:
         self._thread.start()
@@ -94,8 +113,14 @@ class Agent:
 
 
 @contextmanager
-def serving(path: Path, *, policy: PeerPolicy | None = None, **settings: Any) -> Iterator[Agent]:
-    agent = Agent(path, HttpSettings(host="h1", **settings), policy or PeerPolicy.for_group())
+def serving(
+    path: Path,
+    *,
+    policy: PeerPolicy | None = None,
+    doors: Callable[[Agent], Doors] | None = None,
+    **settings: Any,
+) -> Iterator[Agent]:
+    agent = Agent(path, HttpSettings(host="h1", **settings), policy or PeerPolicy.for_group(), doors)
     agent.start()
     try:
         yield agent

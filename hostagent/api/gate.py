@@ -1,0 +1,128 @@
+"""Who asks, and whether they may: decided for each request before any of its body is read.
+
+A request has an id, its own (`X-Request-ID`) or one that is made here. It stands in the answer, in problems, and in the
+lines of the log and the audit that are written for it.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from hostagent import calls
+from hostagent.api import problem, scopes
+from hostagent.api.audited import Tell
+from hostagent.api.peer import Peer
+from hostagent.errors import AgentError
+from hostagent.tokens import Scope
+
+CONNECTION_KEY = "hostagent.connection"
+PEER_KEY = "hostagent.peer"
+ROUTE_KEY = "hostagent.route"
+"""In the ASGI scope: the route that the caller was judged by."""
+
+_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+REALM = "hostagent"
+
+
+class Connection(Protocol):
+    """What the gate knows of a connection. `surface` is unix or tcp, `origin` where it comes from."""
+
+    surface: str
+    origin: str
+
+    def identify(self, headers: Sequence[tuple[bytes, bytes]]) -> Peer:
+        """Who sends a request with these headers. AgentError: one who may not even ask."""
+
+
+class RequestIds:
+    """ASGI middleware, the outermost."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        call = calls.Call(_id_of(scope.get("headers", ())))
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", call.id.encode())]
+            await send(message)
+
+        with calls.serving(call):
+            await self._app(scope, receive, named)
+
+
+class Gate:
+    """ASGI middleware. `told` hears why somebody was turned away, `audit` what they were kept from changing."""
+
+    def __init__(self, app: ASGIApp, told: Callable[[str], None], audit: Tell) -> None:
+        self._app = app
+        self._told = told
+        self._audit = audit
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        try:
+            self._admit(scope)
+        except AgentError as error:
+            refusal = problem.of_error(error)
+            # What is left of the request is not read: the connection is of no further use.
+            refusal.headers["connection"] = "close"
+            if challenge := _challenge(error):
+                refusal.headers["www-authenticate"] = challenge
+            await refusal(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _admit(self, scope: AsgiScope) -> None:
+        connection: Connection = scope[CONNECTION_KEY]
+        found = scopes.find(scope["method"], scope["path"])
+        call = calls.present()
+        assert call is not None
+        call.surface, call.origin = connection.surface, connection.origin
+        peer = connection.identify(scope["headers"])
+        call.who = peer.who
+        if peer.scope < found.rule.scope:
+            error = self._refused(peer, found.rule.scope, found.path or scope["path"])
+            if found.rule.changes:
+                self._audit(f"{scope['method']} {found.path}", error.code)
+            raise error
+        scope[PEER_KEY] = peer
+        scope[ROUTE_KEY] = found.path
+
+    def _refused(self, peer: Peer, needed: Scope, path: str) -> AgentError:
+        if peer.remote is None:
+            message = "only root and the agent's own user may do that"
+            return AgentError("denied", message, remedy="ask as root", scope=needed.word)
+        if not peer.remote.name:
+            self._told("no_identity")
+            remedy = "send `Authorization: Bearer TOKEN`, or a certificate that api.certificate_scopes names"
+            return AgentError("unauthenticated", f"{path} is not for everybody", remedy=remedy, nothing_shown=True)
+        self._told("scope")
+        has = f"has the scope {peer.scope.word}" if peer.scope else "has no scope"
+        remedy = f"ask with an identity that has {needed.word}"
+        if peer.remote.name.startswith("certificate"):
+            remedy += f", or add {peer.remote.name.partition(' ')[2]}={needed.word} to api.certificate_scopes"
+        message = f"{peer.remote.name} {has}; that needs {needed.word}"
+        return AgentError("denied", message, field="scope", value=peer.scope.word, remedy=remedy, scope=needed.word)
+
+
+def _challenge(error: AgentError) -> str | None:
+    """WWW-Authenticate (RFC 6750, 3): without an error where nothing was shown."""
+    if error.field == "scope":
+        return f'Bearer realm="{REALM}", error="insufficient_scope", scope="{error.details["scope"]}"'
+    if error.code != "unauthenticated":
+        return None
+    return f'Bearer realm="{REALM}"' + ("" if error.details.get("nothing_shown") else ', error="invalid_token"')
+
+
+def _id_of(headers: Sequence[tuple[bytes, bytes]]) -> str:
+    given = [value for name, value in headers if name == b"x-request-id"]
+    if len(given) == 1 and _ID.fullmatch(given[0]):
+        return given[0].decode()
+    return uuid.uuid4().hex

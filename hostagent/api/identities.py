@@ -1,0 +1,197 @@
+"""Who somebody is that came by TCP: by the token of a request, else by the certificate of its connection.
+
+A token that is sent decides, and must be a good one: nobody falls back to another identity. Names of certificates have
+a scope where `api.certificate_scopes` gives them one, to the letter; a certificate without one is known, and may do
+nothing. An identity is looked at again while a request runs on, so that what was taken away ends.
+
+Guessing 256 bits is hopeless. What is bounded is the noise: who fails too often from one address gets 429 instead of
+401, and is told of once. A good token is let in from there all the same, for many may share an address.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import ssl
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from hostagent.api.peer import Peer, Remote, from_afar
+from hostagent.errors import AgentError
+from hostagent.tokens import Scope, Token, Tokens
+
+log = logging.getLogger(__name__)
+
+REASONS = (
+    *("no_identity", "bad_token", "expired_token", "certificate", "scope", "too_many_failures"),
+    *("handshake", "connections", "client_connections", "stranger", "identity_ended"),
+)
+"""Why somebody was turned away, for the metric."""
+WINDOW = 60.0  # seconds in which `api.auth_failures` are counted
+ADDRESSES = 1024  # that failures are counted for; the one that failed longest ago is forgotten
+_KINDS = {"DNS": "DNS", "URI": "URI", "email": "email"}
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a client's certificate says. `names` are KIND:NAME, `authorities` those that it was judged by."""
+
+    names: tuple[str, ...]
+    ends: float
+    authorities: str
+
+    @classmethod
+    def of(cls, certificate: Mapping[str, Any] | None, authorities: str) -> Shown | None:
+        """What `ssl` says of a certificate that it has verified; None where none was shown."""
+        if not certificate:
+            return None
+        common = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+        others = [f"{_KINDS[kind]}:{value}" for kind, value in certificate.get("subjectAltName", ()) if kind in _KINDS]
+        ends = float(ssl.cert_time_to_seconds(certificate["notAfter"]))
+        return cls((*(f"CN:{name}" for name in common), *others), ends, authorities)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """`stands`: whether it is still in force."""
+
+    peer: Peer
+    stands: Callable[[], bool]
+
+
+class Failures:
+    """Of authentications, by address. `allowed` in each window."""
+
+    def __init__(self, allowed: int) -> None:
+        self._allowed = allowed
+        self._of: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def count(self, address: str) -> bool:
+        """One more; whether that is too many."""
+        now = time.monotonic()
+        began, number = self._of.pop(address, (now, 0))
+        if now - began > WINDOW:
+            began, number = now, 0
+        self._of[address] = began, number + 1
+        if len(self._of) > ADDRESSES:
+            self._of.popitem(last=False)
+        if number == self._allowed:
+            fields = {"address": address, "failures": number, "seconds": WINDOW}
+            log.warning("too many failed authentications", extra={"fields": fields})
+        elif number < self._allowed:
+            log.info("authentication failed", extra={"fields": {"address": address}})
+        return number >= self._allowed
+
+
+class Identities:
+    """`told` hears of each refusal, by a word of REASONS; `authorities` is what tells those in force from others."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        scopes: Sequence[str],
+        *,
+        failures: int,
+        told: Callable[[str], None],
+        authorities: Callable[[], str] = str,
+    ) -> None:
+        """`scopes` are NAME=SCOPE, as in api.certificate_scopes. AgentError."""
+        self.tokens = tokens
+        self.told = told
+        self._scopes = scopes_of(scopes)
+        self._failures = Failures(failures)
+        self._authorities = authorities
+
+    def rescope(self, scopes: Sequence[str]) -> None:
+        """Other scopes for certificates' names, from now on."""
+        self._scopes = scopes_of(scopes)
+
+    def of(self, headers: Sequence[tuple[bytes, bytes]], shown: Shown | None, address: str) -> Identity:
+        """Whose request that is: also nobody's. `address` is IP:PORT, as Python writes it. AgentError unauthenticated,
+        limit: what was shown is not good."""
+        sent = [value for name, value in headers if name == b"authorization"]
+        if sent:
+            return self._by_token(sent, address)
+        if shown is not None:
+            return self._by_certificate(shown, address)
+        return Identity(from_afar(Remote("", Scope.NONE, address)), stands=lambda: True)
+
+    def _by_token(self, sent: Sequence[bytes], address: str) -> Identity:
+        scheme, _, text = sent[0].decode("latin-1").partition(" ")
+        token = self.tokens.find(text.strip()) if len(sent) == 1 and scheme.lower() == "bearer" else None
+        if token is None:
+            raise self._failed("bad_token", "that is no token of this agent's", address)
+        if not self.tokens.holds(token):
+            raise self._failed("expired_token", f"the token {token.name} was good until {token.expires}", address)
+        remote = Remote(f"token {token.name}", token.scope, address)
+        known: Token = token
+        return Identity(from_afar(remote), stands=lambda: self.tokens.holds(known))
+
+    def _by_certificate(self, shown: Shown, address: str) -> Identity:
+        if not self._trusted(shown):
+            raise self._failed("certificate", "the certificate was good when it was shown, and is not now", address)
+        name, scope = self._granted(shown)
+        remote = Remote(f"certificate {name}", scope, address)
+        return Identity(
+            from_afar(remote), stands=lambda: self._trusted(shown) and self._granted(shown) == (name, scope)
+        )
+
+    def _granted(self, shown: Shown) -> tuple[str, Scope]:
+        """The name that gives it most, and what that is. The authority vouches for each name, so any of them counts."""
+        known = [(self._scopes[name], name) for name in shown.names if name in self._scopes]
+        scope, name = max(known, default=(Scope.NONE, shown.names[0] if shown.names else "without a name"))
+        return name, scope
+
+    def _trusted(self, shown: Shown) -> bool:
+        return shown.ends > datetime.now(UTC).timestamp() and shown.authorities == self._authorities()
+
+    def _failed(self, reason: str, message: str, address: str) -> AgentError:
+        if self._failures.count(network_of(address.rpartition(":")[0])):
+            self.told("too_many_failures")
+            remedy = f"wait up to {WINDOW:.0f} s, and send a good token: `hostagent token add` makes one on the host"
+            return AgentError("limit", "too many failed authentications", field="api.auth_failures", remedy=remedy)
+        self.told(reason)
+        remedy = "send `Authorization: Bearer TOKEN`; `hostagent token add` makes one on the host"
+        if reason == "certificate":
+            remedy = "connect anew, with a certificate that is good"
+        return AgentError("unauthenticated", message, field="authorization", remedy=remedy)
+
+
+def scopes_of(given: Sequence[str]) -> dict[str, Scope]:
+    """NAME=SCOPE lines as a table. AgentError invalid."""
+    found = {}
+    for one in given:
+        name, equals, word = one.rpartition("=")
+        kind = name.partition(":")[0]
+        try:
+            scope = Scope.of(word)
+        except ValueError:
+            scope = None
+        if not equals or scope is None or kind not in ("CN", *_KINDS) or name in found or "*" in name:
+            raise AgentError(
+                "invalid",
+                f"{one[:200]!r} gives no scope to a certificate's name",
+                field="api.certificate_scopes",
+                value=one[:200],
+                remedy="write KIND:NAME=SCOPE: KIND is CN, DNS, URI or email, SCOPE is read, operate or admin, and "
+                "each name stands once, without a wildcard",
+            )
+        found[name] = scope
+    return found
+
+
+def network_of(address: str) -> str:
+    """What is counted as one client: an IPv4 address, or the 64 bits of an IPv6 one that a host has to itself."""
+    try:
+        known = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(known, ipaddress.IPv6Address):
+        if known.ipv4_mapped:
+            return str(known.ipv4_mapped)
+        return str(ipaddress.ip_network((int(known) >> 64 << 64, 64)))
+    return str(known)

@@ -1,0 +1,349 @@
+"""The API over TCP: listeners with TLS, and who comes through them.
+
+uvicorn keeps one TLS context for its life and tells an application nothing of a client's certificate. So connections
+are accepted here, each with the context that is in force, and its certificate goes to the gate (gate.py) once OpenSSL
+has verified it, which is before the first byte of HTTP is read.
+
+Connections are bounded in all and for each address. Where there is no room, who has shown no identity yet makes it, the
+oldest first: nobody fills the house by waiting. Handshakes are bounded in time and in number for each second: they cost
+the loop a millisecond or two each, which guests' jobs shall not miss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from hostagent.api.bounded import BoundedProtocol, Known
+from hostagent.api.identities import Identities, Identity, Shown, network_of
+from hostagent.api.peer import Peer
+from hostagent.certificates import Certificate, Renewing
+from hostagent.config import UNSET, Api
+from hostagent.errors import AgentError
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 128
+_REST = 0.1  # seconds, when the process has no descriptor left for one more
+_GRACE = 1.0  # seconds in which one who has just come is not cut for another
+_GOODBYE = 2.0  # seconds for the end of TLS; then the connection is cut
+_LISTEN = re.compile(r"(\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<four>[0-9.]+)):(?P<port>[0-9]{1,5})")
+
+
+def address_of(text: str) -> tuple[str, int]:
+    """An address and a port of api.listen. AgentError invalid."""
+    found = _LISTEN.fullmatch(text)
+    try:
+        if found is None or int(found["port"]) >= 1 << 16:
+            raise ValueError
+        return str(ipaddress.ip_address(found["six"] or found["four"])), int(found["port"])
+    except ValueError:
+        remedy = "write IP:PORT, such as 0.0.0.0:54323 or [::1]:54323"
+        raise AgentError(
+            "invalid", f"{text!r} is no address to listen on", field="api.listen", value=text, remedy=remedy
+        ) from None
+
+
+def certificate_of(api: Api) -> Certificate | None:
+    """The settings' certificate. None: connections are plain, which is only for the loopback address, and only where
+    somebody said so. AgentError invalid."""
+    if api.tls_certificate != UNSET:
+        return Certificate(
+            api.tls_certificate,
+            api.tls_certificate if api.tls_key == UNSET else api.tls_key,
+            None if api.tls_client_ca == UNSET else api.tls_client_ca,
+            optional=api.tls_clients == "optional",
+            setting="api.tls_certificate",
+            ca_setting="api.tls_client_ca",
+        )
+    if api.tls_client_ca != UNSET:
+        remedy = "set api.tls_certificate, too"
+        raise AgentError("invalid", "api.tls_client_ca needs TLS", field="api.tls_certificate", remedy=remedy)
+    for text in api.listen:
+        if not ipaddress.ip_address(address_of(text)[0]).is_loopback:
+            message, remedy = f"{text} leaves this host, and there is no certificate", "set api.tls_certificate"
+            raise AgentError("invalid", message, field="api.tls_certificate", value=text, remedy=remedy)
+        if not api.plain_loopback:
+            message = f"{text} would be served without TLS: every user of this host could listen in as root can"
+            remedy = "set api.tls_certificate, or say api.plain_loopback = true"
+            raise AgentError("invalid", message, field="api.plain_loopback", value=text, remedy=remedy)
+    return None
+
+
+def listen(api: Api) -> list[socket.socket]:
+    """The listeners that the settings ask for. AgentError unavailable."""
+    found: list[socket.socket] = []
+    try:
+        for text in api.listen:
+            found.append(_bound(text))
+    except AgentError:
+        for listener in found:
+            listener.close()
+        raise
+    return found
+
+
+def _bound(text: str) -> socket.socket:
+    address, port = address_of(text)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind((address, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        message = f"cannot listen on {text}: {error.strerror}"
+        raise AgentError(
+            "unavailable", message, field="api.listen", value=text, remedy="see `ss -tlnp`, `ip address`"
+        ) from error
+    return listener
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Named as in [api]: tcp_connections, tcp_client_connections, handshake_timeout, handshake_rate,
+    identity_interval; `stall` is body_timeout."""
+
+    connections: int
+    of_one: int
+    handshake: float
+    rate: int
+    look: float
+    stall: float
+
+    @classmethod
+    def of(cls, api: Api) -> Bounds:
+        return cls(
+            connections=api.tcp_connections,
+            of_one=api.tcp_client_connections,
+            handshake=api.handshake_timeout,
+            rate=api.handshake_rate,
+            look=api.identity_interval,
+            stall=api.body_timeout,
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Visitor:
+    """A connection, from its first moment. `client` is what is counted as one."""
+
+    sock: socket.socket
+    client: str
+    since: float = field(default_factory=time.monotonic)
+    protocol: RemoteProtocol | None = None
+
+    @property
+    def stranger(self) -> bool:
+        return self.protocol is None or not self.protocol.known
+
+    def cut(self) -> None:
+        if self.protocol is not None:
+            self.protocol.transport.abort()
+        else:  # in its handshake, which then fails
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class RemoteProtocol(BoundedProtocol):
+    """One connection; its own `Connection` for the gate."""
+
+    surface = "tcp"
+
+    def __init__(self, doors: Doors, config: Config, state: ServerState, visitor: Visitor, authorities: str) -> None:
+        super().__init__(config=config, server_state=state, app_state={})
+        self.stall_timeout = doors.bounds.stall
+        self._doors = doors
+        self._visitor = visitor
+        self._authorities = authorities
+        self._shown: Shown | None = None
+        self._identity: Identity | None = None
+        self.origin = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether who is there has shown an identity that was good."""
+        return self._identity is not None and bool(self._identity.peer.scope)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._visitor.protocol = self
+        self.origin = "{}:{}".format(*self.client) if self.client else ""
+        if (tls := transport.get_extra_info("ssl_object")) is not None:
+            self._shown = Shown.of(tls.getpeercert(), self._authorities)
+        self.app = Known(self.app, self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._doors.leave(self._visitor)
+
+    def identify(self, headers: Sequence[tuple[bytes, bytes]]) -> Peer:
+        self._identity = None
+        self._identity = self._doors.identities.of(headers, self._shown, self.origin)
+        return self._identity.peer
+
+    def look(self) -> bool:
+        """End the connection if it is used by somebody whose identity is not in force any more."""
+        if self._identity is None or self._identity.stands():
+            return False
+        self.transport.close()
+        return True
+
+
+class Doors:
+    """The listeners, and all who came through them. `told` hears why somebody was turned away."""
+
+    def __init__(
+        self,
+        listeners: Sequence[socket.socket],
+        certificate: Renewing | None,
+        identities: Identities,
+        bounds: Bounds,
+        told: Callable[[str], None],
+    ) -> None:
+        self.listeners = listeners
+        self.identities = identities
+        self.bounds = bounds
+        self._certificate = certificate
+        self._told = told
+        self._inside: dict[Visitor, None] = {}
+        self._of: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._next = 0.0
+
+    def __len__(self) -> int:
+        return len(self._inside)
+
+    def open(self, config: Config, state: ServerState) -> None:
+        """Take connections from now on."""
+        for listener in self.listeners:
+            self._start(self._accept(listener, config, state))
+            address = listener.getsockname()
+            fields = {"address": f"{address[0]}:{address[1]}", "tls": self._certificate is not None}
+            log.info("listening", extra={"fields": fields})
+        self._start(self._look())
+
+    async def close(self) -> None:
+        """Take no more; those that are there are the server's to end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for listener in self.listeners:
+            listener.close()
+
+    def reload(self) -> None:
+        """Read certificate and tokens anew. May block."""
+        if self._certificate is not None:
+            self._certificate.reload()
+        self.identities.tokens.look()
+
+    def leave(self, visitor: Visitor) -> None:
+        if visitor in self._inside:
+            del self._inside[visitor]
+            self._of[visitor.client] -= 1
+            if not self._of[visitor.client]:
+                del self._of[visitor.client]
+
+    async def _accept(self, listener: socket.socket, config: Config, state: ServerState) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, address = await loop.sock_accept(listener)
+            except OSError as error:
+                log.warning("accept failed", extra={"fields": {"error": str(error)}})
+                await asyncio.sleep(_REST)
+                continue
+            visitor = Visitor(sock, network_of(str(address[0])))
+            if not self._admit(visitor):
+                sock.close()
+                await asyncio.sleep(0)
+                continue
+            await self._pace()
+            self._start(self._welcome(visitor, config, state))
+
+    def _admit(self, visitor: Visitor) -> bool:
+        if self._of[visitor.client] >= self.bounds.of_one:
+            self._told("client_connections")
+            return False
+        if len(self._inside) >= self.bounds.connections and not self._room_made():
+            self._told("connections")
+            return False
+        self._inside[visitor] = None
+        self._of[visitor.client] += 1
+        return True
+
+    def _room_made(self) -> bool:
+        latest = time.monotonic() - _GRACE
+        oldest = next((one for one in self._inside if one.stranger and one.since < latest), None)
+        if oldest is None:
+            return False
+        self._told("stranger")
+        self.leave(oldest)
+        oldest.cut()
+        return True
+
+    async def _pace(self) -> None:
+        """So many handshakes begin in a second; who comes faster waits in the kernel's queue."""
+        now = time.monotonic()
+        self._next = max(self._next + 1 / self.bounds.rate, now - 1.0)  # after a pause, a second's worth at once
+        if self._next > now:
+            await asyncio.sleep(self._next - now)
+
+    async def _welcome(self, visitor: Visitor, config: Config, state: ServerState) -> None:
+        loop, sock = asyncio.get_running_loop(), visitor.sock
+        context = self._certificate.context if self._certificate else None
+        authorities = self._certificate.authorities if self._certificate else ""
+        waits = {"ssl_handshake_timeout": self.bounds.handshake, "ssl_shutdown_timeout": _GOODBYE} if context else {}
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            await loop.connect_accepted_socket(
+                lambda: RemoteProtocol(self, config, state, visitor, authorities), sock, ssl=context, **waits
+            )
+        except OSError as error:  # of TLS, too
+            self._told("handshake")
+            log.debug("no handshake", extra={"fields": {"client": visitor.client, "error": str(error)}})
+        finally:
+            if visitor.protocol is None:
+                self.leave(visitor)
+                sock.close()
+
+    async def _look(self) -> None:
+        """Whether files have changed, and whether who is there may still be."""
+        while True:
+            await asyncio.sleep(self.bounds.look)
+            await asyncio.to_thread(self._look_at_files)
+            for visitor in list(self._inside):
+                if visitor.protocol is not None and visitor.protocol.look():
+                    self._told("identity_ended")
+
+    def _look_at_files(self) -> None:
+        if self._certificate is not None:
+            self._certificate.look()
+        self.identities.tokens.look()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a fault at a door", exc_info=error)

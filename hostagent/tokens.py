@@ -106,7 +106,8 @@ def read(path: Path) -> list[Token]:
     if len(text) > _LARGEST_FILE:
         raise _unusable(path, f"it has more than {_LARGEST_FILE} bytes")
     try:
-        found = [_token(one) for one in json.loads(text)["tokens"]]
+        lines = json.loads(text)["tokens"]
+        found = [_token(one) for one in (lines if isinstance(lines, list) else [lines])]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _unusable(path, "it is not as `hostagent token` writes it") from error
     if len({token.name for token in found}) != len(found):

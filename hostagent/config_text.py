@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hostagent import listening
 from hostagent.config import DEFAULTS, GIB, MIB, SECTIONS, UNSET, Config, Rule, rules
 from hostagent.errors import AgentError
 from hostagent.sizes import parse_size
@@ -356,6 +357,7 @@ def _settled(values: Mapping[str, Any], origin: Mapping[str, str], env: Mapping[
 
 
 def _fits_together(config: Config) -> None:
+    listening.check(config.api)
     for name in ("api.socket", "data.local_socket", "data.control_socket", "data.cloudstack_socket"):
         section, key = name.split(".")
         path = getattr(getattr(config, section), key)

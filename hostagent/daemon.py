@@ -24,7 +24,7 @@ from typing import Any
 
 from events.bus import Bus
 from events.model import now
-from hostagent import __version__, activation, data_child, host, reboot, reload, sdnotify, watchdog
+from hostagent import __version__, activation, data_child, host, listening, reboot, reload, sdnotify, watchdog
 from hostagent.access import holders
 from hostagent.access.leases import FileLease
 from hostagent.access.ledger import Ledger
@@ -482,7 +482,7 @@ class Agent:
         """Bound here, as early as all else that may keep us from starting; opened with the rest of the API."""
         api = self._config.api
         tokens = Tokens(api.tokens_file, api.tokens)
-        certificate = Renewing(found) if (found := remote.certificate_of(api)) is not None else None
+        certificate = Renewing(found) if (found := listening.certificate_of(api)) is not None else None
         known = identities.Identities(
             tokens,
             api.certificate_scopes,
@@ -496,7 +496,7 @@ class Agent:
         if not len(tokens) and not api.certificate_scopes:
             remedy = "make a token: `hostagent token add NAME --scope read`; or set api.certificate_scopes"
             log.warning("nobody may use the API by TCP yet", extra={"fields": {"remedy": remedy}})
-        return Doors(remote.listen(api), certificate, known, remote.Bounds.of(api), self._metrics.refused)
+        return Doors(listening.listen(api), certificate, known, remote.Bounds.of(api), self._metrics.refused)
 
     def _make_audit(self) -> Audit:
         loop, settings = asyncio.get_running_loop(), self._config.audit

@@ -22,6 +22,7 @@ from typing import Any
 
 from hostagent.api.peer import Peer, Remote, from_afar
 from hostagent.errors import AgentError
+from hostagent.listening import KINDS, scopes_of
 from hostagent.tokens import Scope, Token, Tokens
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ REASONS = (
 """Why somebody was turned away, for the metric."""
 WINDOW = 60.0  # seconds in which `api.auth_failures` are counted
 ADDRESSES = 1024  # that failures are counted for; the one that failed longest ago is forgotten
-_KINDS = {"DNS": "DNS", "URI": "URI", "email": "email"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Shown:
         if not certificate:
             return None
         common = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
-        others = [f"{_KINDS[kind]}:{value}" for kind, value in certificate.get("subjectAltName", ()) if kind in _KINDS]
+        others = [f"{kind}:{value}" for kind, value in certificate.get("subjectAltName", ()) if kind in KINDS]
         ends = float(ssl.cert_time_to_seconds(certificate["notAfter"]))
         return cls((*(f"CN:{name}" for name in common), *others), ends, authorities)
 
@@ -159,29 +159,6 @@ class Identities:
         if reason == "certificate":
             remedy = "connect anew, with a certificate that is good"
         return AgentError("unauthenticated", message, field="authorization", remedy=remedy)
-
-
-def scopes_of(given: Sequence[str]) -> dict[str, Scope]:
-    """NAME=SCOPE lines as a table. AgentError invalid."""
-    found = {}
-    for one in given:
-        name, equals, word = one.rpartition("=")
-        kind = name.partition(":")[0]
-        try:
-            scope = Scope.of(word)
-        except ValueError:
-            scope = None
-        if not equals or scope is None or kind not in ("CN", *_KINDS) or name in found or "*" in name:
-            raise AgentError(
-                "invalid",
-                f"{one[:200]!r} gives no scope to a certificate's name",
-                field="api.certificate_scopes",
-                value=one[:200],
-                remedy="write KIND:NAME=SCOPE: KIND is CN, DNS, URI or email, SCOPE is read, operate or admin, and "
-                "each name stands once, without a wildcard",
-            )
-        found[name] = scope
-    return found
 
 
 def network_of(address: str) -> str:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
-import re
 import socket
 import time
 from collections import Counter
@@ -29,90 +27,14 @@ from uvicorn.server import ServerState
 from hostagent.api.bounded import BoundedProtocol, Known
 from hostagent.api.identities import Identities, Identity, Shown, network_of
 from hostagent.api.peer import Peer
-from hostagent.certificates import Certificate, Renewing
-from hostagent.config import UNSET, Api
-from hostagent.errors import AgentError
+from hostagent.certificates import Renewing
+from hostagent.config import Api
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 128
 _REST = 0.1  # seconds, when the process has no descriptor left for one more
 _GRACE = 1.0  # seconds in which one who has just come is not cut for another
 _GOODBYE = 2.0  # seconds for the end of TLS; then the connection is cut
-_LISTEN = re.compile(r"(\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<four>[0-9.]+)):(?P<port>[0-9]{1,5})")
-
-
-def address_of(text: str) -> tuple[str, int]:
-    """An address and a port of api.listen. AgentError invalid."""
-    found = _LISTEN.fullmatch(text)
-    try:
-        if found is None or int(found["port"]) >= 1 << 16:
-            raise ValueError
-        return str(ipaddress.ip_address(found["six"] or found["four"])), int(found["port"])
-    except ValueError:
-        remedy = "write IP:PORT, such as 0.0.0.0:54323 or [::1]:54323"
-        raise AgentError(
-            "invalid", f"{text!r} is no address to listen on", field="api.listen", value=text, remedy=remedy
-        ) from None
-
-
-def certificate_of(api: Api) -> Certificate | None:
-    """The settings' certificate. None: connections are plain, which is only for the loopback address, and only where
-    somebody said so. AgentError invalid."""
-    if api.tls_certificate != UNSET:
-        return Certificate(
-            api.tls_certificate,
-            api.tls_certificate if api.tls_key == UNSET else api.tls_key,
-            None if api.tls_client_ca == UNSET else api.tls_client_ca,
-            optional=api.tls_clients == "optional",
-            setting="api.tls_certificate",
-            ca_setting="api.tls_client_ca",
-        )
-    if api.tls_client_ca != UNSET:
-        remedy = "set api.tls_certificate, too"
-        raise AgentError("invalid", "api.tls_client_ca needs TLS", field="api.tls_certificate", remedy=remedy)
-    for text in api.listen:
-        if not ipaddress.ip_address(address_of(text)[0]).is_loopback:
-            message, remedy = f"{text} leaves this host, and there is no certificate", "set api.tls_certificate"
-            raise AgentError("invalid", message, field="api.tls_certificate", value=text, remedy=remedy)
-        if not api.plain_loopback:
-            message = f"{text} would be served without TLS: every user of this host could listen in as root can"
-            remedy = "set api.tls_certificate, or say api.plain_loopback = true"
-            raise AgentError("invalid", message, field="api.plain_loopback", value=text, remedy=remedy)
-    return None
-
-
-def listen(api: Api) -> list[socket.socket]:
-    """The listeners that the settings ask for. AgentError unavailable."""
-    found: list[socket.socket] = []
-    try:
-        for text in api.listen:
-            found.append(_bound(text))
-    except AgentError:
-        for listener in found:
-            listener.close()
-        raise
-    return found
-
-
-def _bound(text: str) -> socket.socket:
-    address, port = address_of(text)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listener.bind((address, port))
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        message = f"cannot listen on {text}: {error.strerror}"
-        raise AgentError(
-            "unavailable", message, field="api.listen", value=text, remedy="see `ss -tlnp`, `ip address`"
-        ) from error
-    return listener
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def _print(terminal: Terminal, findings: list[Finding]) -> None:
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     from hostagent import config_text
-    from hostagent.cli import doctor_host
+    from hostagent.cli import doctor_doors, doctor_host
 
     if (away := arguments.away(args)) is not None:
         yield ok("host", f"not looked at: this is not the host of {away}")
@@ -77,6 +77,8 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
         yield ok("judged by", f"settings, {found.whose}")
         settings = found.settings
     yield from doctor_host.findings(settings)
+    yield from doctor_doors.space(settings)
+    yield from doctor_doors.findings(settings)
     yield from _agent(Client(socket))
 
 

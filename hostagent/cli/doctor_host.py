@@ -12,7 +12,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hostagent.access import acl, owner
@@ -26,6 +26,8 @@ APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 SELINUX = Path("/sys/fs/selinux/enforce")
 OLDEST_QEMU = (5, 2)  # the first with nbd exports by block-export-add in qemu-storage-daemon
 SAFE_QUERY_QEMU = (10, 2)  # below it query-named-block-nodes can crash QEMU (gitlab qemu issue 3149)
+SAFE_CLOSING_QEMU = ((7, 2, 14), (8, 2, 7), (9, 0, 3), (9, 1, 0))
+"""The first of each line in which an NBD server is not crashed by clients that stay while it closes (CVE-2024-7409)."""
 
 
 def findings(config: Config) -> Iterator[Finding]:
@@ -73,6 +75,14 @@ def _program(program: str, key: str, package: str) -> Iterator[Finding]:
     if key == "qsd.binary" and version < SAFE_QUERY_QEMU:
         remark = "after a pull query-named-block-nodes, sent by anybody, can crash this version; the agent sends none"
         yield ok(name, remark)
+    if key == "qsd.binary" and not _mended(version, SAFE_CLOSING_QEMU):
+        remark = "a client that stays connected while an export is stopped can crash this version (CVE-2024-7409)"
+        yield warn(name, remark, "update it, unless the distribution has mended this one; stop exports without clients")
+
+
+def _mended(version: tuple[int, ...], first: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a version is of a line that was mended, from there on, or newer than all of these lines."""
+    return version >= max(first) or any(version[:2] == one[:2] and version >= one for one in first)
 
 
 def _version(path: str) -> tuple[int, ...] | None:

@@ -51,6 +51,7 @@ def test_no_command_is_one_that_is_not_supported_yet() -> None:
         "download",
         "checksum",
         "completion",
+        "token",
     }
 
 

@@ -22,7 +22,7 @@ LEAVES = {
     for name in (
         *("config", "config_data", "config_dbus", "config_rule", "config_text"),
         *("errors", "sizes", "logs", "sdnotify", "activation"),
-        *("audit", "calls", "certificates", "tokens", "x509"),
+        *("audit", "calls", "certificates", "listening", "tokens", "x509"),
         *("nbdclient", "nbdconnection", "nbddial", "nbdoffer", "nbdstream"),
         *("locks", "looks", "schema", "selection", "turns", "unix_http", "tls_http"),
         *("blocks", "extents", "inodes", "qcow2", "qemu_locks", "rangeset"),
@@ -198,7 +198,7 @@ def test_front_ends_reach_the_store_only_through_the_use_cases() -> None:
 def test_the_command_line_talks_to_the_agent_over_its_socket() -> None:
     """Only `serve`, `data`, `demo`, `doctor` and `image` run here, and may use more than the leaves; what moves images
     uses hostagent.client."""
-    here = {"serve", "data", "demo", "demo_stage", "demo_images", "doctor", "doctor_host", "images"}
+    here = {"serve", "data", "demo", "demo_stage", "demo_images", "doctor", "doctor_host", "doctor_doors", "images"}
     own = {"hostagent.cli"} | LEAVES
     movers = {f"hostagent.cli.{name}" for name in ("transfers", "remote_map", "ticket_url")}
     wrong = [

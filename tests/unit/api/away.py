@@ -14,7 +14,7 @@ from typing import Any
 
 from running_agent import Agent, serving
 
-from hostagent import tokens
+from hostagent import listening, tokens
 from hostagent.api import remote
 from hostagent.api.identities import Identities
 from hostagent.certificates import Renewing
@@ -160,7 +160,7 @@ def away(
     api: Api = replace(DEFAULTS.api, **given)
 
     def doors(agent: Agent) -> remote.Doors:
-        certificate = Renewing(found) if (found := remote.certificate_of(api)) else None
+        certificate = Renewing(found) if (found := listening.certificate_of(api)) else None
         known = Tokens(here.tokens_file, api.tokens)
         known.look()
         identities = Identities(
@@ -170,7 +170,7 @@ def away(
             told=agent.refusals.append,
             authorities=lambda: certificate.authorities if certificate else "",
         )
-        return remote.Doors(remote.listen(api), certificate, identities, remote.Bounds.of(api), agent.refusals.append)
+        return remote.Doors(listening.listen(api), certificate, identities, remote.Bounds.of(api), agent.refusals.append)
 
     kept = {name: settings[name] for name in ("body_timeout", "sse_heartbeat", "max_connections") if name in settings}
     with serving(folder / "s", doors=doors, policy=policy, **kept) as agent:

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from away import Away, Site, away, bearer, parsed, request, site, until, until_end
 
-from hostagent.api.identities import ADDRESSES, Failures, network_of, scopes_of
-from hostagent.api.remote import address_of, certificate_of
+from hostagent.api.identities import ADDRESSES, Failures, network_of
 from hostagent.config import DEFAULTS
 from hostagent.errors import AgentError
+from hostagent.listening import address_of, certificate_of, scopes_of
 from hostagent.tokens import Scope
 
 PULL = {"operation": "pull", "target": "/img/top.qcow2"}

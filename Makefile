@@ -46,7 +46,7 @@ test: lint
 	@$(PYTEST) -m "not slow"
 
 test-full: lint
-	@STORIES=$(STORIES) $(PYTEST)
+	@STORIES=$(STORIES) GENERATED=100 $(PYTEST)
 
 bench: $(DEVELOP)
 	@$(PYTHON) -m tests.bench

@@ -32,6 +32,7 @@ from hostagent.access.ledger import Settings as LedgerSettings
 from hostagent.access.prober import Prober
 from hostagent.access.subject import OwnProbe, Probe, Subject
 from hostagent.api import identities, remote
+from hostagent.api.audited import audited
 from hostagent.api.changes import Changes
 from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
@@ -550,7 +551,7 @@ class Agent:
             **{name: getattr(config.api, name) for name in names},
         )
         app = build_app(
-            self._service,
+            audited(self._service, self._audit.tell),
             self._bus,
             settings=settings,
             metrics=self._metrics.render,

@@ -20,7 +20,7 @@ from fastapi.routing import APIRoute
 from events.bus import Bus
 from hostagent import __version__
 from hostagent.api import models, problem, routes, scopes
-from hostagent.api.audited import Tell, audited
+from hostagent.api.audited import Tell
 from hostagent.api.gate import Gate, RequestIds
 from hostagent.api.limits import Limits, RequestLimits
 from hostagent.api.peercred import PeerPolicy, protocol
@@ -66,7 +66,7 @@ def build_app(
     audit: Tell = lambda what, result, **details: None,
 ) -> FastAPI:
     """`metrics` gives the exposition and its content type (`Metrics.render`); `told` hears why somebody was turned
-    away, `audit` of each call that changes something."""
+    away, `audit` what they were kept from changing. Of what is changed tells the service (audited.py)."""
     _every_route_has_its_rule()
     app = FastAPI(
         title="hostagent",
@@ -78,7 +78,7 @@ def build_app(
         responses=PROBLEM,
     )
     app.state.front = routes.Front(
-        service=audited(service, audit),
+        service=service,
         bus=bus,
         streams=Streams(service, bus, _stream_settings(settings)),
         metrics=metrics,

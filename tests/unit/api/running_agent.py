@@ -17,6 +17,7 @@ from fake_service import FakeService
 
 from events.bus import Bus
 from hostagent import calls
+from hostagent.api.audited import audited
 from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
 from hostagent.api.remote import Doors
@@ -60,7 +61,7 @@ class Agent:
         self.bus = Bus()
         self.service = FakeService(self.bus)
         app = build_app(
-            self.service,
+            audited(self.service, self._tell),
             self.bus,
             settings=self._settings,
             metrics=lambda: (b"m 1\n", "text/plain"),

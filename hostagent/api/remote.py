@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _REST = 0.1  # seconds, when the process has no descriptor left for one more
 _GRACE = 1.0  # seconds in which one who has just come is not cut for another
-_GOODBYE = 2.0  # seconds for the end of TLS; then the connection is cut
+_GOODBYE = 0.5  # seconds for the client's end of TLS, which says nothing; then the connection is cut
 
 
 @dataclass(frozen=True, slots=True)

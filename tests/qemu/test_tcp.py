@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from hostagent import tokens
 from tests.data.pki import Certificate, Pki
 from tests.harness import MIB, AgentProcess, Json, overlay, raw_image, reachable, same_content
 
@@ -52,7 +53,11 @@ class House:
         return run("token", *words, "--file", self.agent.state / "tokens.json")
 
     def add(self, name: str, scope: str, *words: str) -> str:
-        text = self.token("add", name, "--scope", scope, *words).stdout.strip()
+        done = self.token("add", name, "--scope", scope, *words)
+        assert done.returncode == OK, done.stderr
+        return self.keep(name, done.stdout.strip())
+
+    def keep(self, name: str, text: str) -> str:
         self.files[name] = self.folder / f"{name}.token"
         self.files[name].write_text(text + "\n")
         self.files[name].chmod(0o600)
@@ -95,8 +100,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     }
     with reachable(pool), AgentProcess(folder, settings) as agent:
         found = House(agent, pki, folder)
-        for scope in ("read", "operate", "admin"):
-            found.add(scope, scope)
+        with tokens.changing(agent.state / "tokens.json") as known:
+            for scope in tokens.GIVEN:
+                token, text = tokens.new(scope.word, scope, None)
+                known.append(token)
+                found.keep(scope.word, text)
         found.look_for_address()
         eventually(lambda: found.cli("read", "status").returncode == OK)
         yield found

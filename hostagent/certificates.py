@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from hostagent import x509
 from hostagent.errors import AgentError
@@ -22,6 +23,13 @@ log = logging.getLogger(__name__)
 
 _LOOK = 1.0  # seconds between two looks at the files
 _LARGEST_FILE = 16 << 20  # bytes of a file of authorities; all that browsers trust take 250 KiB
+
+
+class InForce(NamedTuple):
+    """`authorities` tells those that clients are judged by from others."""
+
+    context: ssl.SSLContext
+    authorities: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +44,8 @@ class Certificate:
     setting: str = "data.cert"
     ca_setting: str = "data.client_ca"
 
-    def context(self) -> ssl.SSLContext:
-        """TLS 1.2 at least, and each connection's handshake a whole one. AgentError invalid, naming the file."""
+    def load(self) -> InForce:
+        """TLS 1.2 at least. AgentError invalid, naming the file."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
@@ -47,14 +55,17 @@ class Certificate:
             message = f"the certificate {str(self.cert)!r} or its key {str(self.key)!r} cannot be used: {error}"
             remedy = "PEM files, readable by the daemon"
             raise AgentError("invalid", message, field=self.setting, remedy=remedy) from error
-        if self.client_ca is not None:
-            try:
-                context.load_verify_locations(self.client_ca)
-            except (OSError, ValueError) as error:
-                message = f"the authorities in {str(self.client_ca)!r} cannot be used: {error}"
-                raise AgentError("invalid", message, field=self.ca_setting, remedy="a PEM file") from error
-            context.verify_mode = ssl.CERT_OPTIONAL if self.optional else ssl.CERT_REQUIRED
-        return context
+        if self.client_ca is None:
+            return InForce(context, "")
+        try:
+            with self.client_ca.open("rb") as file:
+                text = file.read(_LARGEST_FILE)
+            context.load_verify_locations(cadata=text.decode("ascii", "replace"))
+        except (OSError, ValueError) as error:
+            message = f"the authorities in {str(self.client_ca)!r} cannot be used: {error}"
+            raise AgentError("invalid", message, field=self.ca_setting, remedy="a PEM file") from error
+        context.verify_mode = ssl.CERT_OPTIONAL if self.optional else ssl.CERT_REQUIRED
+        return InForce(context, hashlib.sha256(text).hexdigest())
 
     def ends(self) -> datetime | None:
         """When it ceases to hold; None where that cannot be read, which then is no reason for anything."""
@@ -62,16 +73,6 @@ class Certificate:
             return x509.validity(self.cert).ends
         except (OSError, ValueError):
             return None
-
-    def authorities(self) -> str:
-        """Tells two files of authorities apart."""
-        if self.client_ca is None:
-            return ""
-        try:
-            with self.client_ca.open("rb") as file:
-                return hashlib.sha256(file.read(_LARGEST_FILE)).hexdigest()
-        except OSError:
-            return ""
 
 
 def _no_password() -> str:
@@ -86,8 +87,7 @@ class Renewing:
         self._certificate = certificate
         self._lock = threading.Lock()
         self._seen = self._stamps()
-        self._context = certificate.context()
-        self.authorities = certificate.authorities()
+        self._in_force = certificate.load()
         self._looked = time.monotonic()
         if _over(ends := certificate.ends()):
             fields = {"cert": str(certificate.cert), "ended": str(ends)}
@@ -98,12 +98,12 @@ class Renewing:
             if time.monotonic() - self._looked > _LOOK:
                 self._looked = time.monotonic()
                 self._look()
-            return self._context
+            return self._in_force.context
 
     @property
-    def context(self) -> ssl.SSLContext:
-        """The one in force, without a look at the files."""
-        return self._context
+    def in_force(self) -> InForce:
+        """Without a look at the files."""
+        return self._in_force
 
     def look(self) -> None:
         """For who has a rhythm of its own, and a thread for it."""
@@ -119,14 +119,14 @@ class Renewing:
         if stamps == self._seen and not anyway:
             return
         try:
-            context, authorities = self._certificate.context(), self._certificate.authorities()
+            loaded = self._certificate.load()
             if _over(ends := self._certificate.ends()):
                 message = f"the certificate's time was over at {ends}"
                 raise AgentError("invalid", message, field=self._certificate.setting)
         except AgentError as error:
             log.error("the old certificate stays in force", extra={"fields": {"error": error.message}})
         else:
-            self._context, self.authorities = context, authorities
+            self._in_force = loaded
             log.info("certificate read anew", extra={"fields": {"cert": str(self._certificate.cert)}})
         self._seen = stamps
 

@@ -359,13 +359,19 @@ class Api:
     max_json_depth: int = setting(16, "How deep a request's JSON may nest.", low=4, high=100)
     body_timeout: float = setting(10.0, "Seconds until a request's body must be here.", low=0.1, high=600)
     max_connections: int = setting(
-        256, "Requests at a time, and as many of root and the agent's own user.", low=1, high=10000
+        256,
+        "Requests at a time, and as many of root and the agent's own user, and of those who come by TCP.",
+        low=1,
+        high=10000,
     )
     wait_limit: float = setting(60.0, "The longest `?wait=`, in seconds.", low=0, high=600)
     list_limit: int = setting(1000, "Objects on one page of a list.", low=1, high=10000)
     sse_heartbeat: float = setting(15.0, "Seconds between comments that keep an event stream alive.", low=0.1, high=600)
     sse_subscribers: int = setting(
-        64, "Event streams at a time, and as many of root and the agent's own user.", low=0, high=10000
+        64,
+        "Event streams at a time, and as many of root and the agent's own user, and of those who come by TCP.",
+        low=0,
+        high=10000,
     )
     sse_queue: int = setting(1000, "Events that wait for one slow stream before it loses some.", low=10, high=100000)
     keepalive: int = setting(5, "Seconds that an idle connection is kept.", low=1, high=600)

@@ -489,7 +489,7 @@ class Agent:
             api.certificate_scopes,
             failures=api.auth_failures,
             told=self._metrics.refused,
-            authorities=lambda: certificate.authorities if certificate else "",
+            authorities=lambda: certificate.in_force.authorities if certificate else "",
         )
         if not api.listen:
             return None

@@ -222,8 +222,10 @@ class Tokens:
             fields = {"error": error.message, "remedy": error.remedy}
             log.error("no token is accepted", extra={"fields": fields})
             found = []
-        self._by_name = {token.name: token for token in found}
-        log.info("tokens read", extra={"fields": {"tokens": len(found)}})
+        before, self._by_name = self._by_name, {token.name: token for token in found}
+        gone = [name for name, token in before.items() if self._by_name.get(name) != token]
+        come = [name for name, token in self._by_name.items() if before.get(name) != token]
+        log.info("tokens read", extra={"fields": {"tokens": len(found), "come": come, "gone": gone}})
 
     def find(self, text: str) -> Token | None:
         """The token whose text that is, also when its time is over."""

@@ -28,6 +28,8 @@ ROUTE_KEY = "hostagent.route"
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 REALM = "hostagent"
+WINDOW = 60.0
+"""Seconds in which failed authentications are counted, and after which it makes sense to come back."""
 
 
 class Connection(Protocol):
@@ -75,6 +77,8 @@ class Gate:
             refusal.headers["connection"] = "close"
             if challenge := _challenge(error):
                 refusal.headers["www-authenticate"] = challenge
+            if error.code == "limit":
+                refusal.headers["retry-after"] = f"{WINDOW:.0f}"
             await refusal(scope, receive, send)
             return
         await self._app(scope, receive, send)

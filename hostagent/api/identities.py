@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from hostagent.api.gate import WINDOW
 from hostagent.api.peer import Peer, Remote, from_afar
 from hostagent.errors import AgentError
 from hostagent.listening import KINDS, scopes_of
@@ -32,7 +33,6 @@ REASONS = (
     *("handshake", "connections", "client_connections", "stranger", "identity_ended"),
 )
 """Why somebody was turned away, for the metric."""
-WINDOW = 60.0  # seconds in which `api.auth_failures` are counted
 ADDRESSES = 1024  # that failures are counted for; the one that failed longest ago is forgotten
 
 

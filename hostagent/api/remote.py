@@ -228,8 +228,7 @@ class Doors:
 
     async def _welcome(self, visitor: Visitor, config: Config, state: ServerState) -> None:
         loop, sock = asyncio.get_running_loop(), visitor.sock
-        context = self._certificate.context if self._certificate else None
-        authorities = self._certificate.authorities if self._certificate else ""
+        context, authorities = self._certificate.in_force if self._certificate else (None, "")
         waits = {"ssl_handshake_timeout": self.bounds.handshake, "ssl_shutdown_timeout": _GOODBYE} if context else {}
         try:
             sock.setblocking(False)

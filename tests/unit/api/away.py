@@ -168,7 +168,7 @@ def away(
             scopes,
             failures=api.auth_failures,
             told=agent.refusals.append,
-            authorities=lambda: certificate.authorities if certificate else "",
+            authorities=lambda: certificate.in_force.authorities if certificate else "",
         )
         return remote.Doors(listening.listen(api), certificate, identities, remote.Bounds.of(api), agent.refusals.append)
 

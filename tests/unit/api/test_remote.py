@@ -309,7 +309,7 @@ def test_tokens_are_not_guessed_and_the_noise_is_bounded(
         guesses = [f"hostagent.admin.{n:043}" for n in range(12)]
         answers = [there.call("GET", "/v1/jobs", token=guess) for guess in guesses]
         assert [answer.status for answer in answers] == [401] * 5 + [429] * 7
-        assert answers[-1].body["field"] == "api.auth_failures"
+        assert answers[-1].body["field"] == "api.auth_failures" and answers[-1].headers["retry-after"] == "60"
         assert all(answer.headers["connection"] == "close" for answer in answers)
         assert there.call("GET", "/v1/jobs", token="read").status == 200, "who has a good one is let in"
     assert caplog.text.count("too many failed authentications") == 1

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from away import Away, Site, away, bearer, parsed, request, site, until, until_end
 
-from hostagent.api.identities import ADDRESSES, Failures, network_of
+from hostagent.api.identities import ADDRESSES, Failures, Identities, Shown, network_of
 from hostagent.config import DEFAULTS
 from hostagent.errors import AgentError
 from hostagent.listening import address_of, certificate_of, scopes_of
-from hostagent.tokens import Scope
+from hostagent.tokens import Scope, Tokens
 
 PULL = {"operation": "pull", "target": "/img/top.qcow2"}
 
@@ -382,6 +382,24 @@ def test_a_request_that_could_mean_two_is_not_answered_as_two(there: Away, frami
     assert there.call("GET", "/healthz").status == 200
 
 
+def test_two_lengths_of_one_body_are_refused(there: Away) -> None:
+    headers = {"content-length": "2", "transfer-encoding": "chunked", "content-type": "application/json"}
+    with there.connect() as sock:
+        sock.sendall(
+            request("POST", "/v1/jobs", {**headers, **bearer(there.site.secrets["operate"])}) + b"2\r\n{}\r\n0\r\n\r\n"
+        )
+        answer = parsed(until_end(sock))
+    assert (answer.status, answer.body["field"], answer.headers["connection"]) == (400, "content-length", "close")
+
+
+def test_handshakes_begin_no_faster_than_they_may(here: Site, tmp_path: Path) -> None:
+    with away(here, tmp_path, handshake_rate=10) as there:
+        began = time.monotonic()
+        for _ in range(25):  # ten at once, for nobody came before
+            assert there.call("GET", "/healthz").status == 200
+        assert time.monotonic() - began > 1.3
+
+
 def test_many_at_once_are_served(there: Away) -> None:
     wrong: list[int] = []
 
@@ -453,6 +471,23 @@ def test_a_scope_of_a_certificate_is_one(text: str) -> None:
     assert scopes_of(["CN:a=b=read"]) == {"CN:a=b": Scope.READ}
     with pytest.raises(AgentError):
         scopes_of(["CN:a=read", "CN:a=admin"])
+
+
+def test_a_certificate_ends_also_while_it_is_connected(tmp_path: Path) -> None:
+    refused: list[str] = []
+    known = Identities(
+        Tokens(tmp_path / "none", 1), ["CN:a=read"], failures=9, told=refused.append, authorities=lambda: "x"
+    )
+    now = datetime.now(UTC).timestamp()
+    identity = known.of([], Shown(("CN:a",), now + 0.3, "x"), "192.0.2.1:5")
+    assert identity.stands() and identity.peer.scope is Scope.READ
+    eventually(lambda: not identity.stands())
+    with pytest.raises(AgentError):
+        known.of([], Shown(("CN:a",), now - 1, "x"), "192.0.2.1:5")
+    assert refused == ["certificate"]
+    identity = known.of([], Shown(("CN:a",), now + 60, "x"), "192.0.2.1:5")
+    known.rescope(["CN:a=operate"])
+    assert not identity.stands(), "a scope that has changed ends what ran with the one before"
 
 
 def test_failures_of_many_addresses_take_a_bounded_room() -> None:

@@ -34,6 +34,7 @@ OPENSSL = ((3, 0, 0), (3, 0, 7))
 
 def findings(config: Config) -> Iterator[Finding]:
     yield from _listeners(config)
+    yield from _metrics(config)
     for name, cert, key in _pairs(config):
         yield from _certificate(name, cert, key)
     yield from _authorities(config)
@@ -59,6 +60,16 @@ def _listeners(config: Config) -> Iterator[Finding]:
     else:
         whom = "to whoever reaches the host" if any(address.is_unspecified for address in addresses) else ""
         yield ok(name, f"{where}, with TLS, open beyond this host {whom}".rstrip())
+
+
+def _metrics(config: Config) -> Iterator[Finding]:
+    if not (where := config.metrics.listen):
+        return
+    text = f"{where}, without encryption or identities: whoever reaches it reads names of guests and paths of images"
+    if ipaddress.ip_address(address_of(where)[0]).is_loopback:
+        yield ok("metrics by TCP", text)
+    else:
+        yield warn("metrics by TCP", text, "have them from api.listen, with a token whose scope is read")
 
 
 def _pairs(config: Config) -> Iterator[tuple[str, Path, Path]]:

@@ -75,6 +75,12 @@ def test_it_says_who_can_reach_the_api(config: Config) -> None:
     assert one(doctor_doors.findings(plain), "API by TCP")[0] == "warn"
 
 
+@pytest.mark.parametrize(("where", "results"), [("", []), ("127.0.0.1:1", ["ok"]), ("[::]:1", ["warn"])])
+def test_it_says_who_can_reach_the_metrics(config: Config, where: str, results: list[str]) -> None:
+    given = replace(config, metrics=replace(config.metrics, listen=where))
+    assert [result for result, *_ in of(doctor_doors.findings(given), "metrics by TCP")] == results
+
+
 @pytest.mark.parametrize(("days", "result"), [(400, "ok"), (10, "warn")])
 def test_a_certificate_that_ends_soon_is_a_warning(config: Config, pki: Pki, days: int, result: str) -> None:
     cert = signed(pki, f"own-{days}", days)

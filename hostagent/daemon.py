@@ -544,6 +544,7 @@ class Agent:
             data=self._data.facts if self._data is not None else None,
         )
         self.news.trouble = self._service.troubles.append
+        self._use_cases = audited(self._service, self._audit.tell)  # what every front-end is given
         names = {item.name for item in fields(HttpSettings)} - {"host", "stop_timeout"}
         settings = HttpSettings(
             host=config.agent.host,
@@ -551,7 +552,7 @@ class Agent:
             **{name: getattr(config.api, name) for name in names},
         )
         app = build_app(
-            audited(self._service, self._audit.tell),
+            self._use_cases,
             self._bus,
             settings=settings,
             metrics=self._metrics.render,

@@ -35,6 +35,7 @@ OPENSSL = ((3, 0, 0), (3, 0, 7))
 def findings(config: Config) -> Iterator[Finding]:
     yield from _listeners(config)
     yield from _metrics(config)
+    yield from _data(config)
     for name, cert, key in _pairs(config):
         yield from _certificate(name, cert, key)
     yield from _authorities(config)
@@ -70,6 +71,22 @@ def _metrics(config: Config) -> Iterator[Finding]:
         yield ok("metrics by TCP", text)
     else:
         yield warn("metrics by TCP", text, "have them from api.listen, with a token whose scope is read")
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    data = config.data
+    if not data.start or data.port < 0:
+        return
+    where = data.listen or ("::" if data.cert != UNSET else "127.0.0.1")
+    text = f"{where}, port {data.port}, {'with' if data.cert != UNSET else 'without'} TLS: images for who has a ticket"
+    yield ok("data by TCP", text if _is_loopback(where) else f"{text}; open beyond this host")
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # the daemon says so when it starts
+        return False
 
 
 def _pairs(config: Config) -> Iterator[tuple[str, Path, Path]]:

@@ -14,11 +14,11 @@ from hostagent.cli import arguments
 from hostagent.cli.client import CliError
 from hostagent.cli.terminal import Terminal, remark
 from hostagent.errors import EXIT_OK
-from hostagent.tokens import WORDS
 
 if TYPE_CHECKING:
     from hostagent.tokens import Token
 
+SCOPES = ("read", "operate", "admin")  # as hostagent.tokens has them, which is not loaded for each command
 UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -29,7 +29,7 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     )
     add = _verb(verbs, common, "add", _add, "make a token, and show it this once")
     add.add_argument("name", metavar="NAME", help="whose it is: small letters, digits and -")
-    add.add_argument("--scope", choices=WORDS, required=True, help="what it may do; each may what those before it may")
+    add.add_argument("--scope", choices=SCOPES, required=True, help="what it may do; each may what those before it may")
     add.add_argument("--expires", metavar="TIME", type=_moment, help="30d, 12h, or a time such as 2030-01-01T00:00:00Z")
     _verb(verbs, common, "list", _list, "all of them; a token itself is kept nowhere")
     remove = _verb(verbs, common, "remove", _remove, "from now on it is good for nothing, also where it is in use")

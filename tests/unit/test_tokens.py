@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostagent import tokens
+from hostagent.cli.tokens import SCOPES
 from hostagent.errors import AgentError
 from hostagent.tokens import Scope, Tokens
 
@@ -37,6 +38,10 @@ def test_the_file_has_no_token_in_it_and_is_nobody_elses(file: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     (token,) = tokens.read(file)
     assert (token.name, token.scope, token.expires) == ("backup", Scope.OPERATE, datetime(2030, 1, 1, tzinfo=UTC))
+
+
+def test_the_command_line_knows_the_scopes() -> None:
+    assert SCOPES == tokens.WORDS
 
 
 def test_a_token_is_found_and_nothing_like_it(file: Path) -> None:

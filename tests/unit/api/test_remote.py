@@ -416,6 +416,17 @@ def test_many_at_once_are_served(there: Away) -> None:
     assert not wrong
 
 
+def test_who_does_not_read_an_answer_is_cut_off(here: Site, tmp_path: Path) -> None:
+    with away(here, tmp_path, body_timeout=0.5) as there, there.connect() as sock:
+        sock.sendall(request("GET", "/v1/events", bearer(here.secrets["read"])))
+        until(sock, b"retry")
+        until_cut = time.monotonic() + 30
+        while len(there.agent.front.streams.places):
+            assert time.monotonic() < until_cut
+            there.agent.on_loop(lambda: [there.agent.service.happen("x" * 1000) for _ in range(100)])
+        eventually(lambda: not len(there.agent.doors))  # type: ignore[arg-type]
+
+
 def test_the_agent_ends_while_clients_are_there(here: Site, tmp_path: Path) -> None:
     began = time.monotonic()
     with away(here, tmp_path) as there:

@@ -81,6 +81,13 @@ def test_it_says_who_can_reach_the_metrics(config: Config, where: str, results: 
     assert [result for result, *_ in of(doctor_doors.findings(given), "metrics by TCP")] == results
 
 
+def test_it_says_who_can_reach_images(config: Config, pki: Pki) -> None:
+    assert "127.0.0.1, port 54322, without TLS" in one(doctor_doors.findings(config), "data by TCP")[1]
+    served = replace(config, data=replace(config.data, cert=pki.server.cert, key=pki.server.key))
+    assert "open beyond this host" in one(doctor_doors.findings(served), "data by TCP")[1]
+    assert not of(doctor_doors.findings(replace(config, data=replace(config.data, port=-1))), "data by TCP")
+
+
 @pytest.mark.parametrize(("days", "result"), [(400, "ok"), (10, "warn")])
 def test_a_certificate_that_ends_soon_is_a_warning(config: Config, pki: Pki, days: int, result: str) -> None:
     cert = signed(pki, f"own-{days}", days)

@@ -158,7 +158,8 @@ class Doors:
             address = listener.getsockname()
             fields = {"address": f"{address[0]}:{address[1]}", "tls": self._certificate is not None}
             log.info("listening", extra={"fields": fields})
-        self._start(self._look())
+        self._start(self._look_at_files())
+        self._start(self._look_at_visitors())
 
     async def close(self) -> None:
         """Take no more; those that are there are the server's to end."""
@@ -245,16 +246,24 @@ class Doors:
                 self.leave(visitor)
                 sock.close()
 
-    async def _look(self) -> None:
-        """Whether files have changed, and whether who is there may still be."""
+    async def _look_at_files(self) -> None:
+        """Whether they have changed. On a disk that hangs this waits, and nothing else."""
         while True:
             await asyncio.sleep(self.bounds.look)
-            await asyncio.to_thread(self._look_at_files)
+            try:
+                await asyncio.to_thread(self._read_anew)
+            except Exception:  # what was read before stays in force, and is looked at again
+                log.exception("a fault in reading certificates and tokens")
+
+    async def _look_at_visitors(self) -> None:
+        """Whether who is there may still be."""
+        while True:
+            await asyncio.sleep(self.bounds.look)
             for visitor in list(self._inside):
                 if visitor.protocol is not None and visitor.protocol.look():
                     self._told("identity_ended")
 
-    def _look_at_files(self) -> None:
+    def _read_anew(self) -> None:
         if self._certificate is not None:
             self._certificate.look()
         self.identities.tokens.look()

@@ -59,10 +59,15 @@ def _top(top: Command, names: list[str]) -> list[str]:
         lines += _tagged(f".B {status}", [text])
     lines.append(".SH ENVIRONMENT")
     lines += _tagged(".B HOSTAGENT_SOCKET", ["The agent's socket, where --socket names none."])
+    lines += _tagged(".B HOSTAGENT_URL", ["An agent of another host, where neither --url nor --socket names one."])
+    others = ".B HOSTAGENT_CAFILE HOSTAGENT_CERTIFICATE HOSTAGENT_KEY HOSTAGENT_TOKEN_FILE"
+    lines += _tagged(others, ["What --cafile, --cert, --key and --token-file say of it."])
     lines += _tagged(".I HOSTAGENT_SECTION_KEY", ["A setting of hostagent.toml(5), as HOSTAGENT_JOBS_WIDTH."])
     lines.append(".SH FILES")
     lines += _tagged(f".I {_text(config_text.DEFAULT_FILE)}", ["Settings; see hostagent.toml(5)."])
     lines += _tagged(".I /var/lib/hostagent", ["The agent's store: jobs, exports, access."])
+    lines += _tagged(".I /var/lib/hostagent/audit.jsonl", ["Who changed what (audit.file)."])
+    lines += _tagged(".I /var/lib/hostagent/tokens.json", ["Who may use the API by TCP, by hashes of their tokens."])
     lines += _tagged(".I /run/hostagent", ["Its sockets, and those of the exports."])
     return [*lines, ".SH SEE ALSO", *_see(name for name in names if name != "hostagent(1)")]
 

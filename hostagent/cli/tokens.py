@@ -24,7 +24,7 @@ UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     text = "who may use the API by TCP"
-    verbs = nouns.add_parser("token", help=text, description=text).add_subparsers(
+    verbs = nouns.add_parser("token", help=text, description=text, parents=[common]).add_subparsers(
         dest="verb", metavar="VERB", required=True
     )
     add = _verb(verbs, common, "add", _add, "make a token, and show it this once")

@@ -51,9 +51,9 @@ class Audit:
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
 
-    def tell(self, what: str, result: str, **details: object) -> None:
-        """Of the present call. Waits for nothing."""
-        call = calls.present()
+    def tell(self, what: str, result: str, *, call: calls.Call | None = None, **details: object) -> None:
+        """Of a call, or else of the present one. Waits for nothing."""
+        call = call or calls.present()
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request": call.id if call else "",

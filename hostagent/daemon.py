@@ -417,7 +417,7 @@ class Agent:
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._watch.run(), name="watch"),
             asyncio.create_task(self._gauges.run(), name="gauges"),
-            asyncio.create_task(self._projection.run(self._service), name="dbus"),
+            asyncio.create_task(self._projection.run(self._use_cases, self._audit.tell), name="dbus"),
             asyncio.create_task(keep_house(self._store, self._retention(), self._clock), name="house"),
         ]
         for look in self._guests.looks():

@@ -11,13 +11,15 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, cast
 
+from hostagent import calls
 from hostagent.api.usecases import Json, Service
 from hostagent.errors import AgentError
 from jobs.errors import JobError
 
 
 class Tell(Protocol):
-    def __call__(self, what: str, result: str, **details: object) -> None: ...
+    def __call__(self, what: str, result: str, *, call: calls.Call | None = None, **details: object) -> None:
+        """`call` None is the present one."""
 
 
 _SPEC = (
@@ -75,6 +77,7 @@ class _Audited:
         return told
 
     async def _told(self, what: str, details: Json, act: Awaitable[Any]) -> Any:
+        call = calls.present()  # who asked may be gone before it is done
         began, result = time.monotonic(), "internal"
         try:
             done = await act
@@ -88,7 +91,7 @@ class _Audited:
             result = "cancelled"
             raise
         finally:
-            self._tell(what, result, **details, seconds=round(time.monotonic() - began, 3))
+            self._tell(what, result, call=call, **details, seconds=round(time.monotonic() - began, 3))
 
 
 def _made(done: Any) -> Json:

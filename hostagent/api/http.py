@@ -63,7 +63,7 @@ def build_app(
     settings: HttpSettings,
     metrics: Callable[[], tuple[bytes, str]],
     told: Callable[[str], None] = lambda reason: None,
-    audit: Tell = lambda what, result, **details: None,
+    audit: Tell = lambda what, result, **_: None,
 ) -> FastAPI:
     """`metrics` gives the exposition and its content type (`Metrics.render`); `told` hears why somebody was turned
     away, `audit` what they were kept from changing. Of what is changed tells the service (audited.py)."""

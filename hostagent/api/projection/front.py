@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hostagent import calls
 from hostagent.api import dbus
+from hostagent.api.audited import Tell
 from hostagent.api.peer import NOBODY, Peer, Places
 from hostagent.api.projection import interface, polkit, verbs
 from hostagent.api.projection.message import NO_REPLY, STANDARD, BusError, Message, text
@@ -52,8 +54,9 @@ class Front:
 
     _wire: Wire
 
-    def __init__(self, service: Service, shows: verbs.Shows, tree: Tree, limits: Limits) -> None:
+    def __init__(self, service: Service, shows: verbs.Shows, tree: Tree, limits: Limits, audit: Tell) -> None:
         self._service = service
+        self._audit = audit
         self._shows = shows
         self._tree = tree
         self._limits = limits
@@ -178,11 +181,19 @@ class Front:
         if not self._places.take(peer):
             raise BusError(*TOO_MANY)
         try:
-            never, timeout = self._limits.never, self._limits.polkit_timeout
-            await polkit.require(self._wire, call, peer, verb.action, never=never, timeout=timeout)
-            return await self._do(verb, call, frame, shown, peer)
+            with calls.serving(calls.Call(uuid.uuid4().hex, "dbus", peer.who, f"pid {peer.pid}")):
+                await self._require(verb.action, call, shown, peer)
+                return await self._do(verb, call, frame, shown, peer)
         finally:
             self._places.leave(peer)
+
+    async def _require(self, action: str, call: Message, shown: Shown, peer: Peer) -> None:
+        never, timeout = self._limits.never, self._limits.polkit_timeout
+        try:
+            await polkit.require(self._wire, call, peer, action, never=never, timeout=timeout)
+        except AgentError as error:
+            self._audit(f"{shown.interface}.{call.member}", error.code, id=shown.id or None)
+            raise
 
     async def _do(self, verb: verbs.Verb, call: Message, frame: bytes, shown: Shown, peer: Peer) -> Message:
         signature, answer = interface.OURS[shown.interface].methods[call.member]

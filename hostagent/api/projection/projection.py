@@ -17,6 +17,7 @@ from typing import Any
 
 from hostagent import __version__
 from hostagent.api import dbus
+from hostagent.api.audited import Tell
 from hostagent.api.projection import follow, front, interface, objects
 from hostagent.api.projection.follow import Follower
 from hostagent.api.projection.message import BusError, Message, to_bus
@@ -105,8 +106,8 @@ class Projection:
             return {"ok": True, "detail": self.state.why}
         return {"ok": True, "detail": f"not connected: {self.state.why}", "remedy": "it is tried again by itself"}
 
-    async def run(self, service: Service) -> None:
-        """Until cancelled."""
+    async def run(self, service: Service, audit: Tell) -> None:
+        """Until cancelled. `audit` hears of what callers were kept from."""
         if not self.on:
             if self._missing is not None:
                 log.warning("no D-Bus", extra={"fields": {"reason": self._missing}})
@@ -115,7 +116,7 @@ class Projection:
         while True:
             began = time.monotonic()
             try:
-                await self._session(service)
+                await self._session(service, audit)
             except (OSError, TimeoutError, BusError, AgentError, JobError) as error:
                 self._lost(error)
             except Exception as error:  # a task root: whatever it is, jobs go on
@@ -134,7 +135,7 @@ class Projection:
             log.warning("not on the bus", extra={"fields": {"reason": why}})
         self.state = State(why=why, absent=absent)
 
-    async def _session(self, service: Service) -> None:
+    async def _session(self, service: Service, audit: Tell) -> None:
         """One connection, from its beginning to its end."""
         assert self._address is not None
         config = self._config
@@ -143,7 +144,7 @@ class Projection:
         follower = Follower(service, tree, self._pending, settings)
         shows = _Shows(follower, tree)
         limits = front.Limits(config.calls, config.caller_calls, config.polkit_timeout, self._never())
-        answers = front.Front(service, shows, tree, limits)
+        answers = front.Front(service, shows, tree, limits, audit)
         wire = await Wire.connect(
             self._address, Limits(config.call_timeout, config.stall_timeout, config.max_message), answers
         )

@@ -139,6 +139,15 @@ async def _undo(call: Call) -> tuple[Any, ...]:
     return ()
 
 
+def table() -> str:
+    """Markdown, for SECURITY.md: who may call what."""
+    rows = ["| Interface | Method | root, the agent's user | others |", "| --- | --- | --- | --- |"]
+    for (interface, member), verb in VERBS.items():
+        others = "yes" if verb.action is None else f"if polkit grants `org.hostagent1.{verb.action}`"
+        rows.append(f"| `{interface}` | `{member}` | yes | {others} |")
+    return "\n".join(rows) + "\n"
+
+
 def _with(options: Json, **arguments: Any) -> Json:
     """A request of its arguments and its options, which must not say the same."""
     for name in arguments.keys() & options.keys():

@@ -76,8 +76,8 @@ class Agent:
         self._listening.set()
         await self.server.serve(sockets=[listener])
 
-    def _tell(self, what: str, result: str, **details: object) -> None:
-        call = calls.present()
+    def _tell(self, what: str, result: str, *, call: calls.Call | None = None, **details: object) -> None:
+        call = call or calls.present()
         assert call is not None
         self.audit.append({"what": what, "result": result, "who": call.who, "from": call.origin, **details})
 

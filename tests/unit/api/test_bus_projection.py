@@ -60,7 +60,7 @@ def test_what_is_off_takes_nothing_and_asks_for_nothing() -> None:
         projection.touch("job", str(number), "running")
     assert projection.check() == {"ok": True, "detail": "off (dbus.address)"}
     assert projection.dropped == 0
-    asyncio.run(asyncio.wait_for(projection.run(None), 5))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(projection.run(None, None), 5))  # type: ignore[arg-type]
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     projection = made(address="system")
     assert not projection.on
     assert "pip install" in projection.check()["remedy"]
-    asyncio.run(asyncio.wait_for(projection.run(None), 5))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(projection.run(None, None), 5))  # type: ignore[arg-type]
 
 
 def test_a_bus_that_is_not_there_is_looked_for_and_is_a_fault_only_where_it_was_named(
@@ -79,7 +79,7 @@ def test_a_bus_that_is_not_there_is_looked_for_and_is_a_fault_only_where_it_was_
 
     async def scenario(address: str) -> dict[str, Any]:
         projection = made(address=address, reconnect_wait=0.1, queue=10)
-        running = asyncio.create_task(projection.run(None))  # type: ignore[arg-type]
+        running = asyncio.create_task(projection.run(None, None))  # type: ignore[arg-type]
         for number in range(100):
             projection.touch("job", str(number), "running")
         async with asyncio.timeout(20):

@@ -15,6 +15,7 @@ from events.bus import Bus
 from hostagent.api import peercred, scopes
 from hostagent.api.http import HttpSettings, build_app
 from hostagent.api.peercred import PeerPolicy
+from hostagent.api.projection import verbs
 from hostagent.tokens import Scope
 from tests.data.pki import Certificate
 
@@ -140,6 +141,11 @@ def test_what_is_no_route_is_told_to_nobody_who_is_unknown(there: Away, path: st
 @pytest.mark.parametrize("target", ["http://x/healthz", "*", "/healthz?x=1", "/healthz%0a", "/v1/host#/healthz"])
 def test_no_way_of_writing_an_address_opens_another_route(there: Away, target: str) -> None:
     assert there.status("GET", target, {}) in ({200, 400, 404} if target.startswith("/healthz") else {400, 401})
+
+
+def test_the_document_shows_who_may_what_on_the_bus() -> None:
+    found = re.search(r"<!-- bus -->\n(.*?)<!-- end bus -->", (ROOT / "SECURITY.md").read_text(), re.DOTALL)
+    assert found is not None and found[1] == verbs.table(), "write it anew: hostagent.api.projection.verbs.table()"
 
 
 def test_the_document_shows_the_table() -> None:

@@ -1,4 +1,4 @@
-"""Who asks, and whether they may: decided for each request before any of its body is read.
+"""Who asks, and whether they may: decided for each request before any of its body is looked at.
 
 A request has an id, its own (`X-Request-ID`) or one that is made here. It stands in the answer, in problems, and in the
 lines of the log and the audit that are written for it.
@@ -6,6 +6,8 @@ lines of the log and the audit that are written for it.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -28,6 +30,8 @@ ROUTE_KEY = "hostagent.route"
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 REALM = "hostagent"
+PASSING = 2.0
+"""Seconds that the body of a refused request may take."""
 WINDOW = 60.0
 """Seconds in which failed authentications are counted, and after which it makes sense to come back."""
 
@@ -61,27 +65,44 @@ class RequestIds:
 
 
 class Gate:
-    """ASGI middleware. `told` hears why somebody was turned away, `audit` what they were kept from changing."""
+    """ASGI middleware. `told` hears why somebody was turned away, `audit` what they were kept from changing. Bodies
+    have at most `max_body` bytes."""
 
-    def __init__(self, app: ASGIApp, told: Callable[[str], None], audit: Tell) -> None:
+    def __init__(self, app: ASGIApp, told: Callable[[str], None], audit: Tell, max_body: int) -> None:
         self._app = app
         self._told = told
         self._audit = audit
+        self._max_body = max_body
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         try:
             self._admit(scope)
         except AgentError as error:
             refusal = problem.of_error(error)
-            # What is left of the request is not read: the connection is of no further use.
             refusal.headers["connection"] = "close"
             if challenge := _challenge(error):
                 refusal.headers["www-authenticate"] = challenge
             if error.code == "limit":
                 refusal.headers["retry-after"] = f"{WINDOW:.0f}"
+            await self._let_pass(scope, receive)
             await refusal(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    async def _let_pass(self, scope: AsgiScope, receive: Receive) -> None:
+        """Wait, not for long, for the end of a body that is on its way. Whose connection is closed while he sends sees
+        a broken pipe, and not why he was refused."""
+        headers = dict(scope["headers"])
+        if b"expect" in headers or not (b"content-length" in headers or b"transfer-encoding" in headers):
+            return
+        left = self._max_body
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PASSING):
+                while left > 0:
+                    message = await receive()
+                    if message["type"] == "http.disconnect" or not message.get("more_body"):
+                        return
+                    left -= len(message.get("body", b""))
 
     def _admit(self, scope: AsgiScope) -> None:
         connection: Connection = scope[CONNECTION_KEY]

@@ -86,7 +86,7 @@ def build_app(
         list_limit=settings.list_limit,
     )
     app.add_middleware(Limits, limits=_request_limits(settings))
-    app.add_middleware(Gate, told=told, audit=audit)
+    app.add_middleware(Gate, told=told, audit=audit, max_body=settings.max_body)
     problem.install(app)  # around all that may fail
     app.add_middleware(RequestIds)
     for router in routes.ALL:

@@ -78,6 +78,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[There]:
         "API_HANDSHAKE_RATE": "1000",
         "API_AUTH_FAILURES": "10000",
         "API_WAIT_LIMIT": "0.2",
+        "API_KEEPALIVE": "600",  # what is generated may take longer than a connection is kept else
         "JOBS_PROGRESS_INTERVAL": "0.1",
     }
     agent = AgentProcess(folder, given)

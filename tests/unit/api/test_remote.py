@@ -122,6 +122,25 @@ def test_refusals_say_what_is_missing_and_how_to_come_by_it(there: Away) -> None
     assert there.agent.audit[-1]["what"] == "POST /v1/host/drain" and there.agent.audit[-1]["result"] == "denied"
 
 
+def test_who_is_refused_while_he_sends_hears_why(there: Away) -> None:
+    body = b'{"operation": "pull"}'.ljust(60000)
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    for token, status in (("read", 403), ("", 401)):
+        with there.connect() as sock:
+            sock.sendall(request("POST", "/v1/jobs", {**headers, **bearer(there.site.secrets.get(token, ""))}))
+            for part in range(0, len(body), 20000):
+                time.sleep(0.1)
+                sock.sendall(body[part : part + 20000])
+            assert parsed(until_end(sock)).status == status
+
+
+def test_and_who_is_refused_and_sends_nothing_is_not_waited_for(there: Away) -> None:
+    for length in (b"content-length: 10", b"content-length: 99999999999", b"transfer-encoding: chunked"):
+        with there.connect(timeout=20) as sock:
+            sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\n" + length + b"\r\n\r\n")
+            assert parsed(until_end(sock)).status == 401
+
+
 def test_a_request_has_an_id_wherever_it_is_named(there: Away) -> None:
     given = there.call("GET", "/v1/nowhere", token="read", headers={"x-request-id": "backup-7.1"})
     assert given.headers["x-request-id"] == given.body["request_id"] == "backup-7.1"

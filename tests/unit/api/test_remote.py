@@ -267,6 +267,7 @@ def test_http_without_tls_gets_no_answer_and_hinders_nobody(there: Away) -> None
     assert "handshake" in there.agent.refusals
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_old_tls_is_refused(there: Away) -> None:
     context = there.site.pki.context()
     context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED

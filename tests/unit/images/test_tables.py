@@ -8,10 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hostagent.images import covered
+from hostagent.images.header import read_header
 from hostagent.images.tables import CLUSTERS_MOST, unmentioned
 from hostagent.images.tool import Tool, ToolLimits
 from jobs.errors import JobError
@@ -69,6 +70,7 @@ def said(path: Path, ranges: list[tuple[int, int]]) -> tuple[int | None, int]:
         os.close(fd)
 
 
+@example(512, "v3", [("write -c -P 9", 64, 1), ("write -P 7", 64, 1), ("write -c -P 9", 0, 1)], [(0, 512)])
 @given(cluster=st.sampled_from([512, 4096, 65536]), compat=st.sampled_from(["v2", "v3"]), writes=WRITES, ranges=RANGES)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_we_and_qemu_img_say_the_same(
@@ -77,7 +79,15 @@ def test_we_and_qemu_img_say_the_same(
     path = image(tmp_path, cluster, compat)
     write(path, cluster, writes)
     ours, theirs = said(path, ranges)
-    assert ours == theirs
+    assert ours == (None if marked_corrupt(path) else theirs)
+
+
+def marked_corrupt(path: Path) -> bool:
+    """QEMU 7.2 marks an image so at some writes of compressed clusters; then we say nothing."""
+    with path.open("rb") as file:
+        header = read_header(file.fileno())
+    assert header is not None
+    return header.corrupt
 
 
 def test_of_what_is_not_plain_nothing_is_said(tmp_path: Path) -> None:

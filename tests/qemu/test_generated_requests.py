@@ -30,6 +30,7 @@ pytestmark = pytest.mark.qemu
 
 EXAMPLES = int(os.environ.get("GENERATED", "6"))
 """Of each operation and kind. So few are for `make test`; `make test-full` makes more."""
+HEAD = 16384  # bytes, at least, that the server reads of a head
 SLOWEST = 30.0  # seconds; an answer that takes longer, on whatever machine, hangs
 MODES = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
 
@@ -138,7 +139,14 @@ def test_an_answer_is_no_fault_and_as_the_document_says(there: There, label: str
     def run(case: schemathesis.Case, real: bool, who: str) -> None:
         if real:
             _about_what_there_is(there, case)
-        judge(case, ask(there, case, who))
+        try:
+            answer = ask(there, case, who)
+        except requests.ConnectionError as error:
+            # Of a head that is too large the rest is not read: its answer may be lost with the connection.
+            if error.request is None or len(error.request.url or "") < HEAD:
+                raise
+            return
+        judge(case, answer)
 
     try:
         run()

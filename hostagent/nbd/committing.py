@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from hostagent.images.chain import OpenChain
-from hostagent.nbd import base_bitmaps
+from hostagent.nbd import base_bitmaps, copy_files
 from hostagent.nbd.headers import Headers
 from hostagent.nbd.operations import (
     Dependent,
@@ -220,7 +220,7 @@ def _delete(layers: Sequence[Layer], leasing: Leasing) -> list[str]:
             if FileId(found.st_dev, found.st_ino) == layer.file:
                 lease = leasing(fd, exclusive=True, ours=())
                 try:
-                    Path(layer.path).unlink(missing_ok=True)
+                    copy_files.unlink(Path(layer.path), layer.file)
                 finally:
                     lease.release()
         except (JobError, OSError) as error:

@@ -2,6 +2,9 @@
 
 A target that we make lies under a name of its own (`.hostagent-JOB`) in its folder until the copy is complete and
 durable; then it is given its name, in one step that replaces nothing.
+
+Its folder may be its owner's to swap for a link at any moment, and we may be root. So names are made and removed in a
+folder that was opened, and known by where it lies (before there is a target) or by what lies in it (from then on).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import errno
 import logging
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +43,10 @@ def new(dest: str, format_: str, pools: Sequence[str] | None) -> Target:
         raise unfit(dest, "contains control characters", "choose another name")
     if Path(dest).name.startswith(OWN):
         raise unfit(dest, f"is a name of the agent's own ({OWN}…)", "choose another name")
-    path = Path(os.path.realpath(Path(dest).parent), Path(dest).name)
+    try:
+        path = Path(os.path.realpath(Path(dest).parent), Path(dest).name)
+    except OSError as error:  # of a link in /proc, or while somebody swaps the folder
+        raise unfit(dest, f"does not lead to a folder: {error.strerror}", "give the folder's own path") from error
     if pools is not None and not any(path.is_relative_to(os.path.realpath(pool)) for pool in pools):
         remedy = f"copy into a pool, or add {path.parent} to images.pools"
         raise JobError("outside_pools", f"{dest!r} lies in no configured pool", field="dest", value=dest, remedy=remedy)
@@ -71,25 +77,46 @@ def make(target: Target, source: int, size: int, *, own: bool = False) -> Target
     the job's own name was left by an agent that was killed before it could say so."""
     assert target.part is not None
     like = os.fstat(source)
-    folder = Path(target.part).parent
-    if os.path.realpath(folder) != str(folder):
-        remedy = "see who replaced it"
-        raise JobError("image_changed", f"{str(folder)!r} is another folder now", field="dest", remedy=remedy)
-    Path(target.part).unlink(missing_ok=True)
-    fd = os.open(target.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    part = Path(target.part)
+    folder = _open_path(part.parent)
+    if folder is None:
+        message = f"{str(part.parent)!r} is another folder now"
+        raise JobError("image_changed", message, field="dest", remedy="see who replaced it")
     try:
-        made = os.fstat(fd)
-        if not own and (made.st_uid, made.st_gid) != (like.st_uid, like.st_gid):
-            os.fchown(fd, like.st_uid, like.st_gid)
-        os.fchmod(fd, _mode(source, like.st_mode))
-        if target.format == "raw":
-            os.ftruncate(fd, size)
-        return replace(target, file=FileId(made.st_dev, made.st_ino))
-    except OSError as error:
-        Path(target.part).unlink(missing_ok=True)
-        raise _os_error(target, error) from error
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part.name, dir_fd=folder)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(part.name, flags, 0o600, dir_fd=folder)
+        try:
+            made = os.fstat(fd)
+            if not own and (made.st_uid, made.st_gid) != (like.st_uid, like.st_gid):
+                os.fchown(fd, like.st_uid, like.st_gid)
+            os.fchmod(fd, _mode(source, like.st_mode))
+            if target.format == "raw":
+                os.ftruncate(fd, size)
+            return replace(target, file=FileId(made.st_dev, made.st_ino))
+        except OSError as error:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part.name, dir_fd=folder)
+            raise _os_error(target, error) from error
+        finally:
+            os.close(fd)
     finally:
-        os.close(fd)
+        os.close(folder)
+
+
+def _open_path(path: Path) -> int | None:
+    """The folder, if its path leads there without a link, so that it lies where it seems to; None if not."""
+    try:
+        folder = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return None
+    if place(folder) != str(path):
+        os.close(folder)
+        return None
+    return folder
 
 
 def _mode(fd: int, mode: int) -> int:
@@ -229,7 +256,21 @@ def settle(target: Target, fd: int, named: bool) -> None:
 
 
 def _open_folder(target: Target) -> int:
-    return os.open(Path(target.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """The folder that has the target, by either of its names. FileNotFoundError where another one lies there now."""
+    folder = os.open(Path(target.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    names = [Path(path).name for path in (target.part, target.path) if path is not None]
+    if any(_lies_in(folder, name, target.file) for name in names):
+        return folder
+    os.close(folder)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def _lies_in(folder: int, name: str, file: FileId | None) -> bool:
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return FileId(found.st_dev, found.st_ino) == file
 
 
 def _name(target: Target, fd: int, folder: int) -> None:
@@ -245,7 +286,9 @@ def _name(target: Target, fd: int, folder: int) -> None:
 def _name_alone(target: Target, folder: int) -> None:
     """Take the unfinished file's name from the target that has its own; durable."""
     if target.part is not None:
-        _unlink(Path(target.part), target.file)
+        name = Path(target.part).name
+        if _lies_in(folder, name, target.file):
+            os.unlink(name, dir_fd=folder)
     os.fsync(folder)
 
 
@@ -254,23 +297,45 @@ def delete(target: Target, job_id: str, place: str | None) -> None:
     `place` is where it lies by now: our own name for it is taken from it wherever that is."""
     part = Path(target.part or part_of(target, job_id))
     try:
-        _unlink(part, target.file)
-        if target.file is not None:
-            _unlink(Path(target.path), target.file)
-            if place is not None and Path(place).name == part.name:
-                _unlink(Path(place), target.file)
+        if target.file is None:
+            _unlink_any(part)
+            return
+        unlink(part, target.file)
+        unlink(Path(target.path), target.file)
+        if place is not None and Path(place).name == part.name:
+            unlink(Path(place), target.file)
     except OSError as error:
         raise _os_error(target, error) from error
 
 
-def _unlink(path: Path, file: FileId | None) -> None:
-    """Only the very file; None is any. What is gone is gone, and what can be no name is none."""
+def unlink(path: Path, file: FileId) -> None:
+    """Only the very file, in the folder in which it was seen. What is gone is gone, and what can be no name is none."""
+    with _absent_is_gone():
+        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if _lies_in(folder, path.name, file):
+                os.unlink(path.name, dir_fd=folder)
+        finally:
+            os.close(folder)
+
+
+def _unlink_any(part: Path) -> None:
+    """Whatever has a job's own name, in the folder that the job has made it in."""
+    with _absent_is_gone():
+        folder = _open_path(part.parent)
+        if folder is not None:
+            try:
+                os.unlink(part.name, dir_fd=folder)
+            finally:
+                os.close(folder)
+
+
+@contextlib.contextmanager
+def _absent_is_gone() -> Iterator[None]:
     try:
-        found = os.lstat(path)
-        if file is None or FileId(found.st_dev, found.st_ino) == file:
-            path.unlink()
+        yield
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
             raise
 
 

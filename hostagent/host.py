@@ -113,23 +113,32 @@ def raise_file_limit() -> None:
 
 
 def make_folders(state_dir: Path, runtime_dir: Path, group: int | None) -> None:
-    """The agent's folders, with the modes that keep others out; `group` may use the NBD sockets."""
+    """The agent's folders, with the modes that keep others out; `group` may use the NBD sockets. Into one that is
+    another's nothing is made."""
     try:
-        sockets = runtime_dir / "nbd"
-        with _umask(0o022):
-            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-            (runtime_dir / "qsd").mkdir(mode=0o700, exist_ok=True)
-            sockets.mkdir(mode=0o750, exist_ok=True)
+        monitors, sockets = runtime_dir / "qsd", runtime_dir / "nbd"
+        _make_folder(state_dir, 0o700, "agent.state_dir")
+        _make_folder(runtime_dir, runtime_mode(), "agent.runtime_dir")
+        for folder in (monitors, sockets):
+            _make_folder(folder, 0o700, "agent.runtime_dir")
         if group is not None:
             os.chown(sockets, -1, group)
-        _refuse_foreign_folder(state_dir, "agent.state_dir")
-        for folder in (runtime_dir, runtime_dir / "qsd", sockets):
-            _refuse_foreign_folder(folder, "agent.runtime_dir")
+        sockets.chmod(0o700 if group is None else 0o750)
     except OSError as error:
         what = f"a folder of the agent's cannot be made: {error}"
         remedy = "choose other folders with --state-dir and --runtime-dir"
         raise AgentError("unavailable", what, remedy=remedy) from error
+
+
+def runtime_mode() -> int:
+    """Root's sockets are for others, too, each by its own mode; a plain user's are his own."""
+    return 0o755 if os.geteuid() == 0 else 0o700
+
+
+def _make_folder(folder: Path, mode: int, setting: str) -> None:
+    with _umask(0o022):
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    _refuse_foreign_folder(folder, setting)
 
 
 def listen(path: Path, group: int | None) -> socket.socket:
@@ -163,8 +172,16 @@ def listen_for_scrapes(address: tuple[str, int]) -> socket.socket:
 
 
 def _refuse_foreign_folder(folder: Path, setting: str) -> None:
-    """Sockets and the store are only as safe as the folder that they lie in."""
-    found = folder.resolve().stat()
+    """Sockets and the store are only as safe as the folder that they lie in, and as the link that leads there."""
+    if (link := folder.lstat()).st_uid not in (0, os.geteuid()):
+        raise AgentError(
+            "denied",
+            f"{str(folder)!r} was made by another user (uid {link.st_uid})",
+            field=setting,
+            value=str(folder),
+            remedy="choose a folder that only this user can write",
+        )
+    found = folder.stat()
     if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
         raise AgentError(
             "denied",

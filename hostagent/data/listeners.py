@@ -37,12 +37,13 @@ def listen(config: Config) -> dict[str, socket.socket]:
             found["remote"] = tcp(_address(settings), settings.port)
         if settings.local_socket != UNSET:
             found["local"] = unix(settings.local_socket, 0o666)
-        group = config.api.socket_group if os.geteuid() == 0 else ""
-        found["control"] = unix(settings.control_socket, 0o660, group)
+        group = _group(config)
+        mode = 0o600 if group is None else 0o660
+        found["control"] = unix(settings.control_socket, mode, group)
         if settings.control_port >= 0:
             found["control-tcp"] = tcp("127.0.0.1", settings.control_port)
         if settings.cloudstack_socket != UNSET:
-            found["cloudstack"] = unix(settings.cloudstack_socket, 0o660, group)
+            found["cloudstack"] = unix(settings.cloudstack_socket, mode, group)
         handover = settings.control_socket.with_name(HANDOVER)
         found["handover"] = unix(handover, 0o600, kind=socket.SOCK_SEQPACKET)
     except AgentError:
@@ -50,6 +51,13 @@ def listen(config: Config) -> dict[str, socket.socket]:
             listener.close()
         raise
     return found
+
+
+def _group(config: Config) -> int | None:
+    """Whose members may use the control sockets: root's daemon alone lets a group in, and only if it exists."""
+    with contextlib.suppress(KeyError):
+        return grp.getgrnam(config.api.socket_group).gr_gid if os.geteuid() == 0 else None
+    return None
 
 
 def tcp(address: str, port: int) -> socket.socket:
@@ -68,20 +76,19 @@ def tcp(address: str, port: int) -> socket.socket:
     return listener
 
 
-def unix(path: Path, mode: int, group: str = "", *, kind: int = socket.SOCK_STREAM) -> socket.socket:
+def unix(path: Path, mode: int, group: int | None = None, *, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A socket at `path`, in place of one that nobody listens on any more."""
     listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
         if path.is_socket():
             _refuse_served(path, kind)
             path.unlink()
         os.fchmod(listener.fileno(), mode)  # Linux makes the name with it: there is no moment in which it has more
         listener.bind(str(path))
         path.chmod(mode)
-        if group:
-            with contextlib.suppress(KeyError):
-                os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        if group is not None:
+            os.chown(path, -1, group)
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()

@@ -202,7 +202,6 @@ class DaemonProcess:
                 yield listener
             return
         with _listener(self.places.socket, backlog) as listener:
-            self.places.socket.chmod(0o600)
             yield listener
 
     async def adopt(self, pid: int) -> None:
@@ -323,6 +322,7 @@ def _listener(path: Path, backlog: int) -> Any:
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
+            os.fchmod(listener.fileno(), 0o600)  # Linux makes the name with it
             listener.bind(str(path))
         except OSError as error:
             raise JobError(

@@ -562,7 +562,7 @@ def test_sockets_and_folders_open_to_those_who_may_use_them_alone(agent: AgentPr
         agent.state: 0o700,
         agent.state / "hostagent.db": 0o600,
         agent.runtime / "qsd": 0o700,
-        agent.runtime / "nbd": 0o750,
+        agent.runtime / "nbd": 0o750 if group is not None else 0o700,
         agent.socket: 0o660 if group is not None else 0o600,
         daemon: 0o700,
         Path(export["socket"]): 0o660,

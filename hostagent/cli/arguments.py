@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,9 @@ COMMON_DEFAULTS = {"socket": None, "json": False, "no_color": False, **{f"api_{n
 
 
 def connect(args: argparse.Namespace) -> Client:
-    return Client(away(args) or socket_path(args))
+    if (far := away(args)) is not None:
+        return Client(far)
+    return Client(socket_path(args), owners=trusted(named_socket(args)))
 
 
 def away(args: argparse.Namespace) -> Away | None:
@@ -65,10 +67,20 @@ def away(args: argparse.Namespace) -> Away | None:
     return Away(**given)
 
 
-def socket_path(args: argparse.Namespace) -> Path:
+def named_socket(args: argparse.Namespace) -> Path | None:
     named = args.socket or os.environ.get("HOSTAGENT_SOCKET")
-    if named:
-        return Path(named)
+    return Path(named) if named else None
+
+
+def trusted(named: Path | None) -> Collection[int] | None:
+    """Whose agent may answer: anybody's at a socket that the user named, and root's or his own at the usual one, which
+    in /tmp anybody may have made."""
+    return None if named else {0, os.geteuid()}
+
+
+def socket_path(args: argparse.Namespace) -> Path:
+    if (named := named_socket(args)) is not None:
+        return named
     from hostagent.config_text import default_runtime_dir
 
     return default_runtime_dir(os.environ) / "hostagent.sock"

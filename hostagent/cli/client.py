@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,18 +73,20 @@ class StreamEvent:
 
 
 class Client:
-    """`owner`: the only user whose agent is asked; an agent of another user is `denied`."""
+    """`owners`: the users whose agent is asked, or None where it may be anybody's; another user's is `denied`."""
 
-    def __init__(self, where: Path | Away, *, owner: int | None = None, timeout: float = ANSWER_TIMEOUT) -> None:
+    def __init__(
+        self, where: Path | Away, *, owners: Collection[int] | None = None, timeout: float = ANSWER_TIMEOUT
+    ) -> None:
         self._where = where
-        self._owner = owner
+        self._owners = owners
         self._timeout = timeout
 
     def _connection(self, timeout: float) -> HTTPConnection:
         from hostagent.unix_http import UnixConnection
 
         if isinstance(self._where, Path):
-            return UnixConnection(self._where, timeout=timeout, owner=self._owner)
+            return UnixConnection(self._where, timeout=timeout, owners=self._owners)
         return self._where.connection(timeout)
 
     def _headers(self, *given: Mapping[str, str]) -> dict[str, str]:
@@ -96,7 +98,8 @@ class Client:
     def get(self, path: str, query: Mapping[str, Any] | None = None, *, etag: object = None, wait: float = 0) -> Reply:
         headers = {} if etag is None else {"If-None-Match": f'"{etag}"'}
         parameters = {**(query or {}), **({"wait": f"{wait:g}"} if wait else {})}
-        return self._call("GET", path, query=parameters, headers=headers, timeout=self._timeout + wait)
+        reply = self._call("GET", path, query=parameters, headers=headers, timeout=self._timeout + wait)
+        return reply if reply.status == 304 else Reply(reply.status, _expect_object(reply.data))
 
     def post(self, path: str, body: Json | None = None, query: Mapping[str, Any] | None = None) -> Json:
         return self._object("POST", path, body, query)
@@ -113,7 +116,9 @@ class Client:
         page: dict[str, Any] = dict(query)
         for _ in range(MOST_PAGES):
             answer = self.get(path, page).data
-            found += answer["items"]
+            if not isinstance(items := answer["items"], list):
+                raise _no_such(f"items are {str(items)[:100]!r}")
+            found += items
             if not answer.get("next"):
                 break
             page["after"] = answer["next"]
@@ -221,10 +226,16 @@ def _address(path: str, query: Mapping[str, Any]) -> str:
 @contextmanager
 def _as_unreachable(where: Path | Away, *, but: type[OSError] | None = None, sent: bool = False) -> Iterator[None]:
     """Turn what the socket says into a CliError. `but` is an exception that the caller knows what to do with."""
-    from hostagent.unix_http import HTTPException
+    from hostagent.unix_http import ForeignServer, HTTPException
 
     try:
         yield
+    except ForeignServer as error:
+        raise CliError(
+            "denied",
+            f"who listens on {str(where)!r} is uid {error.uid}, neither root nor you: nothing was asked",
+            remedy="see whose it is; if you trust that user, name the socket with --socket or HOSTAGENT_SOCKET",
+        ) from error
     except PermissionError as error:
         raise CliError(
             "denied",
@@ -251,14 +262,26 @@ def _decoded(text: bytes) -> Any:
     if not text:
         return None
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=Answered)
     except ValueError:
         return text.decode(errors="backslashreplace")
 
 
+class Answered(Json):
+    """An object of an answer. One that lacks what an agent always says came from something else."""
+
+    def __missing__(self, key: str) -> Any:
+        raise _no_such(f"it has no {key!r}")
+
+
+def _no_such(what: str) -> CliError:
+    remedy = "is it hostagent that answers there, of this version? see `hostagent status`, --socket and --url"
+    return CliError("internal", f"the answer is not an agent's: {what}", remedy=remedy)
+
+
 def _expect_object(data: Any) -> Json:
     if not isinstance(data, dict):
-        raise CliError("internal", f"the agent's answer is not a JSON object: {str(data)[:100]!r}")
+        raise _no_such(f"it is no JSON object, but {str(data)[:100]!r}")
     return data
 
 

@@ -68,8 +68,8 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
         yield fail("settings", error.message, error.remedy)
         plain = {key: value for key, value in os.environ.items() if not key.startswith(config_text.ENV_PREFIX)}
         settings = config_text.load(env=plain)  # the defaults, so that the other checks can still be made
-    named = args.socket or os.environ.get("HOSTAGENT_SOCKET")
-    socket = Path(named) if named else settings.api.socket
+    named = arguments.named_socket(args)
+    socket = named or settings.api.socket
     if args.config:  # asked for by name
         yield ok("judged by", f"the settings of {args.config}, whatever a running agent has")
     else:
@@ -79,7 +79,7 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     yield from doctor_host.findings(settings)
     yield from doctor_doors.space(settings)
     yield from doctor_doors.findings(settings)
-    yield from _agent(Client(socket))
+    yield from _agent(Client(socket, owners=arguments.trusted(named)))
 
 
 # What the running agent says

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hostagent.cli import arguments, remote_map
@@ -177,8 +176,7 @@ def _settings(args: argparse.Namespace) -> Judged:
     from hostagent.config_text import default_file, load
 
     own = load(file=default_file(os.environ))
-    named = args.socket or os.environ.get("HOSTAGENT_SOCKET")
-    return judged(Path(named) if named else own.api.socket, own)
+    return judged(arguments.named_socket(args) or own.api.socket, own)
 
 
 def _limits(config: Config) -> ChainLimits:

@@ -34,7 +34,7 @@ def judged(socket: Path, own: Config) -> Judged:
     from hostagent import config_text
 
     try:
-        values = Client(socket, owner=os.geteuid(), timeout=ASK_TIMEOUT).get("/v1/host").data["settings"]
+        values = Client(socket, owners={os.geteuid()}, timeout=ASK_TIMEOUT).get("/v1/host").data.get("settings")
         return Judged(config_text.restored(values, "the running agent"), agent=True, whose=f"the agent's at {socket}")
     except CliError as error:
         reasons = {"unreachable": "no agent answers", "denied": "the agent is another user's"}

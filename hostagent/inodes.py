@@ -39,6 +39,14 @@ def device_link(path: str) -> Path | None:
     return link if ours and link.is_block_device() else None
 
 
+def real_path(path: str) -> str:
+    """Without links; as it is where one of them cannot be read, and then it is the name of no file that we know."""
+    try:
+        return os.path.realpath(path)
+    except OSError:
+        return path
+
+
 def has_no_storage(handle: int) -> bool:
     """Whether the file system is one like /proc and /sys, which have neither blocks nor inodes to give. Reading their
     files may fail, wait, or have effects."""

@@ -15,6 +15,7 @@ import stat
 from hostagent.drivers.domain_xml import Disk, LiveLayer
 from hostagent.images.header import read_header
 from hostagent.images.member import ChainLimits, Wanted, open_member
+from hostagent.inodes import real_path
 from jobs import pull
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Job, Layer
@@ -55,7 +56,7 @@ def resolve_base(disk: Disk, chain: Chain, base: str | None) -> Layer | None:
     """The layer that stays, named by its path or as `vda[3]`; None for a whole pull."""
     indexed = _INDEXED.fullmatch(base or "")
     if indexed is None or indexed["target"] != disk.target:
-        return pull.resolve_base(chain, base if base is None or not base.startswith("/") else os.path.realpath(base))
+        return pull.resolve_base(chain, base if base is None or not base.startswith("/") else real_path(base))
     for live, layer in zip(disk.layers[1:], chain.layers[1:], strict=True):
         if live.index == int(indexed["index"]):
             return layer

@@ -25,6 +25,7 @@ from hostagent.guests.durable import Durable, grasp
 from hostagent.guests.finding import Finder, Found
 from hostagent.guests.work import Work
 from hostagent.images.header import read_backing, read_header
+from hostagent.inodes import real_path
 from hostagent.nbd.chains import Chains
 from hostagent.nbd.committing import Commit, refuse_devices
 from hostagent.nbd.headers import Headers
@@ -182,7 +183,7 @@ def _by_real_paths(spec: JobSpec) -> JobSpec:
     """With its layers named as in a chain that was read from libvirt: without links."""
 
     def real(path: str | None) -> str | None:
-        return path if path is None or not path.startswith("/") else os.path.realpath(path)
+        return path if path is None or not path.startswith("/") else real_path(path)
 
     return replace(spec, base=real(spec.base), top=real(spec.top))
 

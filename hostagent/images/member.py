@@ -57,7 +57,9 @@ def open_member(wanted: Wanted, limits: ChainLimits) -> tuple[int, str]:
     if wanted.overlay is None and not limits.top_anywhere:
         # By name first: who may name images in pools only must not learn which other files there are.
         folder, name = os.path.split(wanted.path)
-        _refuse_place(Path(os.path.realpath(folder), name), wanted, limits)
+        with _os_errors(wanted):
+            named = Path(os.path.realpath(folder), name)
+        _refuse_place(named, wanted, limits)
     with _os_errors(wanted):
         link = device_link(wanted.path)
         handle = os.open(os.path.realpath(link) if link else wanted.path, GRASP)
@@ -151,6 +153,7 @@ _OS_ERRORS: dict[int, tuple[str, str | None]] = {
     errno.EACCES: ("denied", "let the agent's user read the file and search its folders"),
     errno.EPERM: ("denied", "let the agent's user read the file and search its folders"),
     errno.ELOOP: ("image_invalid", "untangle the symbolic links among its folders"),
+    errno.EINVAL: ("image_invalid", "see that no link among its folders is replaced meanwhile, and try again"),
     errno.ENAMETOOLONG: ("image_invalid", "use a shorter path"),
     errno.EMFILE: ("limit", "raise the agent's limit of open files (LimitNOFILE=)"),
     errno.ENFILE: ("limit", "raise the host's limit of open files (fs.file-max)"),

@@ -8,6 +8,7 @@ root names devices (`/dev/VG/LV`).
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -114,4 +115,7 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EINVAL:  # by readlink(2), of what was a link a moment ago
+            message, remedy = f"{path} changed while it was opened", "see who replaces a link among its folders"
+            raise AgentError("image_changed", message, value=path, remedy=remedy) from error
         raise fault(error, path, "opened") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -18,9 +19,10 @@ from hostagent.data.backends.file import files, handed_over
 from hostagent.data.backends.holds import Holds
 from hostagent.data.backends.registry import Opening
 from hostagent.data.streams import PIECE, PeerGone, Stopped
-from hostagent.errors import AgentError
+from hostagent.errors import CODES, AgentError
 from hostagent.extents import merged
 from tests.ends import Collected, Given, noise
+from tests.links import no_link
 
 MIB = 1 << 20
 Opened = Callable[..., ImageBackend]
@@ -62,6 +64,19 @@ def code(call: Callable[[], object]) -> str:
 
 
 # What is opened
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [(errno.EACCES, "denied"), (errno.EINVAL, "image_changed")])
+def test_a_link_that_cannot_be_read_is_no_fault_of_the_storage(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch, kernel: int, expected: str
+) -> None:
+    (tmp_path / "there").mkdir()
+    path, _ = image(tmp_path / "there")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "there")
+    no_link(monkeypatch, link, kernel)
+    assert code(lambda: opened(link / path.name).size()) == expected
+    assert CODES[expected].http < 500
 
 
 def test_a_file_below_an_allowed_folder_is_read(tmp_path: Path, opened: Opened) -> None:

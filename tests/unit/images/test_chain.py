@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import tempfile
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from hostagent.images.chain import ChainLimits, OpenChain, open_chain, verify
+from hostagent.inodes import real_path
 from jobs.errors import JobError
 from jobs.model import Chain
+from tests.links import no_link
 
 Craft = Callable[..., bytes]
 
@@ -160,6 +163,24 @@ def test_the_top_may_have_to_lie_in_a_pool(images: Images) -> None:
     with pytest.raises(JobError, match="in no configured pool") as caught:
         open_chain(str(top), limits=replace(limits, pools=("/nowhere",)))
     assert caught.value.code == "outside_pools"
+
+
+@pytest.mark.parametrize(("kernel", "code"), [(errno.EACCES, "denied"), (errno.EINVAL, "image_invalid")])
+@pytest.mark.parametrize("anywhere", [True, False])
+def test_a_link_that_cannot_be_read_is_said_to_be_in_the_way(
+    images: Images, monkeypatch: pytest.MonkeyPatch, kernel: int, code: str, *, anywhere: bool
+) -> None:
+    """As /proc/PID/cwd of another user's process, or a name that is a link no more in the moment of the look."""
+    images.raw("base.raw")
+    link = images.folder.parent / "link"
+    link.symlink_to(images.folder)
+    no_link(monkeypatch, link, kernel)
+    limits = ChainLimits(pools=(str(images.folder),), top_anywhere=anywhere)
+    with pytest.raises(JobError, match="cannot be opened") as caught:
+        open_chain(str(link / "base.raw"), format="raw", limits=limits)
+    assert (caught.value.code, caught.value.value) == (code, str(link / "base.raw"))
+    assert caught.value.remedy
+    assert real_path(str(link / "base.raw")) == str(link / "base.raw")
 
 
 def test_a_hard_link_from_elsewhere_is_refused_as_top_and_as_base(images: Images) -> None:

@@ -34,12 +34,16 @@ _LONGEST_SOCKET = 107  # bytes of sun_path before its NUL (unix(7))
 
 
 def default_file(env: Mapping[str, str]) -> Path | None:
-    """The settings file to read when none was named: /etc's for root, the XDG one for a plain user, if it is there."""
+    """The settings file to read when none was named: /etc's for root, the XDG one for a plain user, if it is there.
+    One in a folder that we may not look into (another user's HOME, after sudo -u) is not there for us."""
     if os.geteuid() == 0:
         path = Path(DEFAULT_FILE)
     else:
         path = Path(env.get("XDG_CONFIG_HOME") or _home(env) / ".config") / "hostagent" / "hostagent.toml"
-    return path if path.exists() else None
+    try:
+        return path if path.exists() else None
+    except PermissionError:
+        return None
 
 
 def default_runtime_dir(env: Mapping[str, str]) -> Path:
@@ -140,11 +144,12 @@ def _sources(
         yield name, _from_text(section, key, text), "the command line"
 
 
-def _files(file: Path | None) -> list[Path]:
-    if file is None:
-        return []
-    drop_ins = file.parent / "hostagent.d"
-    return [file, *sorted(path for path in drop_ins.glob("*.toml") if path.is_file())]
+def _files(file: Path | None) -> Iterator[Path]:
+    """The file first: where it cannot be reached, that is what is said."""
+    if file is not None:
+        yield file
+        drop_ins = file.parent / "hostagent.d"
+        yield from sorted(path for path in drop_ins.glob("*.toml") if path.is_file())
 
 
 def _from_toml(path: Path) -> Iterator[tuple[str, object, str]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -128,6 +129,27 @@ def test_a_file_that_is_no_settings_file_is_refused_by_name(file: Path, content:
 
 def test_a_missing_file_is_refused_by_name(file: Path) -> None:
     assert str(file) in str(_refused(file=file))
+
+
+def test_the_usual_file_in_a_folder_that_we_may_not_search_is_not_there() -> None:
+    """As after `sudo -u`, which may keep another user's HOME. One that was named must be read."""
+    with tempfile.TemporaryDirectory() as home:
+        usual = Path(home) / ".config" / "hostagent" / "hostagent.toml"
+        usual.parent.mkdir(parents=True)
+        usual.touch()
+        usual.parent.chmod(0)
+        root = os.geteuid() == 0
+        if root:
+            os.chown(home, 65534, -1)
+            os.seteuid(65534)
+        try:
+            assert config_text.default_file({"HOME": home}) is None
+            with pytest.raises(AgentError, match="Permission denied"):
+                config_text.load(file=usual, env={})
+        finally:
+            if root:
+                os.seteuid(0)
+            usual.parent.chmod(0o700)
 
 
 def test_a_socket_too_long_for_a_unix_socket_is_refused() -> None:

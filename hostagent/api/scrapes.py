@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import h11
 import uvicorn
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -88,7 +89,9 @@ class Scrapes:
 
 
 def _protocol(bounds: Bounds) -> type[H11Protocol]:
-    """The class that uvicorn makes one of for each connection."""
+    """The class that uvicorn makes one of for each connection. Where all places are taken, the oldest connection whose
+    head has not come makes room: who sends heads slowly, or none, keeps nobody from scraping."""
+    headless: dict[Scrape, None] = {}  # oldest first
 
     class Scrape(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -97,9 +100,22 @@ def _protocol(bounds: Bounds) -> type[H11Protocol]:
             self._end = Deadline(bounds.timeout, transport.abort)
             self._end.start()
             if len(self.connections) > bounds.max_connections:
-                transport.abort()
+                next(iter(headless), self).cut()
+            if self in self.connections:
+                headless[self] = None
+
+        def cut(self) -> None:
+            headless.pop(self, None)
+            self.connections.discard(self)  # its place is free now, and not first when the loop tells of its end
+            self.transport.abort()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state is not h11.IDLE:
+                headless.pop(self, None)
 
         def connection_lost(self, exc: Exception | None) -> None:
+            headless.pop(self, None)
             self._end.stop()
             super().connection_lost(exc)
 

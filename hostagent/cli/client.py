@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -240,7 +240,7 @@ def _as_unreachable(where: Path | Away, *, but: type[OSError] | None = None, sen
         raise CliError(
             "denied",
             f"the agent's socket {str(where)!r} may not be used by this user",
-            remedy="join the group hostagent (then log in again), or ask as root",
+            remedy=_who_may(where),
         ) from error
     except (OSError, HTTPException) as error:
         if but is not None and isinstance(error, but):
@@ -248,6 +248,26 @@ def _as_unreachable(where: Path | Away, *, but: type[OSError] | None = None, sen
         reason = getattr(error, "verify_message", None) or getattr(error, "strerror", None) or str(error)
         message = f"no answer from the agent at {str(where)!r}: {reason or type(error).__name__}"
         raise CliError("unreachable", message, remedy=_where_else(where), sent=sent) from error
+
+
+def _who_may(where: Path | Away) -> str:
+    """Who may use the socket, as far as it can be seen from here."""
+    import grp
+    import pwd
+
+    if not isinstance(where, Path):
+        return "ask as a user who may"
+    try:
+        found = where.stat()
+    except OSError:
+        return "ask as the user that the agent runs as, or as root"
+    user, group = str(found.st_uid), str(found.st_gid)
+    with suppress(KeyError):
+        user = pwd.getpwuid(found.st_uid).pw_name
+    with suppress(KeyError):
+        group = grp.getgrgid(found.st_gid).gr_name
+    ask = "ask as root" if found.st_uid == 0 else f"ask as {user}, whose agent it is, or as root"
+    return f"join the group {group} (then log in again), or {ask}" if found.st_mode & 0o020 else ask
 
 
 def _where_else(path: Path | Away) -> str:

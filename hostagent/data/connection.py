@@ -14,7 +14,7 @@ from typing import Protocol
 
 from hostagent.data import answers
 from hostagent.data.backends.base import ImageBackend
-from hostagent.data.errors import HttpError, from_agent
+from hostagent.data.errors import HttpError, from_agent, is_ours
 from hostagent.data.streams import PeerGone, Stopped
 from hostagent.data.tickets import Operation, Ticket
 from hostagent.data.transport import Plain, Tls, Transport
@@ -133,9 +133,10 @@ class Connection:
     def _refuse(self, error: HttpError, request: Request | None) -> bool:
         """Answer with the error; where an answer has begun there is no way to say it but to end the connection."""
         self.summary.errors += 1
-        self._count("failed" if error.status >= 500 else "refused")
+        ours = is_ours(error.status)
+        self._count("failed" if ours else "refused")
         fields = {"transfer": self.summary.transfer, "peer": self.peer, "status": error.status, "error": error.message}
-        log.log(logging.WARNING if error.status >= 500 else logging.DEBUG, "refused", extra={"fields": fields})
+        log.log(logging.WARNING if ours else logging.DEBUG, "refused", extra={"fields": fields})
         if self.answered:
             return False
         with contextlib.suppress(PeerGone):

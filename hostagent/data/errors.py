@@ -35,6 +35,11 @@ class HttpError(Exception):
         self.close = close
 
 
+def is_ours(status: int) -> bool:
+    """Whether a failure is this side's. Of what a client asks for, 501 and 505 say that it is not spoken here."""
+    return status >= 500 and status not in (501, 505)
+
+
 def from_agent(error: AgentError, *, hidden: str = "") -> HttpError:
     """`hidden`: the URL of the image, for an answer to who only holds a ticket: where it is on this host, and what else
     is there, is none of a client's business."""
@@ -77,6 +82,7 @@ _CODES = {
     431: "too_large",
     501: "not_supported",
     503: "unavailable",
+    505: "not_supported",
 }
 
 

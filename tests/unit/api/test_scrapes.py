@@ -118,6 +118,7 @@ def test_who_asks_again_at_once_is_told_the_same(monkeypatch: pytest.MonkeyPatch
     with serving() as served:
         assert {served.ask()[2] for _ in range(5)} == {b"m 1\n"}
         monkeypatch.setattr(scrapes, "FRESH", 0)
+        monkeypatch.setattr(scrapes, "REST", 0)
         assert served.ask()[2] == b"m 2\n"
 
 
@@ -193,10 +194,32 @@ def test_who_reads_nothing_gives_his_place_back_in_the_same_time() -> None:
 
 
 def test_more_connections_than_there_may_be_are_closed() -> None:
-    with serving(max_connections=2, timeout=60) as served:
-        with served.connect(), served.connect():
+    with serving(max_connections=2, timeout=60, size=32 << 20) as served:
+        with served.connect() as one, served.connect() as two:
+            for unread in (one, two):
+                unread.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert unread.recv(12) == b"HTTP/1.1 200"
             until(lambda: refused(served))
         until(lambda: not refused(served))
+
+
+def test_the_oldest_that_has_not_sent_its_head_makes_room() -> None:
+    """Those who are being answered stay."""
+    with (
+        serving(max_connections=3, timeout=60, size=32 << 20) as served,
+        served.connect() as unread,
+        served.connect() as old,
+        served.connect() as young,
+    ):
+        unread.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert unread.recv(12) == b"HTTP/1.1 200"
+        for silent in (old, young):
+            silent.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n")
+        assert served.ask(path="/nothing")[0] == 404
+        assert ends(old) == b""
+        young.sendall(b"connection: close\r\n\r\n")
+        assert young.recv(12) == b"HTTP/1.1 200"
+        assert len(ends(unread)) >= 32 << 20
 
 
 def test_ipv6(served: Served) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_agent import FakeAgent
@@ -78,3 +79,21 @@ def test_what_is_no_agents_answer_is_an_error(agent: FakeAgent, run, capsys, ans
         agent.on("GET", f"/v1/{path}", (200, answer))
     assert run(*words) == 1
     assert "not an agent's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"), [(0o660, "join the group video (then log in again), or ask as "), (0o600, "ask as ")]
+)
+def test_who_may_use_a_socket_is_read_from_it(tmp_path: Path, monkeypatch, capsys, mode: int, said: str) -> None:
+    path = tmp_path / "s"
+    path.touch()
+    path.chmod(mode)
+    monkeypatch.setattr("grp.getgrgid", lambda gid: SimpleNamespace(gr_name="video") if gid == os.getegid() else None)
+
+    monkeypatch.setattr("hostagent.unix_http.UnixConnection.connect", refuse_connect)
+    assert main(["--socket", str(path), "job", "list"]) == 7
+    assert f"remedy: {said}" in capsys.readouterr().err
+
+
+def refuse_connect(self: object) -> None:
+    raise PermissionError(13, "Permission denied")

@@ -40,7 +40,7 @@ def _register_start(verbs: Any, common: argparse.ArgumentParser) -> None:
     text = "serve an image over NBD, read-only unless --writable"
     start = verbs.add_parser("start", help=text, description=text, parents=[common])
     start.add_argument("image", metavar="IMAGE", type=arguments.target, help="the image's path, or an NBD URI")
-    start.add_argument("--format", choices=("raw", "qcow2"), help="needed for raw, which is never probed")
+    start.add_argument("--format", choices=("raw", "qcow2"), help="say raw for raw: else the header decides")
     start.add_argument("--writable", action="store_true", help="clients may write; needs the image for itself")
     start.add_argument("--bitmap", metavar="NAME", action="append", default=[], help="a dirty bitmap; may repeat")
     start.add_argument("--shallow", action="store_true", help="only this layer, without its backing chain")

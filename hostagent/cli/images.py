@@ -39,7 +39,7 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
         parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, parents=[common])
         place = ("PATH|URL", file_or_url) if name == "map" else ("PATH", arguments.file)
         parser.add_argument("path", metavar=place[0], type=place[1])
-        parser.add_argument("--format", choices=("raw", "qcow2"), help="needed for raw, which is never probed")
+        parser.add_argument("--format", choices=("raw", "qcow2"), help="say raw for raw: else the header decides")
         parser.set_defaults(run=run)
         return parser
 

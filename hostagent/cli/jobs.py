@@ -89,7 +89,8 @@ def _register_copy(verbs: Verbs, common: argparse.ArgumentParser) -> None:
         help="further disks, and what is said of the first",
     )
     parser.add_argument("--format", choices=("raw", "qcow2"), help="the copy's; default that of the image")
-    parser.add_argument("--source-format", choices=("raw", "qcow2"), help="needed for raw, which is never probed")
+    text = "the image's; say raw for raw: else the header decides"
+    parser.add_argument("--source-format", choices=("raw", "qcow2"), help=text)
     parser.add_argument("--shallow", action="store_true", help="the top layer alone; the backing file is shared")
     parser.add_argument(
         "--reuse-external",

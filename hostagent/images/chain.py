@@ -168,7 +168,7 @@ def _describe(fd: int, path: str, wanted: Wanted) -> _Member:
 def _qcow2(fd: int, path: str, wanted: Wanted) -> Qcow2Header:
     header = read_header(fd)
     if header is None and wanted.format is None:
-        remedy = "say --format raw if it is one: a raw image is never probed"
+        remedy = "say --format raw if it is one: raw is never guessed"
         raise JobError("invalid", f"{path} is not a qcow2 image", field="format", value=path, remedy=remedy)
     if header is None:
         who = f"{wanted.overlay.path} says" if wanted.overlay else "the request says"

@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -468,3 +469,14 @@ def test_two_that_let_go_at_one_time_close_each_file_once(images: Images, monkey
     opened.keep({opened.chain.layers[1].file})
     monkeypatch.undo()
     assert sorted(closed) == sorted(fds)
+
+
+def test_a_header_decides_only_where_no_format_is_said(images: Images) -> None:
+    """The guest of a raw disk may write anything into its first sector."""
+    disk = images.qcow2("disk.raw")
+    with (
+        closing(open_chain(str(disk), limits=ChainLimits())) as guessed,
+        closing(open_chain(str(disk), limits=ChainLimits(), format="raw")) as said,
+    ):
+        assert guessed.chain.top.format == "qcow2"
+        assert (said.chain.top.format, len(said.chain.layers)) == ("raw", 1)

@@ -482,7 +482,10 @@ class Actor:
                 await self._keeper.move(Signal.PAUSED)
             case Ask.RESUME:
                 if job.state is not State.PAUSED:
-                    raise JobError("conflict", f"job {job.id} is {job.state}, not paused", state=job.state.value)
+                    waits = job.state is State.WAITING
+                    then = f"begin its next increment: hostagent job next {job.id}" if waits else None
+                    why = f"job {job.id} is {job.state}, not paused"
+                    raise JobError("conflict", why, remedy=then, state=job.state.value)
                 if not self._agent_driven:
                     await driver.resume(job)
                 await self._keeper.move(Signal.RESUMED)

@@ -101,15 +101,15 @@ class Engine:
     # Doing
 
     async def plan(self, spec: JobSpec) -> Plan:
-        return await self._world.driver.plan(spec, preview=True)
+        return await self._planned(spec, preview=True)
 
     async def create(self, spec: JobSpec, job_id: str | None = None) -> tuple[Job, bool]:
         """The new job; or, when `job_id` was used with the same request before, that one, and False."""
         if known := await self._same_request(spec, job_id):
             return known, False
-        plan = await self._world.driver.plan(spec)  # not under the lock: one hung image must not hold up the others
+        plan = await self._planned(spec)  # not under the lock: one hung image must not hold up the others
         if await self._until_cleared(plan.before.top.file):
-            plan = await self._world.driver.plan(spec)
+            plan = await self._planned(spec)
         async with self._creating:
             if known := await self._same_request(spec, job_id):
                 return known, False
@@ -121,6 +121,14 @@ class Engine:
         self._world.changed(job)
         log.info("job queued", extra={"fields": {"job": job.id, "path": job.before.top.path}})
         return job, True
+
+    async def _planned(self, spec: JobSpec, *, preview: bool = False) -> Plan:
+        try:
+            return await self._world.driver.plan(spec, preview=preview)
+        except JobError as error:
+            if error.code == "not_found" and spec.reuse_external and error.value == spec.dest:
+                error.field, error.remedy = "dest", "leave out --reuse-external: then the copy makes it"
+            raise
 
     async def adopt(self, job: Job) -> None:
         """Follow an external job, which runs: to its end, and to that of the access that ends with it."""
@@ -170,7 +178,7 @@ class Engine:
         return await self._plans(specs, preview=True)
 
     async def _plans(self, specs: Sequence[JobSpec], *, preview: bool = False) -> list[Plan]:
-        plans = [await self._world.driver.plan(spec, preview=preview) for spec in specs]
+        plans = [await self._planned(spec, preview=preview) for spec in specs]
         refuse_overlap(specs, plans)
         return plans
 

@@ -229,7 +229,11 @@ class Keeper:
             if result.verdict in still_open
         )
         needed = [layer.file for layer in job.dropped if found[layer.file].verdict is AccessVerdict.GRANTED]
-        warnings = await self._w.driver.delete_dropped(job, needed) if job.spec.delete else ()
+        warnings: tuple[str, ...] = ()
+        if job.spec.delete:
+            warnings = await self._w.driver.delete_dropped(job, needed)
+            deleted = {at[file] for file in await self._w.access.gone(at)}
+            kept = tuple(one for one in kept if one.path not in deleted)
         granted = {path for path, result in results if result.verdict is AccessVerdict.GRANTED}
         warnings = (*warnings, *still_named(job, [one for one in kept if one.path in granted]))
         state = Revocation.KEPT if kept else Revocation.DONE

@@ -201,6 +201,9 @@ class Access(Protocol):
     ) -> dict[FileId, AccessResult]:
         """`at` is where the files were found, for a file of which nothing else is known."""
 
+    async def gone(self, at: Mapping[FileId, str]) -> set[FileId]:
+        """Which of the files have their names no more. Those of which it cannot be said are not among them."""
+
 
 class Clock(Protocol):
     def now(self) -> datetime: ...

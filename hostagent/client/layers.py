@@ -134,7 +134,7 @@ def _below(layer: Layer, pools: Collection[str]) -> Layer | None:
         folder = Path(path).parent
         if folder != Path(layer.path).parent and not any(folder.is_relative_to(Path(p).resolve()) for p in pools):
             message = f"{path}, the backing file of {layer.path}, lies neither in that image's folder nor in a pool"
-            raise AgentError("outside_pools", message, remedy=f"if it belongs there, say --pool {folder}")
+            raise AgentError("outside_pools", message, remedy="move it, or say its folder with --pool")
         return _layer(fd, path, header.backing_format)
     except BaseException:
         os.close(fd)

@@ -101,7 +101,7 @@ def _refuse_place(path: Path, wanted: Wanted, limits: ChainLimits) -> None:
         return
     where = "in no configured pool" if wanted.overlay is None else "neither in that image's folder nor in a pool"
     found = f" (it is {path})" if str(path) != wanted.path else ""
-    remedy = f"if it belongs there, add {path.parent} to images.pools, or move it"
+    remedy = "move the image, or add its folder to images.pools"
     raise JobError("outside_pools", f"{wanted} lies {where}{found}", remedy=remedy, value=str(path))
 
 

@@ -127,6 +127,7 @@ def test_a_backing_file_elsewhere_is_refused_before_it_is_opened(
     monkeypatch.undo()
     assert error.code == "outside_pools"
     assert error.remedy and "images.pools" in error.remedy
+    assert "/" not in error.remedy, "a folder that a header names must not be put into the pools for that"
     assert read == [str(top)]
 
 

@@ -35,6 +35,7 @@ class Agent:
         self.driver = driver or FakeDriver()
         self.store = MemoryStore()
         self.access = FakeAccess()
+        self.access.deleted = self.driver.deleted
         self.counts = Counts()
         self.seen: dict[str, list[Job]] = {}
         self.hints = True

@@ -127,8 +127,10 @@ class FakeDriver:
         if spec.operation is Operation.COMMIT:
             return Plan(chain, commit.after(chain, spec), 0)
         assert spec.dest is not None
-        if (spec.dest in self.names) != spec.reuse_external:
-            raise JobError("conflict", f"{spec.dest!r} exists, or does not", field="dest", value=spec.dest)
+        if spec.dest not in self.names and spec.reuse_external:
+            raise JobError("not_found", f"no file {spec.dest!r}", value=spec.dest, remedy="restore the file")
+        if spec.dest in self.names and not spec.reuse_external:
+            raise JobError("conflict", f"{spec.dest!r} exists", field="dest", value=spec.dest)
         target = Target(spec.dest, "qcow2", made=not spec.reuse_external, file=self.names.get(spec.dest))
         if not target.made:
             target = replace(target, state=TargetState.UNTOUCHED)

@@ -621,6 +621,17 @@ def test_a_repeated_next_makes_one_step() -> None:
     run(scenario)
 
 
+def test_who_resumes_a_waiting_job_is_told_of_next() -> None:
+    async def scenario(agent: Agent) -> None:
+        agent.driver.image("/top")
+        job = await agent.until_state(await agent.pull(increment=STEP), State.WAITING)
+        with refusal("conflict") as caught:
+            await agent.engine.resume(job.id)
+        assert f"hostagent job next {job.id}" in (caught.value.remedy or "")
+
+    run(scenario)
+
+
 def test_a_next_without_a_cursor_is_refused_while_a_step_runs() -> None:
     async def scenario(agent: Agent) -> None:
         agent.driver.image("/top")

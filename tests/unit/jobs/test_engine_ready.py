@@ -11,12 +11,14 @@ import asyncio
 import pytest
 
 from jobs.errors import JobError
-from jobs.model import Completion, Job, State
+from jobs.model import Completion, Job, JobSpec, Revocation, State
+from jobs.ports import AccessVerdict
 from tests.unit.jobs.agent_in_memory import Agent, run
 from tests.unit.jobs.fake_driver import MIB
 from tests.unit.jobs.ready import (
     FINISH,
     PIVOT,
+    WORKS,
     assert_completed,
     assert_not_completed,
     begin,
@@ -260,5 +262,36 @@ def test_a_name_that_was_taken_fails_a_finish_and_stays_what_it_is() -> None:
         await agent.engine.complete(job.id, FINISH)
         assert_not_completed(agent, await agent.until_cleared(job), State.FAILED, "conflict")
         assert agent.driver.names["/dest"] == theirs
+
+    run(scenario)
+
+
+# What is left, and what is not there
+
+
+def test_what_was_deleted_is_not_kept() -> None:
+    """The agent of a plain user takes nothing back: what it kept is named, but for what is there no more."""
+
+    async def scenario(agent: Agent) -> None:
+        agent.access.verdicts = dict.fromkeys(
+            (layer.file for layer in agent.driver.image("/top", depth=3).layers), AccessVerdict.KEPT
+        )
+        for layer in agent.driver.images["/top"].layers:
+            agent.driver.names[layer.path] = layer.file
+        ended = await agent.until_cleared(await agent.pull("/top", **WORKS["commit"], completion=PIVOT, delete=True))
+        assert ended.dropped and {layer.file for layer in ended.dropped} <= agent.driver.deleted
+        assert (ended.state, ended.revocation, ended.kept) == (State.COMPLETED, Revocation.DONE, ())
+
+    run(scenario)
+
+
+def test_a_target_to_write_over_that_is_not_there_can_be_made() -> None:
+    async def scenario(agent: Agent) -> None:
+        agent.driver.image("/top")
+        for asked in (agent.engine.plan, agent.engine.create):
+            with refusal("not_found") as caught:
+                await asked(JobSpec(target="/top", **WORKS["over"]))
+            assert (caught.value.field, caught.value.value) == ("dest", "/there")
+            assert "leave out --reuse-external" in (caught.value.remedy or "")
 
     run(scenario)

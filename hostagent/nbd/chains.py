@@ -352,7 +352,7 @@ class Chains:
         socket = chain.daemon.places.socket
         if self.settings.socket_gid is not None:
             os.chown(socket, -1, self.settings.socket_gid)
-        socket.chmod(0o660)
+        socket.chmod(0o660 if self.settings.socket_gid is not None else 0o600)
 
     # Restart
 

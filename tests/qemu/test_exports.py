@@ -565,7 +565,7 @@ def test_sockets_and_folders_open_to_those_who_may_use_them_alone(agent: AgentPr
         agent.runtime / "nbd": 0o750 if group is not None else 0o700,
         agent.socket: 0o660 if group is not None else 0o600,
         daemon: 0o700,
-        Path(export["socket"]): 0o660,
+        Path(export["socket"]): 0o660 if group is not None else 0o600,
     }
     assert {path: oct(path.stat().st_mode & 0o777) for path in modes} == {p: oct(mode) for p, mode in modes.items()}
     assert {path.stat().st_uid for path in [*modes, daemon / "qmp.sock"]} == {os.geteuid()}

@@ -41,8 +41,9 @@ class Actor:
     def __init__(self, world: World, job: Job, group: Together | None = None) -> None:
         self._w = world
         self._group = group
-        self._keeper = Keeper(world, job, group.look) if group else Keeper(world, job)
         self._inbox = Inbox()
+        believed = group.look if group else lambda: None
+        self._keeper = Keeper(world, job, held=self._inbox.hold, believed=believed)
         self._has_slot = False
         self._refused = 0  # times that the end of a decided member was
         self._end: Observation | None = None  # the look that found the job ended, until it is judged

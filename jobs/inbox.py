@@ -52,6 +52,8 @@ class Inbox:
         self._first: Message | None = None
         self._hinted = False
         self._order: Message | None = None
+        self._replies: set[asyncio.Future[Job]] = set()
+        self._held: JobError | None = None
 
     def order(self, ask: Ask, value: Any = None) -> None:
         """What the job's group wants of it: never lost, and taken up before what waits."""
@@ -68,9 +70,12 @@ class Inbox:
     async def ask(self, ask: Ask, value: Any, timeout: float, name: str) -> Job:
         """Put a request for job `name` and wait until it is carried out or refused."""
         if self._queue.full():
-            raise JobError("limit", f"job {name} has {SIZE} requests waiting", remedy="try again later")
+            raise self._held or JobError("limit", f"job {name} has {SIZE} requests waiting", remedy="try again later")
         reply: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(Message(ask, value, reply))
+        if self._held is not None:
+            reply.set_exception(self._held)
+        self._replies.add(reply)
         try:
             return await asyncio.wait_for(reply, timeout)
         except TimeoutError:
@@ -79,6 +84,16 @@ class Inbox:
                 f"job {name} did not take up {ask} within {timeout:g} s (jobs.start_timeout)",
                 remedy="look at `hostagent status`: its storage daemon may not answer",
             ) from None
+        finally:
+            self._replies.discard(reply)
+
+    def hold(self, why: JobError | None) -> None:
+        """The job stands still, for this reason, until None is said: who asks is told so at once, and who asked
+        already. An abort is carried out all the same when it goes on."""
+        self._held = why
+        for reply in self._replies:
+            if why is not None and not reply.done():
+                reply.set_exception(why)
 
     async def next(self, timeout: float | None) -> Message | None:
         if self._first is not None:

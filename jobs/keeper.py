@@ -35,9 +35,18 @@ REMEMBER = 10.0
 
 
 class Keeper:
-    def __init__(self, world: World, job: Job, believed: Callable[[], None] = lambda: None) -> None:
-        """`believed` is called when another value of the job is stored."""
+    def __init__(
+        self,
+        world: World,
+        job: Job,
+        *,
+        held: Callable[[JobError | None], None],
+        believed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`believed` is called when another value of the job is stored; `held` while one cannot be, with the reason,
+        and with None when that is over."""
         self.job = job
+        self._held = held
         self._believed = believed
         self._w = world
         self._end_seen: float | None = None
@@ -131,17 +140,25 @@ class Keeper:
 
     async def _until_written(self, write: Callable[[], Awaitable[None]]) -> None:
         delay = self._w.limits.settle_retry
-        while True:
-            try:
-                await write()
-                return
-            except JobError as error:
-                if error.code != "store_full" or self.job.state.terminal:
-                    raise
-                fields = {"job": self.job.id, "error": error.message}
-                log.error("the store cannot be written", extra={"fields": fields})
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, self._w.limits.settle_retry_max)
+        try:
+            while True:
+                try:
+                    await write()
+                    return
+                except JobError as error:
+                    if error.code != "store_full" or self.job.state.terminal:
+                        raise
+                    self._held(self._standstill(error))
+                    fields = {"job": self.job.id, "error": error.message}
+                    log.error("the store cannot be written", extra={"fields": fields})
+                    await asyncio.sleep(delay)
+                    delay = min(delay * 2, self._w.limits.settle_retry_max)
+        finally:
+            self._held(None)
+
+    def _standstill(self, error: JobError) -> JobError:
+        remedy = "make space on its file system: the job goes on then, and an abort is carried out"
+        return JobError(error.code, f"job {self.job.id} cannot be recorded: {error.message}", remedy=remedy)
 
     def believe(self, job: Job) -> None:
         self.job = job

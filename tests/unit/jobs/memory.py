@@ -19,6 +19,7 @@ class MemoryStore:
         self.events: list[JobEvent] = []
         self.finishes: list[tuple[Job, AccessChange]] = []
         self.full = False
+        self.refused = 0
         self.recorded: Callable[[Job], None] = lambda job: None
         """Told of each outcome in the moment in which it is recorded."""
         self.gate: asyncio.Event | None = None
@@ -26,6 +27,7 @@ class MemoryStore:
 
     def _write(self, job: Job, events: Sequence[Event]) -> None:
         if self.full:
+            self.refused += 1
             raise JobError("store_full", "no space left")
         self.jobs[job.id] = job
         self.events += [event for event in events if isinstance(event, JobEvent)]

@@ -8,7 +8,7 @@ import pytest
 from jobs.errors import JobError
 from jobs.model import Chain, Cursor, Holder, Job, Revocation, State
 from jobs.ports import AccessVerdict, Phase
-from tests.unit.jobs.agent_in_memory import QUICK, Agent, run
+from tests.unit.jobs.agent_in_memory import PATIENCE, QUICK, Agent, run
 from tests.unit.jobs.fake_driver import MIB, spec
 from tests.unit.jobs.fake_images import Image
 
@@ -359,6 +359,31 @@ def test_a_full_store_holds_a_job_and_loses_nothing() -> None:
         agent.store.full = False
         assert (await agent.until_cleared(job)).state is State.COMPLETED
         assert len(agent.store.finishes) == 1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["by the abort", "before it"])
+def test_who_aborts_a_job_that_cannot_be_recorded_hears_why_at_once_and_it_ends_so_when_there_is_space(
+    held: bool,
+) -> None:
+    async def scenario(agent: Agent) -> None:
+        agent.driver.image("/top")
+        agent.driver.pace = 1 if not held else MIB
+        job = await agent.until_state(await agent.pull(), State.RUNNING)
+        agent.store.full = True
+        if held:  # what runs in the hypervisor is over, and that cannot be recorded
+            async with asyncio.timeout(PATIENCE):
+                while not agent.store.refused:
+                    await asyncio.sleep(0.002)
+        with refusal("store_full"):
+            await asyncio.wait_for(agent.engine.abort(job.id), 1)  # far below limits.request_timeout
+        with refusal("store_full"):
+            await asyncio.wait_for(agent.engine.abort(job.id), 1)
+        assert (await agent.engine.get(job.id)).state is State.RUNNING
+        agent.store.full = False
+        ended = await agent.until_cleared(job)
+        assert ended.state is (State.COMPLETED if held else State.ABORTED)
 
     run(scenario)
 

@@ -124,11 +124,20 @@ class Part(NamedTuple):
     size: int
 
 
+class Ending(NamedTuple):
+    """How an export is being stopped: why, and whether clients are cut off; `trouble` is why it has not ended yet
+    though it is not served any more."""
+
+    reason: str
+    force: bool
+    trouble: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class ExportRecord:
-    """An NBD export. States: starting, running, stopped, lost. `size` is what clients see; `tcp` and `tls` are
-    as asked, `host` and `port` what the storage daemon listens on. `connection` is its socket to the server of a
-    network image (an inode number), from the beginning on."""
+    """An NBD export. States: starting, running, stopping, stopped, lost. `size` is what clients see; `tcp` and `tls`
+    are as asked, `host` and `port` what the storage daemon listens on. `connection` is its socket to the server of a
+    network image (an inode number), from the beginning on. `ending` is there while it is `stopping`."""
 
     id: str
     image: str
@@ -157,12 +166,13 @@ class ExportRecord:
     expires: datetime | None = None
     stopped: datetime | None = None
     reason: str | None = None
+    ending: Ending | None = None
     revision: int = 1
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def active(self) -> bool:
-        return self.state in ("starting", "running")
+        return self.state in ("starting", "running", "stopping")
 
     @property
     def holder(self) -> Holder:
@@ -315,6 +325,7 @@ def export(data: Mapping[str, Any]) -> ExportRecord:
             "expires": when(data["expires"]),
             "stopped": when(data["stopped"]),
             "part": _part(data.get("part")),
+            "ending": Ending(*ending) if (ending := data.get("ending")) else None,
             "bitmaps": tuple(data.get("bitmaps", ())),
         }
     )

@@ -285,7 +285,7 @@ async def list_exports(
     front: TheFront,
     page: ThePage,
     labels: TheLabels,
-    state: Literal["starting", "running", "stopped", "lost"] | None = None,
+    state: Literal["starting", "running", "stopping", "stopped", "lost"] | None = None,
     target: Filter = None,
 ) -> Response:
     """Exports, the newest first; ended ones as far as exports.retention_count says."""

@@ -84,7 +84,8 @@ class Status:
         oldest = min(tried, key=lambda file: file.since, default=None)
         exports: dict[str, int] = {}
         for record in self._exports.active():
-            exports[record.state] = exports.get(record.state, 0) + 1
+            if record.active:  # a lost one may not be recorded yet
+                exports[record.state] = exports.get(record.state, 0) + 1
         return {
             "host": self._facts.host,
             "version": __version__,

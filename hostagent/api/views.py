@@ -101,7 +101,7 @@ def export(value: ExportRecord, clients: Sequence[Json] = (), *, answers: bool =
         "tls": value.tls,
         "port": value.port,
         "state": value.state if answers else "unresponsive",
-        "reason": value.reason,
+        "reason": value.reason or (value.ending.trouble or None if value.ending else None),
         "created": time(value.created),
         "stopped": time(value.stopped),
         "expires": time(value.expires),

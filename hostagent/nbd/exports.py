@@ -4,6 +4,10 @@ An export is `running` when a handshake with it succeeded, not when a socket exi
 storage daemon and listener; a writable one is alone on its chain (claims). Stopping is graceful: it is refused while
 clients are connected, and names them; `force` cuts them off. What was written is durable when a writable export is
 stopped. An export whose daemon ended is `lost`, told so, and holds nothing any more.
+
+Persist, then act: that an export is `stopping` is stored before it is taken away, so that where the store cannot be
+written it stays served, and whoever comes after a kill finishes the stop. An end that cannot be stored is shown, holds
+what the export held, and is tried again until it is.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -31,7 +35,7 @@ from hostagent.nbd.prepared import Apart, PreparedChain
 from hostagent.nbd.serving import clients, connections, reached
 from hostagent.nbd.tls import TlsSettings, listener
 from hostagent.nbd.uri import is_uri
-from hostagent.records import ExportRecord
+from hostagent.records import Ending, ExportRecord
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Need
 from jobs.ports import Clock
@@ -92,6 +96,7 @@ class Exports:
         self._changed = changed
         self._active: dict[str, ExportRecord] = {}
         self._timers: dict[str, asyncio.Task[None]] = {}
+        self._ending: dict[str, asyncio.Task[None]] = {}
         self._requests = Locks()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -212,26 +217,97 @@ class Exports:
                 return record
             chain = self._chains.of_daemon(record.daemon)
             if chain is None or chain.daemon is None:
-                return await self._end(record, "lost", "its storage daemon ended", ExportEventKind.LOST)
+                return await self._gone(record, "its storage daemon ended")
             files = [layer.file for layer in chain.layers]
             async with chain.lock:
                 if record.writable and not force:
                     await self._flush(record, chain)
+                record = await self._stopping(record, Ending(reason, force))
+                cut = False
                 try:
                     removed = await chain.ask(chain.daemon.remove_export(record.id, hard=force))
+                    if not removed:
+                        raise await self._in_use(record)
                 except JobError as error:
-                    if force and record.file.network and error.code == "unresponsive":
+                    cut = force and record.file.network and error.code == "unresponsive"
+                    if not cut:
+                        await self._goes_on(record)
+                        raise
+                try:
+                    if cut:
                         return await self._cut(record, chain, reason)
+                    record = await self._ended(record, chain, reason, force=force)
+                except JobError as error:
+                    self._not_ended(record.id, error)
                     raise
-                if not removed:
-                    raise await self._in_use(record)
-                record = await self._ended(record, chain, reason, force=force)
                 try:
                     await chain.release(record.holder)
                 except JobError as error:
                     log.warning("the storage daemon lives on", extra={"fields": {"error": error.message}})
             await self._access.converge(files, trigger="export")
             return record
+
+    async def _stopping(self, record: ExportRecord, ending: Ending) -> ExportRecord:
+        """Store what is about to be done, unless that was done before."""
+        if record.state == "stopping":
+            return record
+        record = replace(record, state="stopping", ending=ending, revision=record.revision + 1)
+        await self._store.put_export(record)
+        self._active[record.id] = record
+        return record
+
+    async def _goes_on(self, record: ExportRecord) -> None:
+        """It was not taken away. Where that cannot be stored, who comes after a kill asks for the stop once more."""
+        if record.ending is not None and record.ending.trouble:
+            return  # that was done before
+        record = replace(record, state="running", ending=None, revision=record.revision + 1)
+        self._active[record.id] = record
+        self._changed(record)
+        try:
+            await self._store.put_export(record)
+        except JobError as error:
+            fields = {"export": record.id, "error": error.message}
+            log.error("that an export goes on cannot be stored", extra={"fields": fields})
+
+    def _not_ended(self, export_id: str, error: JobError) -> None:
+        """It is not served any more, and that could not be recorded, which is shown. For lack of space it is tried
+        again; what else stands in the way is for a stop with `force` to give up."""
+        record = self._active.get(export_id)
+        if record is None or record.ending is None:
+            return
+        ending = record.ending._replace(trouble=f"it is not served any more, but {error.message}")
+        self._active[export_id] = record = replace(record, ending=ending, revision=record.revision + 1)
+        self._changed(record)
+        if error.code == "store_full":
+            self._finish_later(export_id, ending)
+
+    def _finish_later(self, export_id: str, ending: Ending) -> None:
+        async def stop() -> None:
+            await self.stop(export_id, force=ending.force, reason=ending.reason)
+
+        self._until_recorded(export_id, stop)
+
+    def _until_recorded(self, export_id: str, end: Callable[[], Awaitable[None]]) -> None:
+        """End it in the background, again and again while the store is full."""
+        if export_id not in self._ending:
+            self._ending[export_id] = asyncio.create_task(
+                self._record_end(export_id, end), name=f"export {export_id} ends"
+            )
+
+    async def _record_end(self, export_id: str, end: Callable[[], Awaitable[None]]) -> None:
+        try:
+            while export_id in self._active:
+                try:
+                    await end()
+                    return
+                except JobError as error:
+                    fields = {"export": export_id, "error": error.message}
+                    log.error("an export cannot be ended yet", extra={"fields": fields})
+                    if error.code != "store_full":
+                        return
+                await asyncio.sleep(self._settings.idle_check)
+        finally:
+            self._ending.pop(export_id, None)
 
     async def _cut(self, record: ExportRecord, chain: PreparedChain, reason: str) -> ExportRecord:
         """End an export by force, with its own storage daemon, which waits for a server that may never answer."""
@@ -295,10 +371,23 @@ class Exports:
             clients=[client._asdict() for client in found],
         )
 
+    async def _gone(self, record: ExportRecord, why: str) -> ExportRecord:
+        """Record the end of an export that has no storage daemon. One that was being stopped, and was only read, has
+        lost nothing."""
+        if record.ending is not None and not record.writable:
+            return await self._end(record, "stopped", record.ending.reason, ExportEventKind.STOPPED)
+        return await self._end(record, "lost", why, ExportEventKind.LOST)
+
     async def _end(self, record: ExportRecord, state: str, reason: str, kind: ExportEventKind) -> ExportRecord:
         """Record the end; its rows of the ledger go in the same transaction."""
         ended = replace(
-            record, state=state, reason=reason, stopped=self._clock.now(), pid=None, revision=record.revision + 1
+            record,
+            state=state,
+            reason=reason,
+            stopped=self._clock.now(),
+            pid=None,
+            ending=None,
+            revision=record.revision + 1,
         )
         await self._store.put_export(ended, [_event(ended, kind)], end=record.holder)
         self._active.pop(record.id, None)
@@ -320,7 +409,7 @@ class Exports:
         for holder in [user for user in chain.users if user.kind == "export"]:
             while record := self._active.get(holder.id):
                 try:
-                    await self._end(record, "lost", "its storage daemon ended", ExportEventKind.LOST)
+                    await self._gone(record, "its storage daemon ended")
                 except JobError as error:
                     log.error("a lost export cannot be stored", extra={"fields": {"error": error.message}})
                     await asyncio.sleep(self._settings.idle_check)
@@ -343,21 +432,44 @@ class Exports:
         return replace(record, path=top.path, file=top.file, format=top.format, revision=record.revision + 1)
 
     async def recover(self) -> None:
-        """After a restart: exports whose daemon was adopted go on, the others are lost."""
+        """After a restart: exports whose daemon was adopted go on, a stop that was begun is finished, the others are
+        lost."""
         for record in await self._store.exports(active=True):
-            chain = self._chains.of_daemon(record.daemon) or self._chains.find(record.file, shallow=record.shallow)
-            if chain is not None and record.state == "running" and await self._still_served(chain, record):
+            chain = self._chains.of_daemon(record.daemon)
+            if record.ending is None:
+                chain = chain or self._chains.find(record.file, shallow=record.shallow)
+            served = chain is not None and record.state == "running" and await self._still_served(chain, record)
+            if chain is not None and (served or record.ending is not None):
                 chain.users.add(record.holder)
                 if record.writable:
                     chain.writer = record.holder
                 self._keep(record if record.file == chain.file else self._on(chain, record))
                 if record.file.network:
                     await self._connected_still(record, chain)
+                if record.ending is not None:
+                    self._finish_later(record.id, record.ending)
                 continue
             if chain is not None and chain.daemon is not None and not record.file.network:  # whose own daemon ends now
                 with contextlib.suppress(JobError):
                     await chain.ask(chain.daemon.remove_export(record.id, hard=True))
-            await self._end(record, "lost", "it was not served any more when the agent came back", ExportEventKind.LOST)
+            await self._lost_meanwhile(record)
+
+    async def _lost_meanwhile(self, record: ExportRecord) -> None:
+        """A store that is full keeps no agent from its start: that is recorded when there is space."""
+        why = "it was not served any more when the agent came back"
+
+        async def end() -> None:
+            await self._gone(record, why)
+            await self._access.converge([record.file], trigger="export")  # the others' turn comes with the timer
+
+        try:
+            await self._gone(record, why)
+        except JobError as error:
+            if error.code != "store_full":
+                raise
+            told = replace(record, state="lost", reason=f"{why}; {error.message}", pid=None)
+            self._active[record.id] = told
+            self._until_recorded(record.id, end)
 
     async def _connected_still(self, record: ExportRecord, chain: PreparedChain) -> None:
         """What is known of a network image's chain, and its lease; nobody can have asked for that yet."""
@@ -378,9 +490,10 @@ class Exports:
 
     async def close(self) -> None:
         """Let go of all exports; they stay served."""
-        for timer in self._timers.values():
-            timer.cancel()
-        await asyncio.gather(*self._timers.values(), *self._background, return_exceptions=True)
+        waiting = [*self._timers.values(), *self._ending.values()]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, *self._background, return_exceptions=True)
 
     # Time
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostagent import records
-from hostagent.records import AccessFile, DaemonRecord, ExportRecord, Node, encode
+from hostagent.records import AccessFile, DaemonRecord, Ending, ExportRecord, Node, encode
 from jobs.model import (
     Chain,
     Completion,
@@ -108,7 +108,8 @@ exports = st.builds(
     path=texts,
     file=files,
     format=texts,
-    state=st.sampled_from(["starting", "running", "stopped", "lost"]),
+    state=st.sampled_from(["starting", "running", "stopping", "stopped", "lost"]),
+    ending=st.none() | st.builds(Ending, texts, st.booleans(), texts),
     created=times,
     size=U64,
     pid=st.none() | U64,

@@ -399,7 +399,7 @@ class Agent:
         self._guests.recover(unsettled)
         await self._chains.sweep()
         await self._bitmaps.recover(self._store)
-        await self._ledger.converge_all(trigger="start")
+        await self._converge_at_start()
         self._metrics.reconcile("start")
         await self._drain.load()
         recovered = await self._engine.recover()
@@ -442,6 +442,15 @@ class Agent:
         sdnotify.ready(self._status())
         if (patience := watchdog.interval()) is not None:
             self._later(watchdog.feed(patience, self._store.counts, last_beat))
+
+    async def _converge_at_start(self) -> None:
+        """A full store keeps no agent from its start: the ledger's timer comes back to what is left."""
+        try:
+            await self._ledger.converge_all(trigger="start")
+        except JobError as error:
+            if error.code != "store_full":
+                raise
+            log.error("access is not settled yet", extra={"fields": {"error": error.message}})
 
     def _status(self) -> str:
         """For people, in the service manager's words on us."""

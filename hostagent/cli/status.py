@@ -135,14 +135,10 @@ def _job_alarms(jobs: list[Json]) -> list[tuple[str, str]]:
 
 
 def _export_alarms(exports: list[Json]) -> list[tuple[str, str]]:
-    """An export that goes on, and of which something is to be said: what was written to it is not durable; or that is
-    not served any more, and cannot end."""
+    """An export that goes on, and of which something is to be said: what was written to it is not durable."""
     spoilt = [export for export in exports if export["state"] == "running" and export.get("reason")]
     remedy = "read what is there from another client now; `hostagent export stop --force` gives up what is not"
-    found = [(f"export {export['id']} of {export['path']}: {export['reason']}", remedy) for export in spoilt]
-    remedy = "with space beside the store it ends by itself; else `hostagent export stop --force` gives up what is left"
-    ending = [export for export in exports if export["state"] == "stopping" and export.get("reason")]
-    return found + [(f"export {export['id']} of {export['path']}: {export['reason']}", remedy) for export in ending]
+    return [(f"export {export['id']} of {export['path']}: {export['reason']}", remedy) for export in spoilt]
 
 
 def _unstick(daemon: Json) -> str:

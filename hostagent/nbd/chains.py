@@ -284,7 +284,7 @@ class Chains:
             await daemon.detach()
             chain.daemon, chain.nodes, chain.closed = None, [], False
             daemon.places.remove()
-            await self._store.delete_daemon(daemon_id)
+            await self._forget(daemon_id)
             raise
         chain.closed = False
         if not daemon.alive:
@@ -326,7 +326,17 @@ class Chains:
         if chain.daemon is not None:
             await chain.daemon.detach()
             chain.daemon.places.remove()
-            await self._store.delete_daemon(chain.daemon.id)
+            await self._forget(chain.daemon.id)
+
+    async def _forget(self, daemon_id: str) -> None:
+        """A record of a daemon that ended stays where the store is full, until the next start: it finds nobody."""
+        try:
+            await self._store.delete_daemon(daemon_id)
+        except JobError as error:
+            if error.code != "store_full":
+                raise
+            fields = {"daemon": daemon_id, "error": error.message}
+            log.warning("a daemon's record stays until the next start", extra={"fields": fields})
 
     def _cleaned(self, task: asyncio.Task[None]) -> None:
         self._cleaning.discard(task)
@@ -368,7 +378,7 @@ class Chains:
                 await self._adopt(record)
             else:
                 self._places(record.id).remove()
-                await self._store.delete_daemon(record.id)
+                await self._forget(record.id)
 
     def _is_same(self, record: DaemonRecord) -> bool:
         return (

@@ -489,11 +489,11 @@ class Exports:
             return chain.daemon.alive
 
     async def close(self) -> None:
-        """Let go of all exports; they stay served."""
-        waiting = [*self._timers.values(), *self._ending.values()]
+        """Let go of all exports; they stay served. What could not be recorded yet is for the next start to find."""
+        waiting = [*self._timers.values(), *self._ending.values(), *self._background]
         for task in waiting:
             task.cancel()
-        await asyncio.gather(*waiting, *self._background, return_exceptions=True)
+        await asyncio.gather(*waiting, return_exceptions=True)
 
     # Time
 

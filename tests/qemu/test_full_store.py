@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def images(folder: Path) -> Pair:
     return Pair(folder / "pair", MIB)
 
 
+def is_served(export: Json, images: Pair) -> bool:
+    command = ["qemu-img", "compare", "-f", "raw", "-F", "raw", export["uri"], str(images.truth)]
+    return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+
 def state(agent: AgentProcess, export: Json) -> str:
     return str(agent.get(f"/v1/exports/{export['id']}")["state"])
 
@@ -72,9 +78,8 @@ def test_an_export_whose_stop_cannot_be_recorded_goes_on(
         agent.delete(f"/v1/exports/{export['id']}{force}")
     assert refused.value.code == "store_full"
     assert state(agent, export) == "running"
-    with Reader(export["uri"], images.truth) as reader:
-        agent.kill()
-        assert reader.stop() > 0
+    assert is_served(export, images)
+    agent.kill()
     filler.unlink()
     agent.start()
     assert state(agent, export) == "running"
@@ -109,7 +114,7 @@ def test_a_store_that_fills_up_during_a_stop_is_told_and_the_end_is_recorded_whe
     assert shown["state"] == "stopping"
     assert "not served any more" in shown["reason"]
     assert agent.user and user_can_read(images.base, agent.user), "revoked before it was recorded"
-    assert "not served any more" in status(agent)
+    assert "stopping" in status(agent)
     if killed:
         agent.kill()
     filler.unlink()
@@ -133,9 +138,71 @@ def test_a_stop_that_was_recorded_before_a_kill_is_finished_unless_a_client_uses
     with Reader(export["uri"], images.truth) as reader:
         agent.start()
         assert eventually(lambda: state(agent, export) == "running")
-        assert reader.stop() > 0
+        reader.stop()
     agent.delete(f"/v1/exports/{export['id']}")
     assert_stopped(agent, export, images)
+
+
+@pytest.mark.parametrize("moment", ["queued", "starting", "running", "dead"])
+def test_an_agent_starts_with_a_full_store_and_serves_what_is_there(
+    tmp_path: Path, disk: Tmpfs, images: Pair, folder: Path, moment: str
+) -> None:
+    pulled, third = Pair(folder / "pulled", 4 * MIB), Pair(folder / "third", MIB)
+    with AgentProcess(tmp_path / "agent", SETTINGS | {"JOBS_WIDTH": "1", "STORE_MIN_FREE": "64KiB"}) as agent:
+        served, lost = agent.export(images.top), agent.export(third.top)
+        job = agent.pull(pulled.top, bandwidth=MIB)
+        if moment != "starting":
+            agent.until(job["id"], lambda job: job["state"] == "running")
+        if moment == "queued":
+            agent.pull(third.top)
+        daemons = [daemon_of(agent, third.top)] + ([daemon_of(agent, pulled.top)] if moment == "dead" else [])
+        filler = disk.fill()
+        agent.kill()
+        send(signal.SIGKILL, *daemons)
+        agent.start()
+        assert agent.call("GET", "/readyz")[0] == 503
+        assert "no new work is taken" in status(agent)
+        assert (state(agent, served), state(agent, lost)) == ("running", "lost")
+        assert agent.job(job["id"])["state"] not in ("completed", "failed", "aborted")
+        with pytest.raises(ApiError) as refused:
+            agent.export(third.top)
+        assert refused.value.code == "store_full"
+        assert is_served(served, images)
+        filler.unlink()
+        ended = agent.until_ended(job["id"])
+        if moment == "starting" and ended["error"]:  # what cannot be granted for want of space is not begun
+            assert (ended["state"], ended["error"]["code"]) == ("failed", "store_full"), ended
+        else:
+            assert ended["state"] == ("failed" if moment == "dead" else "completed"), ended
+        assert eventually(lambda: told(agent, lost) == ["started", "lost"]), told(agent, lost)
+        agent.delete(f"/v1/exports/{served['id']}")
+
+
+def test_an_agent_with_a_full_store_ends_when_it_is_asked_to(agent: AgentProcess, disk: Tmpfs, images: Pair) -> None:
+    export = agent.export(images.top)
+    filler = disk.fill()
+    send(signal.SIGKILL, daemon_of(agent, images.top))
+    assert eventually(lambda: "a lost export cannot be stored" in agent.log.read_text())
+    assert agent.stop() == 0
+    filler.unlink()
+    agent.start()
+    assert state(agent, export) == "lost"
+
+
+def test_who_aborts_a_job_while_the_store_is_full_is_told_so_and_it_is_aborted_when_there_is_space(
+    agent: AgentProcess, disk: Tmpfs, folder: Path
+) -> None:
+    job = agent.pull(Pair(folder / "pulled", 16 * MIB).top, bandwidth=MIB)
+    agent.until(job["id"], lambda job: job["state"] == "running")
+    filler = disk.fill()
+    began = time.monotonic()
+    with pytest.raises(ApiError) as refused:
+        agent.post(f"/v1/jobs/{job['id']}/abort")
+    assert (refused.value.code, time.monotonic() - began < 15) == ("store_full", True)  # of jobs.start_timeout's 30 s
+    assert "make space" in refused.value.body["remedy"]
+    assert agent.job(job["id"])["state"] == "running"
+    filler.unlink()
+    assert agent.until_ended(job["id"])["state"] == "aborted"
 
 
 def record_stop(folder: Path, export: Json) -> None:

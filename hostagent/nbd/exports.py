@@ -238,7 +238,8 @@ class Exports:
                         return await self._cut(record, chain, reason)
                     record = await self._ended(record, chain, reason, force=force)
                 except JobError as error:
-                    self._not_ended(record.id, error)
+                    if not cut or error.code == "store_full":  # else its daemon cannot be killed, and may serve it
+                        self._not_ended(record.id, error)
                     raise
                 try:
                     await chain.release(record.holder)

@@ -14,6 +14,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from hostagent.api import problem
 from hostagent.api.gate import CONNECTION_KEY, Connection
 
+LAST = 0.5
+"""Seconds that a connection without a request has at the server's end."""
+
 
 class Known:
     """The application as one connection sees it: it is told which one that is."""
@@ -67,6 +70,13 @@ class BoundedProtocol(H11Protocol):
         self._head.stop()
         self._unread.stop()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """Who has just been let in is about to ask, and would take an end for a refusal."""
+        if self.cycle is None:
+            asyncio.get_running_loop().call_later(LAST, super().shutdown)
+        else:
+            super().shutdown()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -59,7 +59,7 @@ def test_a_backing_file_elsewhere_is_not_read_unless_it_was_said(tmp_path: Path,
     with pytest.raises(AgentError) as refused:
         sent(disk, options)
     assert refused.value.code == "outside_pools"
-    assert str(pool) in (refused.value.remedy or "")
+    assert str(pool) in refused.value.message and "--pool" in (refused.value.remedy or "")
     storage = replace(options.storage, pools=(str(pool),))
     assert sent(disk, replace(options, storage=storage)).startswith(b"b" * MIB)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running_agent import UnixConnection
 
-from hostagent.api import peercred
+from hostagent.api import bounded, peercred
 from hostagent.api.limits import check_json, nesting
 from hostagent.api.peer import Peer, Places
 from hostagent.api.peercred import PeerPolicy
@@ -32,6 +32,25 @@ def exchange(agent, *parts, pause=0.0):
 
 
 HEAD = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+
+
+def test_who_was_just_let_in_when_the_agent_stops_is_answered(serve, monkeypatch):
+    monkeypatch.setattr(bounded, "LAST", 3.0)
+    with serve() as agent, socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(5)
+        client.connect(str(agent.path))
+        assert _until(lambda: agent.server.server_state.connections)
+        agent.server.should_exit = True
+        time.sleep(0.5)  # it has seen that, and ends what has nothing to do
+        client.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def _until(true):
+    deadline = time.monotonic() + 5
+    while not (value := true()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return value
 
 
 def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(agent):

@@ -18,7 +18,7 @@ from jobs.errors import JobError
 from jobs.machine import Signal, step
 from jobs.model import Cursor, Drive, Failure, FileId, Holder, Job, Kept, Revocation, State, TargetState
 from jobs.outcome import END_EVENTS, access_change, job_event
-from jobs.ports import AccessResult, AccessVerdict, JobStore
+from jobs.ports import AccessResult, AccessVerdict, Deletion, JobStore
 from jobs.progress import Progress, View, advance
 from jobs.world import World
 
@@ -246,13 +246,11 @@ class Keeper:
             if result.verdict in still_open
         )
         needed = [layer.file for layer in job.dropped if found[layer.file].verdict is AccessVerdict.GRANTED]
-        warnings: tuple[str, ...] = ()
-        if job.spec.delete:
-            warnings = await self._w.driver.delete_dropped(job, needed)
-            deleted = {at[file] for file in await self._w.access.gone(at)}
-            kept = tuple(one for one in kept if one.path not in deleted)
+        deletion = await self._w.driver.delete_dropped(job, needed) if job.spec.delete else Deletion()
+        deleted = {at[file] for file in deletion.files}
+        kept = tuple(one for one in kept if one.path not in deleted)
         granted = {path for path, result in results if result.verdict is AccessVerdict.GRANTED}
-        warnings = (*warnings, *still_named(job, [one for one in kept if one.path in granted]))
+        warnings = (*deletion.warnings, *still_named(job, [one for one in kept if one.path in granted]))
         state = Revocation.KEPT if kept else Revocation.DONE
         if self._end_seen is not None:
             self._w.observer.revocation_lag(self._w.clock.monotonic() - self._end_seen)

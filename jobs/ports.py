@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from events.model import Event
 from jobs.model import Chain, Cursor, FileId, Holder, Job, JobSpec, Need, Plan
@@ -92,6 +92,14 @@ class AccessResult:
     holders: tuple[str, ...] = ()
 
 
+class Deletion(NamedTuple):
+    """`files` are no more, by any name: a file that was moved, or has another name, is not among them. `warnings` say
+    what stays, and why."""
+
+    files: frozenset[FileId] = frozenset()
+    warnings: tuple[str, ...] = ()
+
+
 class BlockDriver(Protocol):
     """Runs jobs on one kind of target. All but `plan` take a job that is already in the store."""
 
@@ -150,9 +158,9 @@ class BlockDriver(Protocol):
         """Close the target of a job that did not complete, and delete it if we made it, unless its group decided that
         it stays, or a guest may have gone over to it: whether it is gone. Idempotent."""
 
-    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> Deletion:
         """Delete the files that a completed job took out of the chain, as `job.spec.delete` says, but for those that
-        others need by now, in the ledger (`needed`) or in any other way: warnings. Idempotent."""
+        others need by now, in the ledger (`needed`) or in any other way. Idempotent."""
 
     async def cancel(self, job: Job, *, force: bool = False) -> None: ...
 
@@ -200,9 +208,6 @@ class Access(Protocol):
         self, files: Sequence[FileId], *, trigger: str, at: Mapping[FileId, str] | None = None
     ) -> dict[FileId, AccessResult]:
         """`at` is where the files were found, for a file of which nothing else is known."""
-
-    async def gone(self, at: Mapping[FileId, str]) -> set[FileId]:
-        """Which of the files have their names no more. Those of which it cannot be said are not among them."""
 
 
 class Clock(Protocol):

@@ -238,15 +238,6 @@ class Ledger:
             results[file] = result
         return results
 
-    async def gone(self, at: Mapping[FileId, str]) -> set[FileId]:
-        """Which of the files have their names no more. Those of which it cannot be said are not among them."""
-        found = set()
-        for file, path in at.items():
-            with contextlib.suppress(JobError):
-                if not file.network and await self._threads.run(file, functools.partial(_is_gone, path, file)):
-                    found.add(file)
-        return found
-
     async def converge_all(self, *, trigger: str) -> dict[FileId, AccessResult]:
         """Every file that a row names, or that we gave access to and have not proven gone."""
         rows = await self._store.access_rows()
@@ -568,11 +559,3 @@ class Ledger:
         made = {} if entry.born is None else {file: entry.born}
         search = functools.partial(holders.find_open, [file], uids=uids, skip_pids=skip, made=made)
         return (await self._threads.run(file, search))[file]
-
-
-def _is_gone(path: str, file: FileId) -> bool:
-    try:
-        found = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    return (found.st_dev, found.st_ino) != (file.dev, file.ino)

@@ -33,6 +33,7 @@ from hostagent.nbd.operations import preflight, room
 from jobs import commit
 from jobs.errors import JobError
 from jobs.model import Chain, Drive, FileId, Job, JobSpec, Layer, Plan
+from jobs.ports import Deletion
 
 T = TypeVar("T")
 
@@ -167,7 +168,7 @@ class GuestCommit(Work):
         """The base has part of the overlay's data, and the overlay all of it."""
         return False
 
-    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> Deletion:
         return await self._offline.delete_dropped(job, needed, self._chains.leasing)
 
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:

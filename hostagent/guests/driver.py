@@ -29,7 +29,7 @@ from hostagent.nbd.operations import at_most, preflight, room
 from jobs import pull
 from jobs.errors import JobError
 from jobs.model import Chain, Cursor, Drive, FileId, Holder, Job, JobSpec, Layer, Plan, State
-from jobs.ports import Contact, Observation, Phase
+from jobs.ports import Contact, Deletion, Observation, Phase
 
 T = TypeVar("T")
 
@@ -392,8 +392,8 @@ class GuestDriver:
     async def discard(self, job: Job) -> bool:
         return False
 
-    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
-        return ()
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> Deletion:
+        return Deletion()
 
     # After the job
 

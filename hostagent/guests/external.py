@@ -25,7 +25,7 @@ from hostagent.nbd.headers import Headers
 from jobs import pull
 from jobs.errors import JobError
 from jobs.model import Chain, Cursor, Drive, FileId, Holder, Job, JobSpec, Operation, Plan
-from jobs.ports import BlockDriver, Contact, Observation, Phase
+from jobs.ports import BlockDriver, Contact, Deletion, Observation, Phase
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -280,8 +280,8 @@ class ExternalDriver:
     async def discard(self, job: Job) -> bool:
         return False
 
-    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
-        return ()
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> Deletion:
+        return Deletion()
 
     async def cancel(self, job: Job, *, force: bool = False) -> None: ...
 

@@ -29,7 +29,7 @@ from hostagent.guests.work import Work
 from hostagent.images.member import ChainLimits
 from jobs.errors import JobError
 from jobs.model import Chain, Completion, Cursor, Drive, FileId, Holder, Job, JobSpec, Operation, Plan, State
-from jobs.ports import Contact, Observation, Phase
+from jobs.ports import Contact, Deletion, Observation, Phase
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +294,7 @@ class Mirrors:
 
     async def name(self, job: Job) -> None: ...
 
-    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> Deletion:
         return await self._work(job.spec).delete_dropped(job, needed)
 
     # After the job

@@ -15,7 +15,7 @@ from hostagent.nbd.uri import is_uri
 from jobs import commit
 from jobs.errors import JobError
 from jobs.model import Chain, Drive, FileId, Holder, Job, JobSpec, Operation, Plan, Target
-from jobs.ports import BlockDriver, Observation
+from jobs.ports import BlockDriver, Deletion, Observation
 
 
 def is_guests(target: str) -> bool:
@@ -136,7 +136,7 @@ class Router:
     async def discard(self, job: Job) -> bool:
         return await self._of(job).discard(job)
 
-    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> Deletion:
         return await self._of(job).delete_dropped(job, needed)
 
     async def cancel(self, job: Job, *, force: bool = False) -> None:

@@ -9,6 +9,7 @@ from hostagent.drivers.domain_xml import Disk
 from hostagent.guests.finding import Found
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Job, JobSpec, Plan
+from jobs.ports import Deletion
 
 
 class Work(Protocol):
@@ -59,8 +60,8 @@ class Work(Protocol):
 
     async def discard(self, job: Job, disk: Disk | None, *, over: bool) -> bool: ...
 
-    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
-        return ()
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> Deletion:
+        return Deletion()
 
     def release(self, job: Job) -> None:
         """The block job is gone for good. Idempotent."""

@@ -38,6 +38,7 @@ from hostagent.nbd.space import Growth, Space, enough, judge
 from jobs import commit
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Job, JobSpec, Layer, Need, Plan
+from jobs.ports import Deletion
 
 NAMED = 8
 """Images that one job warns of."""
@@ -96,19 +97,20 @@ class Commit:
         """The images beside the job's chain that stand on one of these of its layers."""
         return list(await dependents(self._search, layers, **_around(job.before)))
 
-    async def delete_dropped(self, job: Job, needed: Collection[FileId], leasing: Leasing) -> tuple[str, ...]:
-        """Delete what the completed job took out of the chain, but for what others need by now: warnings."""
+    async def delete_dropped(self, job: Job, needed: Collection[FileId], leasing: Leasing) -> Deletion:
+        """Delete what the completed job took out of the chain, but for what others need by now."""
         try:
             above = await self.standing_on(job, job.dropped)
         except JobError as error:
-            return (f"nothing was deleted: whether other images need it cannot be said: {error.message}",)
+            why = f"nothing was deleted: whether other images need it cannot be said: {error.message}"
+            return Deletion(warnings=(why,))
         kept = {image.on for image in above} | set(needed)
         unneeded = [layer for layer in job.dropped if layer.file not in kept]
-        busy = await asyncio.to_thread(_delete, unneeded, leasing)
+        deleted, busy = await asyncio.to_thread(_delete, unneeded, leasing)
         paths = {layer.file: layer.path for layer in job.dropped}
         below = [f"{paths[image.on]} was not deleted: {image.path} stands on it" for image in above[:NAMED]]
         others = [f"{path} was not deleted: it is still needed" for file, path in paths.items() if file in needed]
-        return (*below, *others, *busy)
+        return Deletion(deleted, (*below, *others, *busy))
 
     def needs(self, job: Job) -> list[Need]:
         writes = self.writes(job)
@@ -202,10 +204,10 @@ def refuse_devices(chain: Chain, spec: JobSpec, top: Layer, base: Layer) -> None
         raise JobError("invalid", message, field="delete", value=devices[0], remedy=remedy)
 
 
-def _delete(layers: Sequence[Layer], leasing: Leasing) -> list[str]:
+def _delete(layers: Sequence[Layer], leasing: Leasing) -> tuple[frozenset[FileId], list[str]]:
     """Blocking. Only the very files: what has taken their names meanwhile stays; and only while they are nobody's: the
-    job gave up its own leases at its end, which may be long ago. Says what stays, and why."""
-    told = []
+    job gave up its own leases at its end, which may be long ago. What is no more, and what stays, and why."""
+    deleted, told = set(), []
     for layer in layers:
         if layer.device:  # its node is not the image
             continue
@@ -221,10 +223,12 @@ def _delete(layers: Sequence[Layer], leasing: Leasing) -> list[str]:
                 lease = leasing(fd, exclusive=True, ours=())
                 try:
                     copy_files.unlink(Path(layer.path), layer.file)
+                    if os.fstat(fd).st_nlink == 0:  # it has no other name, and was not moved before
+                        deleted.add(layer.file)
                 finally:
                     lease.release()
         except (JobError, OSError) as error:
             told.append(f"{layer.path} was not deleted: {error}")
         finally:
             os.close(fd)
-    return told
+    return frozenset(deleted), told

@@ -29,7 +29,7 @@ from hostagent.nbd.write_out import WriteOut
 from jobs import model
 from jobs.errors import JobError
 from jobs.model import Completion, FileId, Holder, Job, JobSpec, Need, Plan, State
-from jobs.ports import Contact, Observation, Phase
+from jobs.ports import Contact, Deletion, Observation, Phase
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ class OfflineDriver:
             await operation.discard(job, chain)
         return _goes(job)
 
-    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> Deletion:
         return await self._commit.delete_dropped(job, needed, self._chains.leasing)
 
     async def cancel(self, job: Job, *, force: bool = False) -> None:

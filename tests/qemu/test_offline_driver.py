@@ -184,9 +184,11 @@ class TestOfflineDriver(GroupSuite):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
             try:
                 assert await asyncio.to_thread(eventually, lambda: open_below(other.pid, Path(rig.middle).parent))
-                (warning,) = await rig.driver.delete_dropped(job, ())
+                deletion = await rig.driver.delete_dropped(job, ())
             finally:
                 other.kill()
+        (warning,) = deletion.warnings
+        assert not deletion.files
         assert warning.startswith(f"{rig.middle} was not deleted: ")
         assert str(other.pid) in warning
         assert rig.middle in rig.names()

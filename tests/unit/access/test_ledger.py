@@ -715,15 +715,3 @@ def opened_by_guest(path: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait(5)
-
-
-def test_a_file_is_gone_when_its_name_leads_to_it_no_more(tmp_path: Path) -> None:
-    async def scenario(host: Host) -> None:
-        there, deleted, replaced = (host.file(name) for name in ("there", "deleted", "replaced"))
-        at = {identity(path): str(path) for path in (there, deleted, replaced)}
-        gone = {identity(path) for path in (deleted, replaced)}
-        deleted.unlink()
-        host.file("another").rename(replaced)
-        assert await host.ledger.gone(at) == gone
-
-    play(tmp_path, OwnProbe(), scenario, own=True)

@@ -35,7 +35,6 @@ class Agent:
         self.driver = driver or FakeDriver()
         self.store = MemoryStore()
         self.access = FakeAccess()
-        self.access.deleted = self.driver.deleted
         self.counts = Counts()
         self.seen: dict[str, list[Job]] = {}
         self.hints = True

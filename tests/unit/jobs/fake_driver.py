@@ -15,7 +15,7 @@ from typing import Any
 from jobs import commit, copy, pull
 from jobs.errors import JobError
 from jobs.model import Chain, Cursor, FileId, Holder, Job, JobSpec, Layer, Operation, Plan, State, Target, TargetState
-from jobs.ports import Contact, Observation, Phase
+from jobs.ports import Contact, Deletion, Observation, Phase
 from tests.unit.jobs.fake_images import BlockJob, Daemon, Image, becomes_ready, part_of, rewritten, written
 
 MIB = 1 << 20
@@ -341,13 +341,15 @@ class FakeDriver:
         self.fault("discard done", job)
         return target is not None and target.made and not job.decided
 
-    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> tuple[str, ...]:
+    async def delete_dropped(self, job: Job, needed: Collection[FileId]) -> Deletion:
         await self._called("delete_dropped", job)
+        deleted = set()
         for layer in job.dropped:
             if layer.file not in needed and self.names.get(layer.path) == layer.file:
                 del self.names[layer.path]
-                self.deleted.add(layer.file)
-        return ()
+                deleted.add(layer.file)
+        self.deleted |= deleted
+        return Deletion(frozenset(deleted))
 
     # After the job
 

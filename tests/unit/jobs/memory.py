@@ -76,7 +76,6 @@ class FakeAccess:
         self.asked: list[tuple[tuple[FileId, ...], str]] = []
         self.found_at: dict[FileId, str] = {}
         self.verdicts: dict[FileId, AccessVerdict] = {}
-        self.deleted: set[FileId] = set()
 
     async def converge(
         self, files: Sequence[FileId], *, trigger: str, at: Mapping[FileId, str] | None = None
@@ -85,9 +84,6 @@ class FakeAccess:
         self.found_at |= at or {}
         await asyncio.sleep(0)
         return {file: AccessResult(str(file), self.verdicts.get(file, AccessVerdict.REVOKED)) for file in files}
-
-    async def gone(self, at: Mapping[FileId, str]) -> set[FileId]:
-        return self.deleted & set(at)
 
 
 class Counts:

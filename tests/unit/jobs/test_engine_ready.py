@@ -285,6 +285,22 @@ def test_what_was_deleted_is_not_kept() -> None:
     run(scenario)
 
 
+def test_what_was_moved_before_it_could_be_deleted_is_still_kept() -> None:
+    async def scenario(agent: Agent) -> None:
+        layers = agent.driver.image("/top", depth=3).layers
+        agent.access.verdicts = dict.fromkeys((layer.file for layer in layers), AccessVerdict.KEPT)
+        for layer in agent.driver.images["/top"].layers:
+            agent.driver.names.pop(layer.path, None)
+            agent.driver.names[f"{layer.path}.moved"] = layer.file
+        ended = await agent.until_cleared(await agent.pull("/top", **WORKS["commit"], completion=PIVOT, delete=True))
+        assert ended.dropped and not agent.driver.deleted
+        assert (ended.revocation, {one.path for one in ended.kept}) == (
+            Revocation.KEPT, {layer.path for layer in ended.dropped},
+        )  # fmt: skip
+
+    run(scenario)
+
+
 def test_a_target_to_write_over_that_is_not_there_can_be_made() -> None:
     async def scenario(agent: Agent) -> None:
         agent.driver.image("/top")

@@ -128,6 +128,17 @@ def test_what_lies_in_another_folder_by_the_same_names_stays(place: Place, sourc
     assert (place.x / decoys[1].name).exists(), "what was not found is not removed"
 
 
+def test_what_has_another_name_is_not_said_to_be_no_more(place: Place) -> None:
+    linked, alone, moved = (place.x / name for name in ("linked", "alone", "moved"))
+    for path in (linked, alone, moved):
+        path.write_text("a layer")
+    layers = [layer(path) for path in (linked, alone, moved)]
+    (place.private / "other").hardlink_to(linked)
+    moved.rename(place.private / "moved")
+    deleted, _ = committing._delete(layers, lambda *_, **__: Free())
+    assert deleted == {layers[1].file}
+
+
 def test_a_commit_deletes_in_the_folder_that_has_its_layer(place: Place) -> None:
     victim = place.private / "layer.qcow2"
     victim.write_text("somebody else's")

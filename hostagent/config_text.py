@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hostagent import listening
+from hostagent.addresses import tcp_address
 from hostagent.config import DEFAULTS, GIB, MIB, SECTIONS, UNSET, Config, Rule, rules
 from hostagent.errors import AgentError
 from hostagent.sizes import parse_size
@@ -260,18 +261,6 @@ def _is_absolute(raw: object) -> bool:
     return isinstance(raw, str) and raw.startswith("/") and "\0" not in raw
 
 
-def tcp_address(text: str) -> tuple[str, int] | None:
-    """IP:PORT, an IPv6 address in brackets; None when it is no such thing. Port 0 is any."""
-    found = _ADDRESS.fullmatch(text)
-    if found is None or int(found["port"]) >= 1 << 16:
-        return None
-    try:
-        known = ipaddress.IPv6Address(found["six"]) if found["six"] else ipaddress.IPv4Address(found["four"])
-    except ValueError:
-        return None
-    return str(known), int(found["port"])
-
-
 def _is_server(raw: object) -> bool:
     if _is_absolute(raw):
         return True
@@ -280,7 +269,6 @@ def _is_server(raw: object) -> bool:
 
 
 _SERVER = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9][a-z0-9._-]*)(:(?P<port>[0-9]{1,5}))?", re.ASCII | re.IGNORECASE)
-_ADDRESS = re.compile(r"(\[(?P<six>[^\]]+)\]|(?P<four>[0-9.]+)):(?P<port>[0-9]{1,5})", re.ASCII)
 _SERVERS = (_is_server, "servers (HOST, HOST:PORT) and absolute paths")
 _WORDS = (lambda raw: isinstance(raw, str) and raw.isprintable() and len(raw) <= 1024, "text")
 _PATHS = (_is_absolute, "absolute paths")

@@ -24,13 +24,14 @@ from typing import Any
 
 from events.bus import Bus
 from events.model import now
-from hostagent import __version__, activation, data_child, host, listening, reboot, reload, sdnotify, watchdog
+from hostagent import __version__, activation, data_child, host, reboot, reload, sdnotify, watchdog
 from hostagent.access import holders
 from hostagent.access.leases import FileLease
 from hostagent.access.ledger import Ledger
 from hostagent.access.ledger import Settings as LedgerSettings
 from hostagent.access.prober import Prober
 from hostagent.access.subject import OwnProbe, Probe, Subject
+from hostagent.addresses import tcp_address
 from hostagent.api import identities, remote
 from hostagent.api.audited import audited
 from hostagent.api.changes import Changes
@@ -38,18 +39,16 @@ from hostagent.api.http import HttpSettings, Server, build_app
 from hostagent.api.peercred import PeerPolicy
 from hostagent.api.projection.projection import Projection
 from hostagent.api.remote import Doors
-from hostagent.api.scrapes import Bounds, ScrapeServer
+from hostagent.api.scrapes import Bounds, Scraping
 from hostagent.api.service import AgentService
 from hostagent.api.status import HostFacts
 from hostagent.audit import Audit
 from hostagent.audit import Settings as AuditSettings
-from hostagent.certificates import Renewing
 from hostagent.config import Config
-from hostagent.config_text import plain, tcp_address
+from hostagent.config_text import plain
 from hostagent.drain import Drain
 from hostagent.drivers import qsd_process
 from hostagent.drivers.libvirt import last_beat
-from hostagent.errors import AgentError
 from hostagent.gauges import Gauges
 from hostagent.guest_jobs import GuestJobs, Parts
 from hostagent.guests.router import Router
@@ -80,7 +79,6 @@ from hostagent.nbd.watch import Watch
 from hostagent.news import News
 from hostagent.retention import Retention, keep_house
 from hostagent.store import Store
-from hostagent.tokens import Tokens
 from jobs.engine import Engine
 from jobs.errors import JobError
 from jobs.model import FileId, State
@@ -157,7 +155,7 @@ class Agent:
         self.news = News(self._bus, self._changes, self._later)
         self._own_socket = True
         self._serving: asyncio.Task[None] | None = None
-        self._scrapes: ScrapeServer | None = None
+        self._scraping: Scraping | None = None
         self._store = Store(
             self._state_dir,
             host=config.agent.host,
@@ -387,7 +385,7 @@ class Agent:
             host.refuse_other_address(given, self._config.api.socket)
         else:
             host.refuse_second_listener(self._config.api.socket)
-        self._doors = self._make_doors()
+        self._doors = remote.doors(self._config.api, self._metrics.refused)  # bound early: it may keep us from starting
         await self._store.open()
         self._audit = self._make_audit()
         await reboot.renumber(self._store)
@@ -411,8 +409,11 @@ class Agent:
         listener = given or host.listen(self._config.api.socket, self._group)
         self._own_socket = given is None
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="api")
-        if (address := tcp_address(self._config.metrics.listen)) is not None:
-            self._later(self._answer_scrapes(address))
+        metrics = self._config.metrics
+        if (address := tcp_address(metrics.listen)) is not None:
+            bounds = Bounds(metrics.max_connections, metrics.max_head, metrics.timeout)
+            self._scraping = Scraping(address, self._metrics.render, bounds, metrics.refresh)
+            self._later(self._scraping.run())
         self._background += [
             asyncio.create_task(self._ledger.run(self._config.access.converge_interval), name="ledger"),
             asyncio.create_task(self._watch.run(), name="watch"),
@@ -460,8 +461,8 @@ class Agent:
 
     async def stop(self) -> None:
         """Let go of everything; storage daemons run on."""
-        if self._scrapes is not None:
-            self._scrapes.should_exit = True
+        if self._scraping is not None:
+            self._scraping.stop()
         if self._serving is not None:
             self._server.should_exit = True
             await asyncio.wait({self._serving}, timeout=self._config.agent.stop_timeout + 1)
@@ -487,26 +488,6 @@ class Agent:
         with contextlib.suppress(AttributeError):
             await asyncio.to_thread(self._audit.close, self._config.agent.stop_timeout)
         log.info("agent stopped")
-
-    def _make_doors(self) -> Doors | None:
-        """Bound here, as early as all else that may keep us from starting; opened with the rest of the API."""
-        api = self._config.api
-        tokens = Tokens(api.tokens_file, api.tokens)
-        certificate = Renewing(found) if (found := listening.certificate_of(api)) is not None else None
-        known = identities.Identities(
-            tokens,
-            api.certificate_scopes,
-            failures=api.auth_failures,
-            told=self._metrics.refused,
-            authorities=lambda: certificate.in_force.authorities if certificate else "",
-        )
-        if not api.listen:
-            return None
-        tokens.look()
-        if not len(tokens) and not api.certificate_scopes:
-            remedy = "make a token: `hostagent token add NAME --scope read`; or set api.certificate_scopes"
-            log.warning("nobody may use the API by TCP yet", extra={"fields": {"remedy": remedy}})
-        return Doors(listening.listen(api), certificate, known, remote.Bounds.of(api), self._metrics.refused)
 
     def _make_audit(self) -> Audit:
         loop, settings = asyncio.get_running_loop(), self._config.audit
@@ -571,24 +552,6 @@ class Agent:
         group = config.api.socket_group if self._group is not None else None
         policy = PeerPolicy.for_group(group, never=self._strangers())
         self._server = Server(app, self._bus, policy=policy, settings=settings, doors=self._doors)
-
-    async def _answer_scrapes(self, address: tuple[str, int]) -> None:
-        """As soon as the address is free: somebody who has it keeps nobody's image from being looked after."""
-        metrics, told = self._config.metrics, False
-        while True:
-            try:
-                listener = host.listen_for_scrapes(address)
-                break
-            except AgentError as error:
-                if not told:
-                    fields = {"error": error.message, "remedy": error.remedy}
-                    log.error("no metrics on metrics.listen, as yet", extra={"fields": fields})
-                told = True
-                await asyncio.sleep(metrics.refresh)
-        log.info("metrics", extra={"fields": {"address": "{}:{}".format(*listener.getsockname()[:2])}})
-        bounds = Bounds(metrics.max_connections, metrics.max_head, metrics.timeout)
-        self._scrapes = ScrapeServer(self._metrics.render, bounds)
-        await self._scrapes.serve(sockets=[listener])
 
     def _strangers(self) -> set[int]:
         """The data daemon is in the group for the exports' sake: it has strangers as clients, and no say here."""

@@ -155,22 +155,6 @@ def listen(path: Path, group: int | None) -> socket.socket:
     return listener
 
 
-def listen_for_scrapes(address: tuple[str, int]) -> socket.socket:
-    """The socket of metrics.listen."""
-    host, port = address
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        refuse = {"field": "metrics.listen", "value": f"{host}:{port}", "remedy": "see `ss -tlnp`, or choose another"}
-        raise AgentError("unavailable", f"cannot listen on {host} port {port}: {error.strerror}", **refuse) from error
-    listener.setblocking(False)
-    return listener
-
-
 def _refuse_foreign_folder(folder: Path, setting: str) -> None:
     """Sockets and the store are only as safe as the folder that they lie in, and as the link that leads there."""
     if (link := folder.lstat()).st_uid not in (0, os.geteuid()):

@@ -4,10 +4,10 @@ listeners that they ask for. Wrong ones are refused as the settings are read."""
 from __future__ import annotations
 
 import ipaddress
-import re
 import socket
 from collections.abc import Sequence
 
+from hostagent import addresses
 from hostagent.certificates import Certificate
 from hostagent.config import UNSET, Api
 from hostagent.errors import AgentError
@@ -16,7 +16,6 @@ from hostagent.tokens import Scope
 KINDS = ("CN", "DNS", "URI", "email")
 """Of names that a certificate has."""
 BACKLOG = 128
-_LISTEN = re.compile(r"(\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<four>[0-9.]+)):(?P<port>[0-9]{1,5})")
 
 
 def check(api: Api) -> None:
@@ -29,16 +28,10 @@ def check(api: Api) -> None:
 
 def address_of(text: str) -> tuple[str, int]:
     """An address and a port of api.listen. AgentError invalid."""
-    found = _LISTEN.fullmatch(text)
-    try:
-        if found is None or int(found["port"]) >= 1 << 16:
-            raise ValueError
-        return str(ipaddress.ip_address(found["six"] or found["four"])), int(found["port"])
-    except ValueError:
-        remedy = "write IP:PORT, such as 0.0.0.0:54323 or [::1]:54323"
-        raise AgentError(
-            "invalid", f"{text!r} is no address to listen on", field="api.listen", value=text, remedy=remedy
-        ) from None
+    if (found := addresses.tcp_address(text)) is None:
+        message, remedy = f"{text!r} is no address to listen on", "write IP:PORT, such as 0.0.0.0:54323 or [::1]:54323"
+        raise AgentError("invalid", message, field="api.listen", value=text, remedy=remedy)
+    return found
 
 
 def certificate_of(api: Api) -> Certificate | None:
@@ -72,32 +65,13 @@ def listen(api: Api) -> list[socket.socket]:
     found: list[socket.socket] = []
     try:
         for text in api.listen:
-            found.append(_bound(text))
+            found.append(addresses.listener(*address_of(text), backlog=BACKLOG, setting="api.listen", value=text))
+            found[-1].setblocking(False)
     except AgentError:
         for listener in found:
             listener.close()
         raise
     return found
-
-
-def _bound(text: str) -> socket.socket:
-    address, port = address_of(text)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listener.bind((address, port))
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        message = f"cannot listen on {text}: {error.strerror}"
-        raise AgentError(
-            "unavailable", message, field="api.listen", value=text, remedy="see `ss -tlnp`, `ip address`"
-        ) from error
-    return listener
 
 
 def scopes_of(given: Sequence[str]) -> dict[str, Scope]:

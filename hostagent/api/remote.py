@@ -24,11 +24,13 @@ from typing import Any
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
+from hostagent import listening
 from hostagent.api.bounded import BoundedProtocol, Known
 from hostagent.api.identities import Identities, Identity, Shown, network_of
 from hostagent.api.peer import Peer
 from hostagent.certificates import Renewing
 from hostagent.config import Api
+from hostagent.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -277,3 +279,24 @@ class Doors:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("a fault at a door", exc_info=error)
+
+
+def doors(api: Api, told: Callable[[str], None]) -> Doors | None:
+    """What the settings ask for, bound and not open yet; None where they ask for nothing. AgentError: they are wrong,
+    or an address is taken. `told` hears why somebody was turned away."""
+    tokens = Tokens(api.tokens_file, api.tokens)
+    certificate = Renewing(found) if (found := listening.certificate_of(api)) is not None else None
+    known = Identities(
+        tokens,
+        api.certificate_scopes,
+        failures=api.auth_failures,
+        told=told,
+        authorities=lambda: certificate.in_force.authorities if certificate else "",
+    )
+    if not api.listen:
+        return None
+    tokens.look()
+    if not len(tokens) and not api.certificate_scopes:
+        remedy = "make a token: `hostagent token add NAME --scope read`; or set api.certificate_scopes"
+        log.warning("nobody may use the API by TCP yet", extra={"fields": {"remedy": remedy}})
+    return Doors(listening.listen(api), certificate, known, Bounds.of(api), told)

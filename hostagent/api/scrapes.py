@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +20,17 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from hostagent.addresses import listener
 from hostagent.api.bounded import Deadline
 from hostagent.api.http import QuietServer
+from hostagent.errors import AgentError
 
 FRESH = 0.5
 """Seconds for which an exposition is answered again, at least: nobody who scrapes does it that often."""
 REST = 20
 """And so many times what it took to make: strangers get a twentieth of the agent's time, however large it is."""
 
+log = logging.getLogger(__name__)
 quiet = logging.getLogger(f"{__name__}.clients")
 quiet.setLevel(logging.ERROR)  # what strangers send is no news
 
@@ -38,6 +42,47 @@ class Bounds:
     max_connections: int
     max_head: int
     timeout: float
+
+
+class Scraping:
+    """The server, as soon as `address` is free: somebody who has it keeps nobody's image from being looked after. It is
+    tried again every `again` seconds."""
+
+    def __init__(
+        self, address: tuple[str, int], render: Callable[[], tuple[bytes, str]], bounds: Bounds, again: float
+    ) -> None:
+        self._address = address
+        self._server = ScrapeServer(render, bounds)
+        self._backlog = bounds.max_connections
+        self._again = again
+
+    async def run(self) -> None:
+        """Until `stop`, or cancelled."""
+        listener = await self._bound()
+        log.info("metrics", extra={"fields": {"address": "{}:{}".format(*listener.getsockname()[:2])}})
+        await self._server.serve(sockets=[listener])
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+
+    async def _bound(self) -> socket.socket:
+        told = False
+        while True:
+            try:
+                return listener_of(self._address, self._backlog)
+            except AgentError as error:
+                if not told:
+                    fields = {"error": error.message, "remedy": error.remedy}
+                    log.error("no metrics on metrics.listen, as yet", extra={"fields": fields})
+                told = True
+                await asyncio.sleep(self._again)
+
+
+def listener_of(address: tuple[str, int], backlog: int) -> socket.socket:
+    value = "{}:{}".format(*address)
+    found = listener(*address, backlog=backlog, setting="metrics.listen", value=value)
+    found.setblocking(False)
+    return found
 
 
 class ScrapeServer(QuietServer):

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from hostagent import activation
+from hostagent import activation, addresses
 from hostagent.config import UNSET, Config
 from hostagent.config_data import Data
 from hostagent.errors import AgentError
@@ -61,19 +61,7 @@ def _group(config: Config) -> int | None:
 
 
 def tcp(address: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listener.bind((address, port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        message = f"cannot listen on {address} port {port}: {error.strerror}"
-        raise AgentError("unavailable", message, field="data.port", value=port, remedy="see `ss -tlnp`") from error
-    return listener
+    return addresses.listener(address, port, backlog=BACKLOG, setting="data.port", value=port)
 
 
 def unix(path: Path, mode: int, group: int | None = None, *, kind: int = socket.SOCK_STREAM) -> socket.socket:

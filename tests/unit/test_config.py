@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hostagent import config, config_text
+from hostagent.addresses import tcp_address
 from hostagent.errors import AgentError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -168,7 +169,7 @@ def test_a_socket_too_long_for_a_unix_socket_is_refused() -> None:
 )
 def test_scrapes_are_answered_on_the_loopback_address(text: str, address: tuple[str, int]) -> None:
     loaded = config_text.load(env={"HOSTAGENT_METRICS_LISTEN": text})
-    assert config_text.tcp_address(loaded.metrics.listen) == address
+    assert tcp_address(loaded.metrics.listen) == address
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_beyond_the_loopback_somebody_must_say_so(text: str) -> None:
 
 
 def test_nobody_is_answered_by_tcp_unless_the_settings_say_so() -> None:
-    assert config_text.tcp_address(config_text.load(env={}).metrics.listen) is None
+    assert tcp_address(config_text.load(env={}).metrics.listen) is None
 
 
 def test_an_empty_hypervisor_user_is_our_own() -> None:

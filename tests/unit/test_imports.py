@@ -21,7 +21,7 @@ LEAVES = {
     f"hostagent.{name}"
     for name in (
         *("config", "config_data", "config_dbus", "config_rule", "config_text"),
-        *("errors", "sizes", "logs", "sdnotify", "activation"),
+        *("addresses", "errors", "sizes", "logs", "sdnotify", "activation"),
         *("audit", "calls", "certificates", "listening", "tokens", "x509"),
         *("nbdclient", "nbdconnection", "nbddial", "nbdoffer", "nbdstream"),
         *("locks", "looks", "schema", "selection", "turns", "unix_http", "tls_http"),

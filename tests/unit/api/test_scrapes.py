@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from hostagent import host
 from hostagent.api import scrapes
 from hostagent.api.scrapes import Bounds, ScrapeServer
 from hostagent.errors import AgentError
@@ -26,7 +25,7 @@ class Served:
 
     def __init__(self, address: tuple[str, int], *, size: int = 0, slow: float = 0, **bounds: Any) -> None:
         self.rendered, self._size, self._slow = 0, size, slow
-        self._listener = host.listen_for_scrapes(address)
+        self._listener = scrapes.listener_of(address, 4)
         self.address = self._listener.getsockname()[:2]
         wanted = {"max_connections": 4, "max_head": 1024, "timeout": 5, **bounds}
         self._server = ScrapeServer(self._render, Bounds(**wanted))
@@ -232,6 +231,6 @@ def test_ipv6(served: Served) -> None:
 
 def test_an_address_that_is_taken_is_refused_by_name(served: Served) -> None:
     with pytest.raises(AgentError) as refused:
-        host.listen_for_scrapes(served.address)
+        scrapes.listener_of(served.address, 4)
     assert (refused.value.field, refused.value.value) == ("metrics.listen", f"127.0.0.1:{served.address[1]}")
     assert "Address already in use" in refused.value.message

@@ -51,7 +51,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The daemon's files: `folder` (0700) has the monitor and the log, `socket` is the NBD listener."""
+    """The daemon's files: `folder` (0700) has the monitor and the log, `socket` is the NBD listener; `opening` is there
+    as long as the agent has not heard that its images are open."""
 
     folder: Path
     monitor: Path
@@ -61,9 +62,13 @@ class Places:
     def log(self) -> Path:
         return self.folder / "log"
 
+    @property
+    def opening(self) -> Path:
+        return self.folder / "opening"
+
     def remove(self) -> None:
         """The files of a process that has ended."""
-        for path in (self.socket, self.monitor, self.log):
+        for path in (self.socket, self.monitor, self.log, self.opening):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()

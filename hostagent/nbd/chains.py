@@ -260,6 +260,7 @@ class Chains:
         descriptors = []
         chain.closed = True  # until it serves, an end of the process is the starter's to tell
         try:
+            places.opening.touch()
             for fd in chain.descriptors():
                 descriptors.append(os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC))
             numbers = descriptors or [-1]  # a network image has no file
@@ -279,6 +280,7 @@ class Chains:
         try:
             await self.remember(chain)
             chain.connection = await chain.ask(_opening(daemon, nodes, chain.apart, self.settings.qsd.user.name))
+            places.opening.unlink(missing_ok=True)
         except BaseException:
             await daemon.kill()  # nobody uses it yet
             await daemon.detach()
@@ -397,7 +399,7 @@ class Chains:
         await daemon.adopt(record.pid)
         files = {node.layer.file for node in (*record.nodes, *record.beside)}
         modes = await asyncio.to_thread(daemon.open_modes, files)
-        if record.file not in modes and not record.file.network:
+        if daemon.places.opening.exists() or (record.file not in modes and not record.file.network):
             await self._give_up(chain, daemon)
             return
         chain.nodes = _open(record.nodes, modes)
@@ -422,7 +424,8 @@ class Chains:
         return None
 
     async def _give_up(self, chain: PreparedChain, daemon: StorageDaemon) -> None:
-        """The agent was killed before this daemon had opened its chain: it holds nothing, and serves nobody."""
+        """The agent was killed before it had heard that this daemon has opened its chain. It serves nobody, and some of
+        its nodes may be missing although their files are open: QEMU forgets the commands of who is gone."""
         chain.closed = True
         await daemon.kill()
         await self.closed(chain)

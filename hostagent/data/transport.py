@@ -15,6 +15,7 @@ import ssl
 import struct
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -24,8 +25,8 @@ from hostagent.errors import AgentError
 _UNSENT = 128 * 1024
 """Bytes that sendfile queues beyond what was sent. Without a limit the queue of pages grows to megabytes, and costs
 three times the processor time for a third of the throughput (docs/data.md)."""
-_TLS_SEND = 512 * 1024
-"""Bytes that are encrypted and sent at a time. OpenSSL keeps as much for the connection's next ones."""
+_TLS_SEND = PIECE
+"""Bytes that are encrypted at a time, while as many are sent. OpenSSL keeps as much for the connection's next ones."""
 _TLS_HEAD, _TLS_BODY = 4096, 256 * 1024
 """Bytes of one read of the socket: of a client that may be idle for long, and of one that sends a body."""
 _GRACE = 0.001  # a kernel timeout of 0 would mean none
@@ -125,6 +126,8 @@ class Tls:
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._buffer = bytearray(_TLS_HEAD)
         self._pieces = bytearray(0)
+        self._sender: ThreadPoolExecutor | None = None
+        self._sending: Future[None] | None = None
 
     def handshake(self, timeout: float) -> None:
         """Within `timeout` seconds in all, however slowly the peer sends. PeerGone; ssl.SSLError for what is no TLS."""
@@ -189,9 +192,14 @@ class Tls:
 
     @contextlib.contextmanager
     def corked(self) -> Iterator[None]:
-        with self._plain.corked():
-            yield
-        self._pieces = bytearray(0)
+        """Much is sent in a thread of its own meanwhile, so that the next piece is encrypted beside it."""
+        with self._plain.corked(), ThreadPoolExecutor(1, thread_name_prefix="send") as self._sender:
+            try:
+                yield
+                self._await_sent()
+            finally:
+                self._sender = self._sending = None
+                self._pieces = bytearray(0)
 
     def finish(self) -> None:
         with contextlib.suppress(ssl.SSLError, PeerGone):
@@ -201,8 +209,22 @@ class Tls:
         self._plain.finish()
 
     def _push(self) -> None:
-        if self._outgoing.pending:
-            self._plain.send(self._outgoing.read())
+        if not self._outgoing.pending:
+            return
+        data = self._outgoing.read()
+        self._await_sent()
+        if self._sender is None or len(data) < _TLS_SEND:
+            self._plain.send(data)
+            return
+        try:
+            self._sending = self._sender.submit(self._plain.send, data)
+        except RuntimeError as error:  # no thread to be had, and the executor may have one later for what it was given
+            raise PeerGone(str(error)) from error
+
+    def _await_sent(self) -> None:
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            sending.result()
 
     def _pull(self) -> int:
         number = self._plain.receive(memoryview(self._buffer))

@@ -139,8 +139,8 @@ def assert_nothing_left(agent: AgentProcess, files: dict[Path, str], before: Per
     assert eventually(lambda: agent.get("/v1/host")["storage_daemons"] == [])
     assert eventually(lambda: agent.get("/v1/host")["revocations"]["pending"] == 0)
     assert agent.get("/v1/host")["orphans"] == []
-    assert list((agent.runtime / "qsd").iterdir()) == []
-    assert list((agent.runtime / "nbd").iterdir()) == []
+    assert eventually(lambda: list((agent.runtime / "qsd").iterdir()) == [])
+    assert eventually(lambda: list((agent.runtime / "nbd").iterdir()) == [])
     if ROOT:
         assert eventually(lambda: agent.get("/v1/grants")["items"] == [])
     assert eventually(lambda: {path: permissions(path) for path in before} == before)

@@ -135,10 +135,16 @@ def _job_alarms(jobs: list[Json]) -> list[tuple[str, str]]:
 
 
 def _export_alarms(exports: list[Json]) -> list[tuple[str, str]]:
-    """An export that goes on, and of which something is to be said: what was written to it is not durable."""
-    spoilt = [export for export in exports if export["state"] == "running" and export.get("reason")]
-    remedy = "read what is there from another client now; `hostagent export stop --force` gives up what is not"
-    return [(f"export {export['id']} of {export['path']}: {export['reason']}", remedy) for export in spoilt]
+    """Exports of which something is to be said: what was written is not durable, or one cannot be ended."""
+    remedies = {
+        "running": "read what is there from another client now; `hostagent export stop --force` gives up what is not",
+        "stopping": "mend that, and stop it again (--force gives up what is not durable); a full store is retried",
+    }
+    return [
+        (f"export {export['id']} of {export['path']}: {export['reason']}", remedies[export["state"]])
+        for export in exports
+        if export.get("reason") and export["state"] in remedies
+    ]
 
 
 def _unstick(daemon: Json) -> str:

@@ -24,7 +24,7 @@ STYLES = {
     "completed": "green", "ready": "green", "ok": "green", "running": "cyan", "starting": "cyan",
     "paused": "yellow", "waiting": "cyan", "aborted": "yellow", "aborting": "yellow", "warn": "yellow",
     "failed": "bold red", "unknown": "bold red", "fail": "bold red", "lost": "bold red", "unresponsive": "bold red",
-    "kept": "yellow", "pending": "yellow", "remedy": "bold",
+    "kept": "yellow", "pending": "yellow", "stopping": "yellow", "remedy": "bold",
 }  # fmt: skip
 
 

@@ -237,6 +237,26 @@ def test_status_says_first_that_the_store_is_full(agent: FakeAgent, run, capsys)
     assert "nothing needs attention" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("state", "reason", "says"),
+    [
+        ("running", "its server went away", "read what is there from another client now"),
+        ("stopping", "it is not served any more, but the disk is full", "mend that, and stop it again"),
+        ("stopping", None, "nothing needs attention"),
+    ],
+)
+def test_status_names_the_exports_that_need_a_person(
+    agent: FakeAgent, run, capsys, state: str, reason: str | None, says: str
+) -> None:
+    agent.on("GET", "/v1/host", (200, host(exports={state: 1})))
+    agent.on("GET", "/v1/jobs", (200, {"items": [], "next": None}))
+    agent.on("GET", "/v1/exports", (200, {"items": [export(state, path="/images/top.qcow2", reason=reason)], "next": None}))
+    assert run("status") == 0
+    out = capsys.readouterr().out
+    assert says in out
+    assert (f"! export {ID} of /images/top.qcow2: {reason}" in out) == (reason is not None)
+
+
 def test_grant_list_says_what_is_in_the_way_of_a_file_that_nobody_needs(agent: FakeAgent, run, capsys) -> None:
     left = grant("pending", holder={"kind": "none", "id": ""}, reason="nobody needs it", detail="it hangs")
     agent.on("GET", "/v1/grants", (200, {"items": [left, grant(detail="unseen")], "next": None}))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hostagent.client.extents import Kind, Piece
-from hostagent.client.options import Options
+from hostagent.client.options import PIECE, Options
 from hostagent.client.progress import Progress, Show, Speed, Tell
 from hostagent.client.retry import Retries
 from hostagent.client.trouble import Retry
@@ -200,6 +200,8 @@ class Worker(threading.Thread):
         self._opened = 0.0
         self._interval = crew.options.flush_interval
         """Seconds between two flushes: none for a moment after a failure, or a bad line would never get ahead."""
+        self._most = PIECE
+        """Bytes of the next request: as many as go over the line between two flushes."""
         self._retries = Retries(crew.options.patience, stop=crew.stop, told=crew.tell)
         self.moving = 0
         """Bytes of the piece at hand."""
@@ -236,33 +238,50 @@ class Worker(threading.Thread):
     def _next(self) -> Piece | None:
         if self._crew.stop.is_set():
             raise Stopped
-        return self._again.popleft() if self._again else self._crew.next()
+        piece = self._again.popleft() if self._again else self._crew.next()
+        if piece is None or piece.kind is not Kind.DATA or piece.end - piece.begin <= self._most:
+            return piece
+        middle = piece.begin + self._most
+        self._again.appendleft(piece._replace(begin=middle))
+        return piece._replace(end=middle)
 
     def _piece(self, ends: Ends, piece: Piece) -> None:
-        begin = piece.begin
-        while True:
-            try:
-                ends.connect()
-                self._move(ends, begin, piece)
-                break
-            except Retry as error:
-                if not ends.volatile:
-                    begin += self.moving
-                self._failed(ends, error)
-            finally:
-                self.moving = 0
+        """What a failure leaves of it is to be done again."""
+        began = time.monotonic()
+        try:
+            ends.connect()
+            self._move(ends, piece)
+        except Retry as error:
+            kept = piece.begin if ends.volatile else piece.begin + self.moving
+            if kept > piece.begin:
+                self._moved(piece._replace(end=kept))
+            self._again.appendleft(piece._replace(begin=kept))
+            self._fit(self.moving // 2)
+            self._failed(ends, error)
+            return
+        finally:
+            self.moving = 0
+        if piece.kind is Kind.DATA:
+            rate = (piece.end - piece.begin) / max(time.monotonic() - began, 1e-3)
+            self._fit(int(rate * self._crew.options.flush_interval))
+        self._moved(piece)
+        if not ends.volatile:
+            self._retries.progress()
+
+    def _moved(self, piece: Piece) -> None:
         if not self._open:
             self._opened = time.monotonic()
         self._open.append(piece)
         self._crew.done(piece)
-        if not ends.volatile:
-            self._retries.progress()
 
-    def _move(self, ends: Ends, begin: int, piece: Piece) -> None:
+    def _fit(self, number: int) -> None:
+        self._most = min(max(PIECE, number // PIECE * PIECE), self._crew.options.request_size)
+
+    def _move(self, ends: Ends, piece: Piece) -> None:
         if piece.kind is Kind.ZERO:
-            ends.zero(begin, piece.end)
-        elif begin < piece.end:
-            ends.move(begin, piece.end, self._passed)
+            ends.zero(piece.begin, piece.end)
+        elif piece.begin < piece.end:
+            ends.move(piece.begin, piece.end, self._passed)
 
     def _passed(self, number: int) -> None:
         if self._crew.stop.is_set():

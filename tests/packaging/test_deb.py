@@ -304,7 +304,7 @@ def it_comes_back_and_goes_for_good(host: Container) -> None:
     assert status_of(host) in ("not-installed", "not known")
     assert processes(host) == ""
     units = ("systemctl", "list-units", "--all", "--plain", "--no-legend", "hostagent*.service")
-    host.until(lambda: host.run(*units) == "", "systemd has forgotten them")
+    host.until(lambda: host.run(*units) == "", f"systemd has forgotten them: {host.run(*units)}")
     assert host.run("systemctl", "list-unit-files", "--no-legend", "hostagent*", check=False) == ""
     for path in ("pulled", "aborted", "served"):
         host.run("qemu-img", "compare", f"/srv/images/{path}.qcow2", "/srv/images/truth.raw")

@@ -25,6 +25,8 @@ PROGRAM = """#!/bin/sh
 export PYTHONPATH=/opt/repository:/opt/packages PYTHONDONTWRITEBYTECODE=1
 exec /usr/bin/python3 -m hostagent.cli.main "$@"
 """
+HIERARCHIES = [Path("/sys/fs/cgroup", name) for name in ("unified", "systemd", "")]
+JOINED = 'for group in $CGROUPS; do echo $$ > "$group/cgroup.procs" || exit; done; exec "$@"'
 NOT_WANTED = ("libvirtd.service", "libvirtd.socket", "libvirt-guests.service", "virtlogd.service", "nginx.service")
 
 
@@ -134,8 +136,21 @@ class Container:
     # Life
 
     def boot(self) -> None:
+        groups = self._groups()
+        for group in groups:
+            group.mkdir(exist_ok=True)
         command = [
-            *("systemd-nspawn", "--quiet", f"--directory={self.root}", f"--machine={self.name}", "--register=no"),
+            *(
+                "sh",
+                "-c",
+                JOINED,
+                "sh",
+                "systemd-nspawn",
+                "--quiet",
+                f"--directory={self.root}",
+                f"--machine={self.name}",
+                "--register=no",
+            ),
             *("--keep-unit", "--private-network", "--console=pipe", "--boot"),
             *(f"--bind-ro={path}:{place}" for place, path in self.binds.items()),
         ]
@@ -147,7 +162,7 @@ class Container:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
+                env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "CGROUPS": " ".join(map(str, groups))},
             )
         self.until(lambda: self._nspawn and (self._nspawn.poll() is not None or self._init()), "it begins")
         if self._nspawn.poll() is not None:
@@ -173,6 +188,15 @@ class Container:
         except subprocess.TimeoutExpired:
             self._nspawn.kill()
             self._nspawn.wait(WAIT)
+        for group in self._groups():
+            for folder, _, _ in os.walk(group, topdown=False):
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+
+    def _groups(self) -> list[Path]:
+        """Two that run at a time share no cgroup: systemd would find the other's processes in its units."""
+        name = f"{self.name}-{os.getpid()}"
+        return [place / name for place in HIERARCHIES if (place / "cgroup.procs").exists()]
 
     def _init(self) -> int | None:
         assert self._nspawn is not None

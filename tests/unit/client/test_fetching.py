@@ -58,7 +58,7 @@ class _Remote:
 
     def get(self, begin: int, length: int) -> _Body:
         self.asked.append(begin)
-        return _Body(begin, length, breaks=len(self.asked) == 1)
+        return _Body(begin, length, breaks=len(self.asked) == 2)
 
 
 class _FirstWrite(dict[int, int]):
@@ -111,9 +111,10 @@ def download(tmp_path: Path) -> Iterator[_Download]:
 
 def test_it_goes_on_behind_what_was_written(download: _Download) -> None:
     download.run()
-    assert download.remote.asked == [0, 2 * PIECE]
+    assert download.remote.asked == [0, PIECE, 3 * PIECE, 4 * PIECE]
     assert download.image.data == b"".join(bytes([number]) * PIECE for number in range(1, 9))
-    assert download.recorded == [Piece(0, SIZE, Kind.DATA)]
+    assert [piece.begin for piece in download.recorded] == download.remote.asked
+    assert [piece.end for piece in download.recorded] == [*download.remote.asked[1:], SIZE]
 
 
 def test_a_local_write_that_failed_meanwhile_ends_it(download: _Download) -> None:

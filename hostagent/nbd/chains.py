@@ -495,6 +495,8 @@ class Chains:
         """Somebody may have ended them."""
         if self.orphans:
             ended = await asyncio.to_thread(lambda: [o for o in self.orphans if not qsd_process.is_ours(o.pid, o.id)])
+            for orphan in ended:
+                self._places(orphan.id).remove()
             self.orphans = [orphan for orphan in self.orphans if orphan not in ended]
 
     # Small things

@@ -503,6 +503,7 @@ def test_an_orphaned_storage_daemon_with_an_export_is_reported_and_left_to_its_c
     assert eventually(lambda: not alive(export["pid"]))
     assert eventually(lambda: agent.get("/v1/host")["orphans"] == [])
     assert "hostagent_nbd_exports_orphaned 0.0" in agent.call("GET", "/metrics")[2]
+    assert list((agent.runtime / "qsd").iterdir()) == []
 
 
 def test_an_image_that_an_orphan_writes_is_busy_and_names_its_process(agent: AgentProcess, images: Pair) -> None:

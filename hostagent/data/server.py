@@ -133,7 +133,7 @@ class Server:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             client = str(address[0]) if isinstance(address, tuple) else ""
         full = self._full(service.name, client)
-        if full and not (full == "all" and self._room_made()):
+        if full and not (full == "all" and self._room_made(service.name)):
             self._metrics.count("data_connections_refused_total", full)
             sock.close()
             return
@@ -165,13 +165,16 @@ class Server:
                 return "all"
             return "client" if self._of_client[client] >= self._house.most_of_one else ""
 
-    def _room_made(self) -> bool:
+    def _room_made(self, service: str) -> bool:
+        """A stranger who has had his time goes; for whoever comes by the host's own socket, any from the network."""
         latest = time.monotonic() - self._patience.header
         with self._lock:
             strangers = (
                 one
-                for one, (service, _) in self._open.items()
-                if one.stranger and one.began < latest and service not in CONTROLS
+                for one, (of, _) in self._open.items()
+                if one.stranger
+                and of not in CONTROLS
+                and (one.began < latest or (service == "local" and of == "remote"))
             )
             gone = next(strangers, None)  # they are in the order in which they came
             if gone is None:

@@ -408,6 +408,19 @@ def test_strangers_of_many_addresses_make_room_and_guests_stay(tmp_path: Path, i
             assert guest.ask("GET", f"/images/{ticket}").body == content
 
 
+def test_the_hosts_own_socket_does_not_wait_for_strangers_to_go(tmp_path: Path, image: Path, content: bytes) -> None:
+    with Ours(tmp_path, settings={"max_connections": 20, "header_timeout": 60}) as daemon, contextlib.ExitStack() as open_:
+        ticket = daemon.ticket(f"file://{image}", SIZE)
+        for _ in range(19):
+            open_.enter_context(tcp(daemon.port))
+        in_step(open_.enter_context(daemon.tcp()))  # all before it have been let in by now
+        with daemon.tcp() as further:
+            assert further.ended(LIMIT)
+        for _ in range(3):
+            ours = open_.enter_context(Wire(unix(daemon.local_path)))
+            assert ours.ask("GET", f"/images/{ticket}").body == content
+
+
 def test_no_client_fills_the_house_alone(tmp_path: Path) -> None:
     settings = {"max_client_connections": 10}
     with Ours(tmp_path, settings=settings) as daemon, contextlib.ExitStack() as open_:

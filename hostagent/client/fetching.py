@@ -7,7 +7,7 @@ from hostagent.client.options import PIECE
 from hostagent.client.rawimage import RawWriter
 from hostagent.client.remote import Body, Remote
 from hostagent.client.throttle import Throttle
-from hostagent.nbdstream import Stream
+from hostagent.nbdclient.stream import Stream
 
 
 class _Fetcher:

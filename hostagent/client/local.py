@@ -11,9 +11,9 @@ from hostagent.client.layers import Layers, open_layers
 from hostagent.client.options import PIECE, Storage
 from hostagent.client.rawimage import RawReader, held, raw_extents
 from hostagent.client.storage import StorageDaemon
-from hostagent.nbdconnection import ZERO
-from hostagent.nbddial import Fence
-from hostagent.nbdstream import Stream
+from hostagent.nbdclient.connection import ZERO
+from hostagent.nbdclient.dial import Fence
+from hostagent.nbdclient.stream import Stream
 
 
 class Reader(Protocol):

@@ -24,7 +24,7 @@ from hostagent.client.layers import Layer, Layers
 from hostagent.client.monitor import Monitor
 from hostagent.client.options import Storage
 from hostagent.errors import AgentError
-from hostagent.nbddial import Server, Waits
+from hostagent.nbdclient.dial import Server, Waits
 
 EXPORT = "image"
 CONNECTIONS = 64

@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hostagent import nbdoffer
 from hostagent.drivers import cutting
 from hostagent.drivers.calls import Late
 from hostagent.drivers.domain_xml import Disk
@@ -32,6 +31,7 @@ from hostagent.nbd.copying import remote_layer, remote_target
 from hostagent.nbd.network import closed_server
 from hostagent.nbd.uri import server_of
 from hostagent.nbd.uri_leases import UriLease, UriLeases
+from hostagent.nbdclient.offer import ask
 from jobs.errors import JobError
 from jobs.model import Chain, Job, JobSpec, Layer, Plan
 
@@ -110,7 +110,7 @@ class NbdCopy(Work):
         server, name = server_of(uri)
         wait = self._settings.answer
         try:
-            asked = asyncio.to_thread(nbdoffer.ask, server, name, wait)
+            asked = asyncio.to_thread(ask, server, name, wait)
             offer = await asyncio.wait_for(asked, wait + 1)  # a name's look-up has no bound of its own
         except TimeoutError:
             raise _silent(uri, wait) from None

@@ -20,12 +20,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hostagent import nbdclient
 from hostagent.drivers import bitmaps as merged
 from hostagent.drivers.qsd import StorageDaemon
 from hostagent.images.bitmaps import Bitmap, BitmapList, read_bitmaps
 from hostagent.images.header import read_header
 from hostagent.nbd.prepared import CONTROL, READER, PreparedChain
+from hostagent.nbdclient import conversations
 from hostagent.records import ExportRecord
 from jobs.errors import JobError
 from jobs.model import Layer
@@ -68,7 +68,7 @@ async def find_served(record: ExportRecord, chain: PreparedChain, timeout: float
 
 
 async def add_export(
-    record: ExportRecord, chain: PreparedChain, served: Sequence[Served], patience: nbdclient.Patience
+    record: ExportRecord, chain: PreparedChain, served: Sequence[Served], patience: conversations.Patience
 ) -> None:
     """Add the export to the chain's storage daemon, over the merged bitmaps if there are any.
 
@@ -87,7 +87,7 @@ async def add_export(
     await chain.ask(daemon.add_export(record.id, merged.MERGED, bitmaps=record.bitmaps))
 
 
-async def _complete(chain: PreparedChain, daemon: StorageDaemon, one: Served, patience: nbdclient.Patience) -> None:
+async def _complete(chain: PreparedChain, daemon: StorageDaemon, one: Served, patience: conversations.Patience) -> None:
     """Add what the layers above the lowest have allocated to the merged bitmap.
 
     An allocation is as coarse as its layer's clusters, so a bitmap of finer grains tells of more than was written. The
@@ -96,14 +96,14 @@ async def _complete(chain: PreparedChain, daemon: StorageDaemon, one: Served, pa
     socket = str(daemon.places.socket)
     await chain.ask(daemon.add_export(READER, merged.MERGED, bitmaps=[one.name]))
     found = await asyncio.to_thread(
-        nbdclient.unrecorded, socket, READER, one.name, one.depth, one.granularity, patience
+        conversations.unrecorded, socket, READER, one.name, one.depth, one.granularity, patience
     )
     await chain.ask(daemon.remove_export(READER, hard=True))
     if not found:
         return
     await chain.ask(merged.add_notes(daemon, one.name, chain.layers[0].virtual_size, one.granularity))
     await chain.ask(daemon.add_export(CONTROL, merged.NOTES, writable=True))
-    await asyncio.to_thread(nbdclient.write_zeroes, socket, CONTROL, found, patience)
+    await asyncio.to_thread(conversations.write_zeroes, socket, CONTROL, found, patience)
     await chain.ask(daemon.remove_export(CONTROL, hard=True))
     await chain.ask(merged.merge_notes(daemon, one.name))
     amount = sum(end - begin for begin, end in found)

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from events.model import Event, ExportEvent, ExportEventKind
-from hostagent import nbdclient, nbdconnection
 from hostagent.drivers.qmp import Refused
 from hostagent.errors import AgentError
 from hostagent.locks import Locks
@@ -35,6 +34,7 @@ from hostagent.nbd.prepared import Apart, PreparedChain
 from hostagent.nbd.serving import clients, connections, reached
 from hostagent.nbd.tls import TlsSettings, listener
 from hostagent.nbd.uri import is_uri
+from hostagent.nbdclient import connection, conversations
 from hostagent.records import Ending, ExportRecord
 from jobs.errors import JobError
 from jobs.model import FileId, Holder, Need
@@ -123,7 +123,7 @@ class Exports:
 
     async def start(self, spec: ExportSpec, export_id: str | None, *, anywhere: bool) -> tuple[ExportRecord, bool]:
         """A running export; or the one that the same id and request made before, and False."""
-        if not nbdconnection.available():
+        if not connection.available():
             raise JobError("unavailable", "the libnbd binding is not installed", remedy="apt install python3-libnbd")
         export_id = export_id or str(uuid.uuid4())
         async with self._requests.alone(export_id):
@@ -181,7 +181,7 @@ class Exports:
             if record.writable:
                 chain.writer = record.holder
                 await chain.open_for_writing((chain.file,))
-            patience = nbdclient.Patience(self._settings.nbd_timeout, self._settings.merge_timeout)
+            patience = conversations.Patience(self._settings.nbd_timeout, self._settings.merge_timeout)
             await add_export(record, chain, served, patience)
             self._chains.publish_socket(chain)
             record = await reached(record, chain, self._settings.tls, self._settings.nbd_timeout)

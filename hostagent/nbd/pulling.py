@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hostagent import nbdclient
 from hostagent.drivers.qsd import COPY_ON_READ
 from hostagent.drivers.qsd_process import MOMENT
 from hostagent.errors import AgentError
@@ -21,6 +20,7 @@ from hostagent.images.chain import OpenChain
 from hostagent.nbd.headers import Headers
 from hostagent.nbd.operations import at_most, backing_name, job_name, node_of, preflight, room
 from hostagent.nbd.prepared import CONTROL, READER, PreparedChain
+from hostagent.nbdclient import conversations
 from jobs import pull
 from jobs.errors import JobError
 from jobs.model import Chain, FileId, Job, JobSpec, Need, Plan
@@ -108,7 +108,7 @@ class Pull:
                 await chain.ask(daemon.add_copy_on_read(chain.nodes[0], chain.nodes[depth - 1]))
                 await chain.ask(daemon.add_export(READER, COPY_ON_READ))
             assert job.upto is not None and job.spec.increment is not None
-            work = nbdclient.Slice(
+            work = conversations.Slice(
                 socket=str(daemon.places.socket),
                 control=CONTROL,
                 reader=reader,
@@ -149,10 +149,10 @@ def _need(chain: Chain, after: Chain) -> int:
     return min(need, chain.top.virtual_size)
 
 
-async def _copy_up(work: nbdclient.Slice, stop: asyncio.Event) -> int:
+async def _copy_up(work: conversations.Slice, stop: asyncio.Event) -> int:
     """The slice in a thread. It is never left behind: a cancelled caller stops it and waits for its flush."""
     halt = threading.Event()
-    running = asyncio.ensure_future(asyncio.to_thread(nbdclient.copy_up, work, halt))
+    running = asyncio.ensure_future(asyncio.to_thread(conversations.copy_up, work, halt))
     stopper = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait({running, stopper}, return_when=asyncio.FIRST_COMPLETED)

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hostagent import nbdclient
 from hostagent.nbd import sockdiag, tcp, tls
 from hostagent.nbd.prepared import PreparedChain
+from hostagent.nbdclient import conversations
 from hostagent.records import ExportRecord
 
 
@@ -26,7 +26,7 @@ async def reached(
         await asyncio.to_thread(tls.prove, address, timeout)
         return replace(record, host=listener.host, port=daemon.port, uri=tls.uri(address, record.id, settings))
     socket = str(daemon.places.socket)
-    size = await asyncio.to_thread(nbdclient.handshake, socket, record.id, timeout)
+    size = await asyncio.to_thread(conversations.handshake, socket, record.id, timeout)
     part = record.part._replace(size=size) if record.part else None
     return replace(record, size=size, part=part, socket=socket, uri=f"nbd+unix:///{record.id}?socket={socket}")
 

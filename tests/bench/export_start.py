@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from hostagent import nbdclient, nbdconnection
+from hostagent.nbdclient import connection, conversations
 from tests.bench import bare
 from tests.bench.figure import Figure, Result, median
 from tests.bench.stage import Stage, alternate
@@ -23,7 +23,7 @@ NBD_TIMEOUT = 10.0
 
 
 def measure(stage: Stage) -> Figure:
-    why = "" if nbdconnection.available() else "needs libnbd's Python binding (python3-libnbd)"
+    why = "" if connection.available() else "needs libnbd's Python binding (python3-libnbd)"
     ours: list[float] = []
     bares: list[float] = []
     runs = 0 if why else stage.count(RUNS)
@@ -33,7 +33,7 @@ def measure(stage: Stage) -> Figure:
         def by_agent() -> None:
             began = time.perf_counter()
             export = agent.export(overlay)
-            nbdclient.handshake(export["socket"], export["id"], NBD_TIMEOUT)
+            conversations.handshake(export["socket"], export["id"], NBD_TIMEOUT)
             ours.append(time.perf_counter() - began)
             agent.delete(f"/v1/exports/{export['id']}?force=true")
 
@@ -56,5 +56,5 @@ def _qemu_nbd(image: Path) -> float:
     socket = image.with_name("bare-nbd.sock")
     began = time.perf_counter()
     with bare.nbd_server(image, socket):
-        nbdclient.handshake(str(socket), "", NBD_TIMEOUT)
+        conversations.handshake(str(socket), "", NBD_TIMEOUT)
         return time.perf_counter() - began

@@ -19,7 +19,7 @@ from hostagent.data.backends.nbd import NbdBackend, NbdSettings, nbd_factory
 from hostagent.data.backends.registry import Opening
 from hostagent.data.streams import Stopped
 from hostagent.errors import AgentError
-from hostagent.nbddial import Server
+from hostagent.nbdclient.dial import Server
 from tests.contract.backend_guards import ended_by, refused
 from tests.contract.backend_suite import MIB, Collected, Given, pattern
 from tests.harness import raw_image

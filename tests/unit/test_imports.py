@@ -23,7 +23,7 @@ LEAVES = {
         *("config", "config_data", "config_dbus", "config_rule", "config_text"),
         *("addresses", "errors", "sizes", "logs", "sdnotify", "activation"),
         *("audit", "calls", "certificates", "listening", "tokens", "x509"),
-        *("nbdclient", "nbdconnection", "nbddial", "nbdoffer", "nbdstream"),
+        "nbdclient",
         *("locks", "looks", "schema", "selection", "turns", "unix_http", "tls_http"),
         *("blocks", "extents", "inodes", "qcow2", "qemu_locks", "rangeset"),
     )
@@ -42,7 +42,7 @@ HOMES = {
     "qemu": ("hostagent/drivers/",),
     "libvirt": ("hostagent/drivers/libvirt.py",),
     "libvirt_qemu": ("hostagent/drivers/libvirt.py",),
-    "nbd": ("hostagent/nbdconnection.py", "hostagent/nbdoffer.py"),
+    "nbd": ("hostagent/nbdclient/connection.py", "hostagent/nbdclient/offer.py"),
     "fastapi": ("hostagent/api/",),
     "starlette": ("hostagent/api/",),
     "uvicorn": ("hostagent/api/", "hostagent/daemon.py"),

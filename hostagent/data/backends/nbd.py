@@ -17,9 +17,9 @@ from hostagent.data.backends.registry import Factory, Opening
 from hostagent.data.streams import Sink, Source, Stopped
 from hostagent.errors import AgentError
 from hostagent.extents import merged
-from hostagent.nbdconnection import DIRTY, ZERO
-from hostagent.nbddial import Fence, Fenced, Server, Waits
-from hostagent.nbdstream import Facts, Stream
+from hostagent.nbdclient.connection import DIRTY, ZERO
+from hostagent.nbdclient.dial import Fence, Fenced, Server, Waits
+from hostagent.nbdclient.stream import Facts, Stream
 
 
 @dataclass(frozen=True, slots=True)

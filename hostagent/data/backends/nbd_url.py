@@ -6,7 +6,7 @@ from __future__ import annotations
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from hostagent.errors import AgentError
-from hostagent.nbddial import PORT, Server
+from hostagent.nbdclient.dial import PORT, Server
 
 SCHEMES = ("nbd", "nbd+unix")
 _NAME = ":exportname="

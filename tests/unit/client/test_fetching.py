@@ -15,8 +15,8 @@ from hostagent.client.fetching import StreamFetcher
 from hostagent.client.options import Options, Patience
 from hostagent.client.throttle import Throttle
 from hostagent.client.trouble import Lost
-from hostagent.nbddial import Fence, Server, Waits
-from hostagent.nbdstream import PIECE, Stream
+from hostagent.nbdclient.dial import Fence, Server, Waits
+from hostagent.nbdclient.stream import PIECE, Stream
 from hostagent.rangeset import RangeSet
 from tests.contract.backend_guards import refused
 from tests.unit.data.nbd_fake import WRITE, Behaviour, FakeServer

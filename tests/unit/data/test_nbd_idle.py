@@ -7,8 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from hostagent.nbddial import Fence, Server, Waits
-from hostagent.nbdstream import IN_FLIGHT, PIECE, Stream
+from hostagent.nbdclient.dial import Fence, Server, Waits
+from hostagent.nbdclient.stream import IN_FLIGHT, PIECE, Stream
 from tests.unit.data.nbd_fake import Behaviour, FakeServer
 
 MANY = 32

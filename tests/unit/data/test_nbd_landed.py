@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hostagent.errors import AgentError
-from hostagent.nbddial import Fence, Server, Waits
-from hostagent.nbdstream import PIECE, Stream
+from hostagent.nbdclient.dial import Fence, Server, Waits
+from hostagent.nbdclient.stream import PIECE, Stream
 from tests.contract.backend_guards import refused
 from tests.unit.data.nbd_fake import WRITE, Behaviour, FakeServer
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from hostagent import nbdstream
 from hostagent.data.backends.base import DirtyExtent, Extent
 from hostagent.data.backends.nbd import NbdBackend, NbdSettings
 from hostagent.errors import AgentError
 from hostagent.extents import merged
-from hostagent.nbdconnection import STATUS_SPAN, pairs
-from hostagent.nbdconnection import merged as cut
-from hostagent.nbddial import Server
-from hostagent.nbdstream import FIRST_SPAN, IN_FLIGHT, PIECE, ZERO_STEP
+from hostagent.nbdclient import stream
+from hostagent.nbdclient.connection import STATUS_SPAN, pairs
+from hostagent.nbdclient.connection import merged as cut
+from hostagent.nbdclient.dial import Server
+from hostagent.nbdclient.stream import FIRST_SPAN, IN_FLIGHT, PIECE, ZERO_STEP
 from tests.contract.backend_guards import refused
 from tests.contract.backend_suite import Collected, Given, pattern
 from tests.unit.data.nbd_fake import (
@@ -117,7 +117,7 @@ def test_clients_that_leave_cost_no_memory(host: Host, monkeypatch: pytest.Monke
     host.serve(data)
     made = 0
 
-    class Counted(nbdstream._Slot):
+    class Counted(stream._Slot):
         def __init__(self) -> None:
             nonlocal made
             made += 1
@@ -126,8 +126,8 @@ def test_clients_that_leave_cost_no_memory(host: Host, monkeypatch: pytest.Monke
     def leave(_: memoryview) -> int:
         raise ConnectionResetError
 
-    monkeypatch.setattr(nbdstream, "_Slot", Counted)
-    monkeypatch.setattr(nbdstream, "_spare", deque[nbdstream._Slot]())
+    monkeypatch.setattr(stream, "_Slot", Counted)
+    monkeypatch.setattr(stream, "_spare", deque[stream._Slot]())
     backend = host.backend()
     for _ in range(24):
         with pytest.raises(ConnectionResetError):

@@ -6,7 +6,7 @@ import pytest
 
 from hostagent.data.backends.nbd_url import server_of
 from hostagent.errors import AgentError
-from hostagent.nbddial import Server
+from hostagent.nbdclient.dial import Server
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 
-from hostagent import nbdclient
 from hostagent.errors import AgentError
+from hostagent.nbdclient import conversations
 
 
-def ranges(grain: int, size: int, *added: nbdclient.Range) -> list[nbdclient.Range]:
-    found = nbdclient._Ranges(grain, size)
+def ranges(grain: int, size: int, *added: conversations.Range) -> list[conversations.Range]:
+    found = conversations._Ranges(grain, size)
     for one in added:
         found.add(*one)
     return found.all
@@ -22,7 +22,7 @@ def test_ranges_are_rounded_outwards_and_joined() -> None:
 
 
 def test_too_many_become_fewer_and_coarser_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbdclient, "RANGES_MOST", 4)
+    monkeypatch.setattr(conversations, "RANGES_MOST", 4)
     added = [(n, n + 1) for n in range(0, 1000, 37)]
     found = ranges(1, 1000, *added)
     assert len(found) <= 4
@@ -31,6 +31,6 @@ def test_too_many_become_fewer_and_coarser_and_lose_nothing(monkeypatch: pytest.
 
 
 def test_patience_ends() -> None:
-    nbdclient.Patience(1, 60).refuse_late()
+    conversations.Patience(1, 60).refuse_late()
     with pytest.raises(AgentError, match=r"exports\.merge_timeout"):
-        nbdclient.Patience(1, 60, began=-1e9).refuse_late()
+        conversations.Patience(1, 60, began=-1e9).refuse_late()

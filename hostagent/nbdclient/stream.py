@@ -16,8 +16,8 @@ from operator import itemgetter
 from typing import Any
 
 from hostagent.errors import AgentError
-from hostagent.nbdconnection import ALLOCATION, DEPTH, STATUS_SPAN, Connection, nbd
-from hostagent.nbddial import Fence, Fenced, Server, Waits
+from hostagent.nbdclient.connection import ALLOCATION, DEPTH, STATUS_SPAN, Connection, nbd
+from hostagent.nbdclient.dial import Fence, Fenced, Server, Waits
 
 PIECE = 1 << 20
 IN_FLIGHT = 2

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hostagent.errors import AgentError
-from hostagent.nbddial import Fence, Fenced, Server, Waits, dial
+from hostagent.nbdclient.dial import Fence, Fenced, Server, Waits, dial
 
 nbd: Any
 try:

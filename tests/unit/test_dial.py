@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from hostagent.nbddial import Fence, Server, Waits, dial
+from hostagent.nbdclient.dial import Fence, Server, Waits, dial
 
 
 def test_a_unix_socket_queues_more_than_the_kernel_lets_it_by_itself(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hostagent.errors import AgentError
-from hostagent.nbdconnection import (
+from hostagent.nbdclient.connection import (
     ALLOCATION,
     BITMAP,
     DEPTH,
@@ -25,7 +25,7 @@ from hostagent.nbdconnection import (
     available,
     nbd,
 )
-from hostagent.nbddial import Server, Waits
+from hostagent.nbdclient.dial import Server, Waits
 
 MIB = 1 << 20
 SETTING = "exports.nbd_timeout"

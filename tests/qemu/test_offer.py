@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hostagent.errors import AgentError
-from hostagent.nbdoffer import Offer, ask
+from hostagent.nbdclient.offer import Offer, ask
 from tests.harness import MIB, stand_still
 from tests.qemu.faults import PATIENCE, eventually, listens
 from tests.qemu.remote_storage import needs_nbdkit

@@ -1,7 +1,8 @@
 """qemu-img measure: the bytes that the content of a chain takes in a new image, found without reading the content.
 
 The layers are described to it by inherited descriptors, so that no name of a header is followed; it runs as the
-unprivileged user and under limits (hostagent.images.tool). QEMU's locks stay on: what somebody writes is not measured.
+unprivileged user and under limits (hostagent.images.tool). Without QEMU's locks (-U): a look at what a job would take
+stops nobody who begins one. Of what somebody writes meanwhile it is an estimate, and the job's own lease refuses that.
 
 For a raw target qemu-img says the whole size, holes and all. The data alone is what a sparse one takes, and that is in
 its answer for qcow2: there the image that is allocated whole has the same metadata as the one that is not.
@@ -47,7 +48,7 @@ class Measure:
 
     async def measure(self, layers: Sequence[Layer], fds: Sequence[int], *, cluster: int = CLUSTER) -> Measured:
         """What these layers hold, without what lies below them; `fds` are their descriptors, top first."""
-        words = ["measure", "-O", "qcow2", "-o", f"cluster_size={cluster}", "--output=json"]
+        words = ["measure", "-U", "-O", "qcow2", "-o", f"cluster_size={cluster}", "--output=json"]
         path = layers[0].path
         try:
             async with asyncio.timeout(self._limits.timeout), self._gate:

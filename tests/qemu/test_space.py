@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,32 @@ def test_what_cannot_be_measured_is_a_warning(tmp_path: Path, images: Pair, fold
         assert "not known" in found["warnings"][0]
         job = done(agent, "copy", images.top, dest=str(images.folder / "copy.qcow2"))
         assert (job["state"], job["warnings"]) == ("completed", []), "there is room for all of the disk"
+
+
+HOLDS = """#!/bin/sh
+[ "$1" = measure ] || exec qemu-img "$@"
+for image; do [ "$image" = -U ] && share=-U; done
+(sleep 1; echo open >> {begun}) &
+qemu-io -r $share -c "sleep 8000" "$image"
+exit 1
+"""
+"""It has the image open for 8 s, with QEMU's locks or without, as it was asked to measure."""
+
+
+def test_a_look_at_what_a_copy_would_take_stops_nobody(tmp_path: Path, images: Pair, folder: Path) -> None:
+    program, begun = folder / "qemu-img", folder / "begun"
+    program.write_text(HOLDS.format(begun=begun))
+    program.chmod(0o755)
+    begun.touch(0o666)
+    begun.chmod(0o666)
+    with AgentProcess(tmp_path, {**HASTE, "IMAGES_QEMU_IMG": str(program)}) as agent, ThreadPoolExecutor() as aside:
+        looking = aside.submit(plan, agent, "copy", images.top, dest=str(images.folder / "copy.qcow2"))
+        assert eventually(lambda: begun.read_text() != "")
+        job = agent.until_ended(agent.pull(images.top)["id"])
+        assert not looking.done(), "it was measured all the time"
+        assert (job["state"], job["error"]) == ("completed", None)
+        assert looking.result(60)["space"]["need"] is None
+    assert same_content(images.top, images.truth)
 
 
 @pytest.mark.root

@@ -13,6 +13,8 @@ from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 
+import h11
+
 from hostagent import tokens, x509
 from hostagent.cli.finding import Finding, fail, ok, warn
 from hostagent.cli.terminal import counted
@@ -26,8 +28,6 @@ MOST_NAMES = 10  # of tokens, in one line
 _STA_UNSYNC = 0x0040
 _STATUS = 40  # where struct timex has it on 64 bits: after modes, and four longs (adjtimex(2))
 _MAXERROR = 24
-H11 = (0, 16)
-"""The first that takes no malformed chunks (CVE-2025-43859)."""
 OPENSSL = ((3, 0, 0), (3, 0, 7))
 """From, and up to: whose check of a client's certificate can be overrun (CVE-2022-3602, CVE-2022-3786)."""
 
@@ -211,18 +211,28 @@ def _libraries(config: Config) -> Iterator[Finding]:
         return
     name = "libraries"
     installed = metadata.version("h11")
-    if _numbers(installed) < H11:
+    if _takes_malformed_chunks():
         text = f"h11 {installed} takes malformed chunks (CVE-2025-43859), which matters behind a proxy"
-        yield warn(name, text, "install h11 0.16 or newer, unless the distribution has mended this one")
+        yield warn(name, text, "update it: h11 0.16, and what distributions have mended, does not")
     low, high = OPENSSL
-    if config.api.tls_client_ca != UNSET and low <= ssl.OPENSSL_VERSION_INFO[:3] < high:
+    major, minor, _, patch, _ = ssl.OPENSSL_VERSION_INFO
+    if config.api.tls_client_ca != UNSET and low <= (major, minor, patch) < high:
         text = f"{ssl.OPENSSL_VERSION} can be overrun by a client's certificate (CVE-2022-3602)"
         yield warn(name, text, "install 3.0.7 or newer, unless the distribution has mended this one")
     yield ok(name, f"h11 {installed}, {ssl.OPENSSL_VERSION}")
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+def _takes_malformed_chunks() -> bool:
+    """Asked of h11 itself, for distributions mend versions that upstream has left."""
+    connection = h11.Connection(h11.SERVER)
+    connection.receive_data(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naXX0\r\n\r\n")
+    try:
+        while not isinstance(event := connection.next_event(), h11.EndOfMessage):
+            if event is h11.NEED_DATA:
+                return False
+    except h11.RemoteProtocolError:
+        return False
+    return True
 
 
 def space(config: Config) -> Iterator[Finding]:

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hostagent.drivers import process, qsd_process
+from hostagent.drivers.process import User
 from hostagent.drivers.qmp import Refused
 from hostagent.drivers.qsd import StorageDaemon
 from hostagent.drivers.qsd_process import Places
 from hostagent.images.chain import ChainLimits, OpenChain, open_chain
+from hostagent.images.tool import Finished, reason
 from hostagent.nbd import network
 from hostagent.nbd.kept_targets import KeptTargets
 from hostagent.nbd.prepared import Apart, Key, Leasing, PreparedChain
@@ -279,7 +281,7 @@ class Chains:
         chain.handed = dict(zip(chain.files(), descriptors, strict=not chain.file.network))
         try:
             await self.remember(chain)
-            chain.connection = await chain.ask(_opening(daemon, nodes, chain.apart, self.settings.qsd.user.name))
+            chain.connection = await chain.ask(_opening(daemon, nodes, chain.apart, self.settings.qsd.user))
             places.opening.unlink(missing_ok=True)
         except BaseException:
             await daemon.kill()  # nobody uses it yet
@@ -533,11 +535,14 @@ class Chains:
         )
 
 
-async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | None, user: str) -> int:
+async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | None, user: User) -> int:
     """Open the chain's layers, or the network image that stands in their place: then the socket to its server. `user`
     is who the daemon runs as."""
     if apart is None or apart.remote is None:
-        await daemon.open_chain(nodes)
+        try:
+            await daemon.open_chain(nodes)
+        except Refused as error:
+            raise _unopened([node.layer.path for node in nodes], user, error) from error
         return 0
     remote = apart.remote
     server, name = server_of(remote.uri, "image")
@@ -545,12 +550,19 @@ async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | 
     try:
         await daemon.add_remote(nodes[0], server, name, remote.timeout, writable=remote.writable)
     except Refused as error:
-        raise network.refused(remote.uri, user, error) from error
+        raise network.refused(remote.uri, user.name, error) from error
     made = await asyncio.to_thread(daemon.sockets) - before
     if len(made) != 1:  # nobody else can connect to the daemon yet
         remedy = "see that the server does not break connections, and try again"
         raise JobError("unavailable", f"{remote.uri!r} was opened and lost at once", field="image", remedy=remedy)
     return made.pop()
+
+
+def _unopened(paths: Sequence[str], user: User, error: Refused) -> JobError:
+    """What stood in QEMU's way. A header that it does not take is not always one that ours refuses."""
+    known = reason(Finished(1, b"", error.text.encode(), user.uid), *paths)
+    code, remedy = known or ("image_invalid", "see `hostagent image check`")
+    return JobError(code, f"{paths[0]!r} cannot be opened: {error.text}", remedy=remedy, value=paths[0])
 
 
 def _alone(chain: PreparedChain) -> set[FileId]:

@@ -354,6 +354,20 @@ def test_an_image_that_is_not_to_be_trusted_is_refused(
         assert not [export for export in shared.get("/v1/exports")["items"] if export["path"] == str(image)]
 
 
+@pytest.mark.parametrize(
+    ("offset", "data"), [(56, b"\x80\0\0\0"), (60, b"\xff\xff\xff\xff")], ids=["refcounts", "snapshots"]
+)
+def test_what_only_qemu_refuses_is_the_images_fault(
+    quick: AgentProcess, folder: Path, offset: int, data: bytes
+) -> None:
+    image = patched(healthy(folder), offset, data)
+    with harmless(quick, folder):
+        problem = refusal(lambda: quick.export(image))
+        assert (problem["code"], problem["field"], problem["status"]) == ("image_invalid", "image", 422)
+        assert str(image) in problem["detail"] and "image check" in problem["remedy"]
+        assert failure(quick, quick.pull(image))["code"] == "image_invalid"
+
+
 def test_a_device_node_is_never_opened(shared: AgentProcess, folder: Path) -> None:
     with harmless(shared, folder):
         assert refusal(lambda: shared.pull(Path("/dev/null")))["code"] == "image_invalid"

@@ -48,7 +48,7 @@ HOMES = {
     "uvicorn": ("hostagent/api/", "hostagent/daemon.py"),
     "pydantic": ("hostagent/api/",),
     "pydantic_core": ("hostagent/api/",),
-    "h11": ("hostagent/data/", "hostagent/api/"),
+    "h11": ("hostagent/data/", "hostagent/api/", "hostagent/cli/doctor_doors.py"),
     "prometheus_client": ("hostagent/metrics.py", "hostagent/data/metrics.py"),
     "rich": ("hostagent/cli/",),
     "sqlite3": ("hostagent/database.py",),

@@ -224,7 +224,12 @@ class Images:
 @dataclass(frozen=True, slots=True)
 class Jobs:
     width: int = setting(4, "Jobs that run at the same time; the others wait as `queued`.", low=1, high=1000)
-    queue: int = setting(1000, "Jobs that may wait. One more is refused with `limit`.", low=0, high=100000)
+    queue: int = setting(
+        1000,
+        "Jobs that wait or run, the last tenth of them of who may name any image. One more: `limit`.",
+        low=0,
+        high=100000,
+    )
     group: int = setting(
         16, "Disks of one group, at most; as all are copied at once, never more than `width`.", low=2, high=100
     )

@@ -113,7 +113,7 @@ class Engine:
         async with self._creating:
             if known := await self._same_request(spec, job_id):
                 return known, False
-            self._refuse_when_full()
+            self._refuse_when_full([spec])
             self._refuse_when_busy(spec, plan)
             job = self._new(spec, plan, job_id or str(uuid.uuid4()))
             # Shielded: a caller who leaves must not leave a stored job without its writer.
@@ -158,7 +158,7 @@ class Engine:
         async with self._creating:
             if known := await self._same_group(specs, group):
                 return known, False
-            self._refuse_when_full(len(specs))
+            self._refuse_when_full(specs)
             for spec, plan in zip(specs, plans, strict=True):
                 self._refuse_when_busy(spec, plan)
             jobs = [
@@ -310,13 +310,15 @@ class Engine:
             await asyncio.wait(tasks, timeout=self._world.limits.request_timeout)
         return bool(tasks)
 
-    def _refuse_when_full(self, number: int = 1) -> None:
+    def _refuse_when_full(self, specs: Sequence[JobSpec]) -> None:
+        """The last tenth of the places is for who may name any image: none of the others shuts out the host's own."""
+        most = self._world.limits.queue
+        if not all(spec.anywhere for spec in specs):
+            most -= most // 10
         ours = sum(not job.external for job in self.active())
-        if ours + number > self._world.limits.queue:
+        if ours + len(specs) > most:
             raise JobError(
-                "limit",
-                f"{self._world.limits.queue} jobs wait or run already",
-                remedy="wait for some to end, or raise jobs.queue",
+                "limit", f"{ours} jobs wait or run already", remedy="wait for some to end, or raise jobs.queue"
             )
 
     def _refuse_when_busy(self, spec: JobSpec, plan: Plan) -> None:

@@ -817,6 +817,22 @@ def test_the_queue_has_a_bound_and_a_refused_job_leaves_nothing() -> None:
     run(scenario, replace(QUICK, queue=2))
 
 
+def test_the_last_places_are_for_who_may_name_any_image() -> None:
+    async def scenario(agent: Agent) -> None:
+        agent.driver.pace = 0
+        for number in range(11):
+            agent.driver.image(f"/{number}")
+        for number in range(9):
+            await agent.pull(f"/{number}", anywhere=False)
+        with refusal("limit"):
+            await agent.pull("/9", anywhere=False)
+        await agent.pull("/9")
+        with refusal("limit"):
+            await agent.pull("/10")
+
+    run(scenario, replace(QUICK, queue=10))
+
+
 def test_one_job_works_on_a_chain() -> None:
     async def scenario(agent: Agent) -> None:
         agent.driver.image("/top")

@@ -140,8 +140,9 @@ def _stands_on(path: Path, skip: Collection[FileId]) -> FileId | None:
                 return None
             raise JobError("io_error", f"{str(path)!r} cannot be read: {error.strerror}", value=str(path)) from error
         except JobError as error:
-            remedy = f"repair {str(path)!r}, or move it out of the folder: it may stand on the file"
-            raise JobError(error.code, error.message, remedy=remedy, value=str(path)) from error
+            message = f"whether an image stands on the file cannot be known: {error.message}"
+            remedy = f"repair {str(path)!r}, or move it out of the folder"
+            raise JobError(error.code, message, remedy=remedy, value=str(path)) from error
     finally:
         os.close(fd)
     if header is None or header.backing is None:

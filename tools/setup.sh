@@ -66,19 +66,21 @@ fi
 echo "setup: installing into .venv: hostagent$extra and the Python packages that it needs"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$extra"
 
-# unpacked PACKAGE FILE…: these alone, in .venv/bin. The package would start a service on this machine, or change it.
+# unpacked PACKAGE TO PATH…: these alone, in .venv/TO. The package would start a service on this machine, or change it.
 unpacked() {
-  [ "$purpose" = develop ] && [ ! -e ".venv/bin/$(basename "$2")" ] || return 0
-  echo "setup: unpacking ${*:2} into .venv/bin"
+  [ "$purpose" = develop ] && [ ! -e ".venv/$2/$(basename "$3")" ] || return 0
+  echo "setup: unpacking ${*:3} into .venv/$2"
   (
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     (cd "$work" && apt-get download -qq -o APT::Sandbox::User=root "$1" && dpkg-deb -x ./*.deb .)
-    for file in "${@:2}"; do cp "$work/$file" .venv/bin/; done
+    mkdir -p ".venv/$2"
+    for path in "${@:3}"; do cp -r "$work/$path" ".venv/$2/"; done
   )
 }
-unpacked prometheus usr/bin/prometheus usr/bin/promtool
-unpacked apparmor sbin/apparmor_parser
+unpacked prometheus bin usr/bin/prometheus usr/bin/promtool
+unpacked apparmor bin sbin/apparmor_parser
+unpacked libvirt-daemon-system libvirt etc/libvirt lib/systemd/system  # for the container in tests/systemd
 
 # Guests of the tests boot Debian's cloud kernel. It is only unpacked: this machine's own boot is not touched.
 guest=.venv/guest

@@ -25,7 +25,8 @@ from hostagent.records import AccessFile, Label, Taken
 from jobs.errors import JobError
 
 REMEMBERED = "trusted.libvirt.security.ref_dac"
-"""libvirt's count of the domains for which it remembers a file's owner; it restores the file itself."""
+"""libvirt's count of the domains for which it remembers a file's owner; it restores the file itself. It has one for
+what a disk writes, and none for the layers below. One of before the host's last start it does not heed."""
 
 MOST_LABELS = 16
 """Labels of one file that are remembered, the newest: domains may have labels of their own."""
@@ -78,7 +79,8 @@ def plan(fd: int, entry: AccessFile, *, uid: int, unknown: Label | None, manage_
     if system.shared and not manage_shared:
         return f"{left}, and another host's guest may need it: it is on a shared file system ({system.type})"
     if _remembered(fd):
-        return f"{left} and remembers its owner ({REMEMBERED}): it gives the file back when its last domain ends"
+        note = f"{left} and has noted at the file that it gives it back itself when its last domain ends"
+        return f"{note}; if none is left, remove the note: setfattr -x {REMEMBERED}"
     if back is None:
         return f"{left}, and who had it before is not known: chown it, or set access.unknown_owner"
     if back.uid == uid:
@@ -136,5 +138,5 @@ def _is_same(path: str, fd: int) -> bool:
 def _remembered(fd: int) -> bool:
     try:
         return bool(os.getxattr(f"/proc/self/fd/{fd}", REMEMBERED).strip(b"\0 0"))
-    except OSError:  # not there, or not to be seen without CAP_SYS_ADMIN
+    except OSError:  # not there; or not to be seen without CAP_SYS_ADMIN, as in the packaged service
         return False

@@ -75,6 +75,7 @@ class Container:
         self.root = root
         self.name = name
         self.binds = binds or {}
+        self._volumes: dict[str, Path] = {}
         self._nspawn: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -129,6 +130,19 @@ class Container:
     def enable(self, unit: str) -> None:
         subprocess.run(["systemctl", f"--root={self.root}", "-q", "enable", unit], check=True, timeout=WAIT)
 
+    def add_volume(self, place: str) -> None:
+        """It has no overlay there, on which a file has another device number than its folder."""
+        folder = self.root.parent / "memory" / place.strip("/").replace("/", "-")
+        folder.mkdir()
+        self._volumes[place] = folder
+
+    def outside(self, path: str) -> Path:
+        """Where a file of its is here."""
+        for place, folder in self._volumes.items():
+            if Path(path).is_relative_to(place):
+                return folder / Path(path).relative_to(place)
+        return self.root / path.lstrip("/")
+
     def drop_in(self, unit: str, text: str) -> None:
         folder = self.root / f"etc/systemd/system/{unit}.d"
         folder.mkdir(exist_ok=True)
@@ -154,6 +168,7 @@ class Container:
             ),
             *("--keep-unit", "--private-network", "--console=pipe", "--boot"),
             *(f"--bind-ro={path}:{place}" for place, path in self.binds.items()),
+            *(f"--bind={path}:{place}" for place, path in self._volumes.items()),
         ]
         said = self.root.parent / "nspawn.log"
         with said.open("wb") as log:

@@ -14,12 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hostagent.access.owner import REMEMBERED
 from tests.libvirt import pattern
 from tests.libvirt.guest import initramfs, kernel_folder
 from tests.systemd.container import WAIT, Container
 
 PACKAGE = Path(sys.prefix) / "libvirt"
 IMAGES = "/var/lib/libvirt/images"
+NOW = "/root/now.raw"
 USER = "libvirt-qemu"
 USERS = f"""
 g kvm -
@@ -65,7 +67,7 @@ def install(host: Container) -> None:
     shutil.copytree(PACKAGE / "libvirt", host.root / "etc/libvirt")
     with (host.root / "etc/libvirt/qemu.conf").open("a") as settings:
         settings.write('\nsecurity_driver = "none"\n')
-    for unit in (PACKAGE / "system").iterdir():
+    for unit in (*(PACKAGE / "system").glob("libvirtd*"), *(PACKAGE / "system").glob("virtlo*")):
         (host.root / "etc/systemd/system" / unit.name).unlink(missing_ok=True)
         shutil.copy(unit, host.root / "usr/lib/systemd/system")
     (host.root / "usr/lib/sysusers.d/hypervisor.conf").write_text(USERS)
@@ -75,6 +77,7 @@ def install(host: Container) -> None:
     shutil.copy(kernel_folder() / "vmlinuz", boot)
     (boot / "initramfs").write_bytes(initramfs())
     host.enable("libvirtd.service")
+    host.add_volume(IMAGES)
 
 
 class Guest:
@@ -87,7 +90,7 @@ class Guest:
         self._console = f"/var/log/libvirt/qemu/{name}.console"
         self._xml = f"/root/{name}.xml"
         text = DOMAIN.format(name=name, disk=f"{IMAGES}/{disk}", console=self._console)
-        (host.root / self._xml.lstrip("/")).write_text(text)
+        host.outside(self._xml).write_text(text)
 
     def define(self) -> None:
         self._host.run("virsh", "define", self._xml)
@@ -97,7 +100,7 @@ class Guest:
         self._host.run("virsh", "create", "--paused", self._xml)
 
     def start(self, *, paused: bool = False) -> None:
-        (self._host.root / self._console.lstrip("/")).unlink(missing_ok=True)
+        self._host.outside(self._console).unlink(missing_ok=True)
         self._host.run("virsh", "start", self.name, *(["--paused"] if paused else []))
 
     def end(self) -> None:
@@ -114,7 +117,7 @@ class Guest:
     @property
     def flushed(self) -> int:
         """How many blocks it has flushed."""
-        text = (self._host.root / self._console.lstrip("/")).read_text(errors="replace")
+        text = self._host.outside(self._console).read_text(errors="replace")
         assert "FAILED" not in text, text[-500:]
         return max(map(int, re.findall(r"^FLUSHED (\d+)\n", text.replace("\r", ""), re.MULTILINE)), default=0)
 
@@ -130,7 +133,7 @@ class Image:
     def __init__(self, host: Container, name: str) -> None:
         self.path = f"{IMAGES}/{name}"
         self._host = host
-        self._file = host.root / self.path.lstrip("/")
+        self._file = host.outside(self.path)
 
     @property
     def owner(self) -> tuple[int, int]:
@@ -144,6 +147,10 @@ class Image:
         names = [name for name in os.listxattr(self._file) if name.startswith(prefix)]
         return {name.removeprefix(prefix): os.getxattr(self._file, name).strip(b"\0").decode() for name in names}
 
+    def forget(self) -> None:
+        """As `setfattr -x`."""
+        os.removexattr(self._file, REMEMBERED)
+
     def opens(self, mode: str = "r") -> bool:
         """Whether the guests' user can, tried as that user."""
         program = "import sys; open(sys.argv[1], sys.argv[2]).close()"
@@ -155,10 +162,10 @@ class Image:
 
     def verify(self, before: str, flushed: int) -> None:
         """Every block is one that the guest wrote, the last of those that it had flushed, or what stood there before."""
-        raw = self._host.root / "root/now.raw"
-        self._host.run("qemu-img", "convert", "-O", "raw", self.path, "/root/now.raw")
+        self._host.run("qemu-img", "convert", "-O", "raw", self.path, NOW)
+        raw = self._host.outside(NOW)
         try:
-            with raw.open("rb") as now, (self._host.root / before.lstrip("/")).open("rb") as was:
+            with raw.open("rb") as now, self._host.outside(before).open("rb") as was:
                 found = pattern.verify(now, flushed, was)
         finally:
             raw.unlink()

@@ -303,6 +303,19 @@ def test_what_cannot_be_decided_is_only_reported(given_user: Play, spoil: Callab
     given_user(scenario)
 
 
+def test_it_is_given_back_when_libvirts_note_is_removed(given_user: Play) -> None:
+    async def scenario(host: Host) -> None:
+        file = host.file("top")
+        await pulled(host, file)
+        remembered(file)
+        assert (await drop(host)).verdict is AccessVerdict.KEPT
+        os.removexattr(file, owner.REMEMBERED)
+        assert verdict(await host.ledger.converge_all(trigger="timer")) is AccessVerdict.REVOKED
+        assert owned(file) == ALICE
+
+    given_user(scenario)
+
+
 @pytest.mark.parametrize("manage", [False, True])
 def test_on_a_shared_file_system_it_is_only_reported(
     given_user: Play, monkeypatch: pytest.MonkeyPatch, manage: bool

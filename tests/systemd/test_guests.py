@@ -53,7 +53,13 @@ def until_up(host: Container) -> None:
 
 
 def connected(host: Container) -> bool:
-    return bool(json.loads(host.hostagent("status", "--json"))["host"]["libvirt"]["connected"])
+    return bool(asked(host, "host")["libvirt"]["connected"])
+
+
+def asked(host: Container, path: str) -> Any:
+    """What the agent answers: much quicker than its command, where something is waited for."""
+    curl = ("curl", "-sf", "--unix-socket", "/run/hostagent/hostagent.sock", f"http://localhost/v1/{path}")
+    return json.loads(host.run(*curl))
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +86,7 @@ def guest(host: Container) -> Iterator[Guest]:
 
 
 def grants(host: Container, name: str) -> list[Any]:
-    found = json.loads(host.hostagent("grant", "list", "--path", f"{IMAGES}/{name}", "--json"))
-    return list(found["items"])
+    return list(asked(host, f"grants?path={IMAGES}/{name}")["items"])
 
 
 def holders(host: Container, name: str) -> list[str]:
@@ -95,19 +100,19 @@ def images(host: Container, *names: str) -> list[Image]:
 
 
 def shown(host: Container, job: str) -> Any:
-    return json.loads(host.hostagent("job", "show", job, "--json"))
+    return asked(host, f"jobs/{job}")
 
 
 def begun(host: Container, *words: str) -> str:
     """A job that is slow, and has done something. Its id."""
-    job = json.loads(host.hostagent("job", *words, "--bandwidth", "2MiB/s", "--json"))["id"]
+    job = json.loads(host.hostagent("job", *words, "--bandwidth", "1MiB/s", "--json"))["id"]
     host.until(lambda: shown(host, job)["cursor"]["cur"] > 0, "it works")
     return str(job)
 
 
 def completes(host: Container, job: str) -> Any:
     """From now on as quick as can be. What it says of the chain."""
-    host.hostagent("job", "speed", job, "1GiB/s")
+    host.run("/usr/lib/hostagent/bin/hostagent", "job", "speed", job, "1GiB/s", check=False)  # it may have ended
     host.until(lambda: shown(host, job)["finished"] and shown(host, job)["revocation"] != "pending", "it ends")
     found = shown(host, job)
     assert found["state"] == "completed", found
@@ -117,10 +122,11 @@ def completes(host: Container, job: str) -> Any:
 def restart_libvirt(host: Container, job: str) -> None:
     """In the midst of a job."""
     before = host.show(LIBVIRT, "MainPID")
+    assert shown(host, job)["state"] == "running"
     host.run("systemctl", "restart", LIBVIRT)
     assert host.show(LIBVIRT, "MainPID") != before
     host.until(lambda: connected(host), "the agent is connected again")
-    host.until(lambda: shown(host, job)["state"] in ("running", "ready"), "it goes on")
+    host.until(lambda: shown(host, job)["state"] != "unknown", "it is known again")
 
 
 def test_a_pull_goes_on_over_a_restart_of_libvirt_and_what_it_frees_is_closed(host: Container, guest: Guest) -> None:

@@ -37,7 +37,7 @@ _DOMAIN = """
 <features><acpi/></features><on_poweroff>destroy</on_poweroff><on_crash>destroy</on_crash>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}
 <controller type='usb' model='none'/><memballoon model='none'/>
-<serial type='file'><source path='{console}'/></serial></devices></domain>
+<serial type='file'><source path='{console}'><seclabel model='dac' relabel='no'/></source></serial></devices></domain>
 """
 
 
@@ -96,6 +96,8 @@ class Guest:
         self.uuid = uuid or str(uuid4())
         self.disk = disk
         self.console = console
+        console.touch()
+        console.chmod(0o666)  # libvirt leaves it alone, for what it notes of a console's owner outlives the guest
         self._libvirt = libvirt
         self._disks = {"vda": disk, **(disks or {})}
         self._cache = cache

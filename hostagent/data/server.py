@@ -133,7 +133,7 @@ class Server:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             client = str(address[0]) if isinstance(address, tuple) else ""
         full = self._full(service.name, client)
-        if full and not (full == "all" and self._room_made(service.name)):
+        if full and not (full != "control" and self._room_made(full, service.name, client)):
             self._metrics.count("data_connections_refused_total", full)
             sock.close()
             return
@@ -165,16 +165,21 @@ class Server:
                 return "all"
             return "client" if self._of_client[client] >= self._house.most_of_one else ""
 
-    def _room_made(self, service: str) -> bool:
-        """A stranger who has had his time goes; for whoever comes by the host's own socket, any from the network."""
+    def _room_made(self, full: str, service: str, client: str) -> bool:
+        """A stranger who has had his time goes. For one more of the same client it is any of its own; for whoever comes
+        by the host's own socket, any from the network."""
         latest = time.monotonic() - self._patience.header
+
+        def goes(one: Connection, of: str, whose: str) -> bool:
+            if full == "client":
+                return whose == client
+            return one.began < latest or (service == "local" and of == "remote")
+
         with self._lock:
             strangers = (
                 one
-                for one, (of, _) in self._open.items()
-                if one.stranger
-                and of not in CONTROLS
-                and (one.began < latest or (service == "local" and of == "remote"))
+                for one, (of, whose) in self._open.items()
+                if one.stranger and of not in CONTROLS and goes(one, of, whose)
             )
             gone = next(strangers, None)  # they are in the order in which they came
             if gone is None:

@@ -421,11 +421,12 @@ def test_the_hosts_own_socket_does_not_wait_for_strangers_to_go(tmp_path: Path, 
             assert ours.ask("GET", f"/images/{ticket}").body == content
 
 
-def test_no_client_fills_the_house_alone(tmp_path: Path) -> None:
+def test_no_client_fills_the_house_alone(tmp_path: Path, image: Path, content: bytes) -> None:
     settings = {"max_client_connections": 10}
     with Ours(tmp_path, settings=settings) as daemon, contextlib.ExitStack() as open_:
+        ticket = daemon.ticket(f"file://{image}", SIZE)
         for wire in [open_.enter_context(daemon.tcp()) for _ in range(10)]:
-            in_step(wire)
+            assert wire.ask("GET", f"/images/{ticket}").body == content
         with daemon.tcp() as further:
             assert further.ended(LIMIT)
         other = socket.socket()
@@ -435,6 +436,19 @@ def test_no_client_fills_the_house_alone(tmp_path: Path) -> None:
         other.connect(("127.0.0.1", daemon.port))
         in_step(Wire(other))
         in_step(Wire(open_.enter_context(unix(daemon.local_path))))
+
+
+def test_strangers_make_room_for_others_of_their_address(tmp_path: Path, image: Path, content: bytes) -> None:
+    settings = {"max_client_connections": 10, "header_timeout": 60}
+    with Ours(tmp_path, settings=settings) as daemon, contextlib.ExitStack() as open_:
+        ticket = daemon.ticket(f"file://{image}", SIZE)
+        guest = open_.enter_context(daemon.tcp())
+        assert guest.ask("GET", f"/images/{ticket}").body == content
+        for _ in range(30):
+            open_.enter_context(tcp(daemon.port)).sendall(b"GET / HT")
+        with daemon.tcp() as newcomer:
+            assert newcomer.ask("GET", f"/images/{ticket}").body == content
+        assert guest.ask("GET", f"/images/{ticket}").body == content
 
 
 @pytest.mark.parametrize(("soft", "hard"), [(256, 20000), (1024, 1024)], ids=["may-be-raised", "may-not"])

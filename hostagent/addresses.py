@@ -23,6 +23,19 @@ def tcp_address(text: str) -> tuple[str, int] | None:
     return str(known), int(found["port"])
 
 
+def network_of(address: str) -> str:
+    """What is counted as one client: an IPv4 address, or the 64 bits of an IPv6 one that a host has to itself."""
+    try:
+        known = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(known, ipaddress.IPv6Address):
+        if known.ipv4_mapped:
+            return str(known.ipv4_mapped)
+        return str(ipaddress.ip_network((int(known) >> 64 << 64, 64)))
+    return str(known)
+
+
 def listener(address: str, port: int, *, backlog: int, setting: str, value: str | int) -> socket.socket:
     """It blocks. An unspecified IPv6 address takes IPv4, too. AgentError unavailable, naming the `setting` and its
     `value`."""

@@ -1,8 +1,9 @@
 """The audit: who did what, to what, from where, and how it ended; a JSON object a line, appended and never changed.
 
 A line is written when its call has ended, by a thread of its own: a disk that is slow or full keeps no call waiting and
-changes no outcome. What could not be written is counted, and told in the log. The file is bounded: past its size it
-becomes FILE.1, and so on; whoever moves it himself (logrotate) sends SIGHUP.
+changes no outcome. What could not be written is counted, and told in the log. Calls that changed nothing have lines as
+far as refusals.py lets them, and short ones. The file is bounded: past its size it becomes FILE.1, and so on; whoever
+moves it himself (logrotate) sends SIGHUP.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from hostagent import calls
+from hostagent import calls, refusals
 
 log = logging.getLogger(__name__)
 
 _LONGEST_VALUE = 4096  # characters; a path has no more
+_LONGEST_LIST = 100
+_LONGEST_ID = 64  # characters; ours have 36, and what is longer can be none
+_BRIEF = 256  # characters of a value of what was refused
+_BRIEF_LIST = 4
 _BATCH = 256
 
 
@@ -35,6 +40,7 @@ class Settings:
     size: int
     keep: int
     queue: int
+    refusals: int
 
 
 class Audit:
@@ -44,6 +50,7 @@ class Audit:
         self._settings = settings
         self._lost = lost
         self._lines: queue.Queue[bytes | None] = queue.Queue(settings.queue)
+        self._refusals = refusals.Refusals(settings.refusals)
         self._reopen = threading.Event()
         self._failing = False
         self._fd: int | None = None
@@ -54,18 +61,15 @@ class Audit:
     def tell(self, what: str, result: str, *, call: calls.Call | None = None, **details: object) -> None:
         """Of a call, or else of the present one. Waits for nothing."""
         call = call or calls.present()
-        line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "request": call.id if call else "",
-            "who": call.who if call else "",
-            "surface": call.surface if call else "",
-            "from": call.origin if call else "",
-            "what": what,
-            **{name: shown(value) for name, value in details.items() if value is not None},
-            "result": result,
-        }
+        refused = result in refusals.CODES or details.get("new") is False  # asked for again
+        if refused and not self._refusals.whole(call, what, result):
+            return
+        bounds = (_BRIEF, _BRIEF_LIST) if refused else (_LONGEST_VALUE, _LONGEST_LIST)
+        found = {name: shown(value, *bounds) for name, value in details.items() if value is not None}
+        if "id" in found:
+            found["id"] = str(found["id"])[:_LONGEST_ID]
         try:
-            self._lines.put_nowait(json.dumps(line).encode() + b"\n")
+            self._lines.put_nowait(_line(call or calls.Call(""), what, result, found))
         except queue.Full:
             self._fail("api calls come faster than the audit is written (audit.queue)", 1)
 
@@ -84,11 +88,12 @@ class Audit:
     def _run(self) -> None:
         ending = False
         while not ending:
-            batch = [self._lines.get()]
-            while len(batch) < _BATCH and not self._lines.empty():
-                batch.append(self._lines.get_nowait())
+            batch = self._batch()
             ending = None in batch
             lines = [line for line in batch if line is not None]
+            lines += [_summary(beyond) for beyond in self._refusals.over(now=ending)]
+            if not lines:
+                continue
             try:
                 self._write(lines)
                 self._failing = False
@@ -96,6 +101,16 @@ class Audit:
                 self._close_file()
                 self._fail(f"{self._settings.file}: {error.strerror}", len(lines))
         self._close_file()
+
+    def _batch(self) -> list[bytes | None]:
+        """What waits to be written; nothing when a minute of refusals is over."""
+        try:
+            batch = [self._lines.get(timeout=self._refusals.left())]
+        except queue.Empty:
+            return []
+        while len(batch) < _BATCH and not self._lines.empty():
+            batch.append(self._lines.get_nowait())
+        return batch
 
     def _write(self, lines: list[bytes]) -> None:
         if self._reopen.is_set():
@@ -145,15 +160,43 @@ class Audit:
             log.error("the audit cannot be written", extra={"fields": {"error": why, "lost": lines, "remedy": remedy}})
 
 
-def shown(value: object) -> object:
-    """A value without what may be a secret: of a URI only its server and path."""
+def _line(call: calls.Call, what: str, result: str, details: Mapping[str, object]) -> bytes:
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "request": call.id,
+        "who": call.who,
+        "surface": call.surface,
+        "from": call.origin,
+        "what": what,
+        **details,
+        "result": result,
+    }
+    return json.dumps(line).encode() + b"\n"
+
+
+def _summary(beyond: refusals.Beyond) -> bytes:
+    """Of what one caller had no lines for."""
+    call = calls.Call("", beyond.surface, beyond.who, beyond.origin)
+    return _line(call, "refused calls", "limit", {"times": beyond.calls.total(), "calls": beyond.calls})
+
+
+def shown(value: object, longest: int = _LONGEST_VALUE, most: int = _LONGEST_LIST) -> object:
+    """A value without what may be a secret: of a URI only its server and path. A text has at most `longest` characters,
+    a list `most` items."""
     if isinstance(value, str):
-        if "://" in value:
-            parts = urlsplit(value)
-            value = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        return value[:_LONGEST_VALUE]
+        return _without_secrets(value)[:longest]
     if isinstance(value, list | tuple):
-        return [shown(item) for item in value[:100]]
+        return [shown(item, longest, most) for item in value[:most]]
     if isinstance(value, Mapping):
-        return {str(key): shown(item) for key, item in list(value.items())[:100]}
-    return value if isinstance(value, int | float | None) else str(value)[:_LONGEST_VALUE]
+        return {str(key): shown(item, longest, most) for key, item in list(value.items())[:_LONGEST_LIST]}
+    return value if isinstance(value, int | float | None) else str(value)[:longest]
+
+
+def _without_secrets(text: str) -> str:
+    if "://" not in text:
+        return text
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # it is no URI, and may have a secret all the same
+        return text.partition("://")[0] + "://"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -423,14 +423,15 @@ class Api:
     handshake_rate: int = setting(50, "Connections by TCP that are begun in a second.", low=1, high=10000)
     auth_failures: int = setting(
         10,
-        "Failed authentications of one address in a minute; one more gets 429 instead of 401, and no line in the log.",
+        "Failed authentications of one address in a minute, those that showed nothing among them; one more gets 429 "
+        "instead of 401, and no line in the log.",
         low=1,
         high=10000,
     )
     identity_interval: float = setting(
         1.0,
         "Seconds between two looks whether tokens and certificates have changed, and whether those who are connected "
-        "may still be.",
+        "may still be. For an unknown token there is a look at once, and this long it waits for that at most.",
         low=0.1,
         high=60,
     )
@@ -494,6 +495,13 @@ class Audit:
     keep: int = setting(4, "Such older files that are kept.", low=0, high=1000)
     queue: int = setting(
         10000, "Lines that wait for a slow disk; one more is lost, which is counted and logged.", low=1, high=1000000
+    )
+    refusals: int = setting(
+        60,
+        "Lines in a minute for calls of one caller that changed nothing: not allowed, not found, impossible now. More "
+        "of them get one line together, with their number.",
+        low=1,
+        high=100000,
     )
 
 

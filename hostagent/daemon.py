@@ -496,7 +496,8 @@ class Agent:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._metrics.audit_lost)
 
-        return Audit(AuditSettings(settings.file, settings.size, settings.keep, settings.queue), lost)
+        bounds = AuditSettings(settings.file, settings.size, settings.keep, settings.queue, settings.refusals)
+        return Audit(bounds, lost)
 
     def reload(self, config: Config) -> None:
         """What can be read anew while we run. AgentError: it is wrong, and nothing has changed."""
@@ -551,7 +552,8 @@ class Agent:
         )
         group = config.api.socket_group if self._group is not None else None
         policy = PeerPolicy.for_group(group, never=self._strangers())
-        self._server = Server(app, self._bus, policy=policy, settings=settings, doors=self._doors)
+        told = self._metrics.refused
+        self._server = Server(app, self._bus, policy=policy, settings=settings, doors=self._doors, told=told)
 
     def _strangers(self) -> set[int]:
         """The data daemon is in the group for the exports' sake: it has strangers as clients, and no say here."""

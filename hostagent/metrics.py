@@ -85,7 +85,7 @@ METRICS: dict[str, Entry] = {
     "store_bytes": Entry("gauge", "What the store takes on its file system."),
     "store_free_bytes": Entry("gauge", "What is free beside it."),
     "store_min_free_bytes": Entry("gauge", "What must be free for new work to be taken (store.min_free)."),
-    "api_refused_total": Entry("counter", "Callers and connections by TCP that were turned away.", ("reason",)),
+    "api_refused_total": Entry("counter", "Callers, connections and requests that were turned away.", ("reason",)),
     "audit_lost_total": Entry("counter", "Lines of the audit that could not be written."),
 }
 

@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -198,18 +199,23 @@ def _time(text: str) -> datetime:
 
 
 class Tokens:
-    """The tokens in force. `look` reads the file when it has changed; it may block."""
+    """The tokens in force. `look` reads the file when it has changed; it may block, and any thread may call it."""
 
     def __init__(self, path: Path, most: int) -> None:
         self._path = path
         self._most = most
         self._seen: tuple[int, ...] | None = None
         self._by_name: dict[str, Token] = {}
+        self._turn = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._by_name)
 
     def look(self) -> None:
+        with self._turn:  # who comes meanwhile finds what was read
+            self._look()
+
+    def _look(self) -> None:
         stamp = self._stamp()
         if stamp == self._seen:
             return

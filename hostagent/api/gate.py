@@ -37,13 +37,16 @@ WINDOW = 60.0
 
 
 class Connection(Protocol):
-    """What the gate knows of a connection. `surface` is unix or tcp, `origin` where it comes from."""
+    """What the gate knows of a connection. `surface` is unix or tcp, `origin` where it comes from, `who` is there as
+    long as nobody has shown an identity."""
 
     surface: str
     origin: str
+    who: str
 
-    def identify(self, headers: Sequence[tuple[bytes, bytes]]) -> Peer:
-        """Who sends a request with these headers. AgentError: one who may not even ask."""
+    async def identify(self, headers: Sequence[tuple[bytes, bytes]], needed: Scope) -> Peer:
+        """Who sends a request with these headers, for what takes the scope `needed`. AgentError: one who may not even
+        ask."""
 
 
 class RequestIds:
@@ -76,7 +79,7 @@ class Gate:
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         try:
-            self._admit(scope)
+            await self._admit(scope)
         except AgentError as error:
             refusal = problem.of_error(error)
             refusal.headers["connection"] = "close"
@@ -104,30 +107,28 @@ class Gate:
                         return
                     left -= len(message.get("body", b""))
 
-    def _admit(self, scope: AsgiScope) -> None:
+    async def _admit(self, scope: AsgiScope) -> None:
         connection: Connection = scope[CONNECTION_KEY]
         found = scopes.find(scope["method"], scope["path"])
         call = calls.present()
         assert call is not None
-        call.surface, call.origin = connection.surface, connection.origin
-        peer = connection.identify(scope["headers"])
-        call.who = peer.who
-        if peer.scope < found.rule.scope:
-            error = self._refused(peer, found.rule.scope, found.path or scope["path"])
+        call.surface, call.origin, call.who = connection.surface, connection.origin, connection.who
+        try:
+            peer = await connection.identify(scope["headers"], found.rule.scope)
+            call.who = peer.who
+            if peer.scope < found.rule.scope:
+                raise self._refused(peer, found.rule.scope)
+        except AgentError as error:
             if found.rule.changes:
                 self._audit(f"{scope['method']} {found.path}", error.code)
-            raise error
+            raise
         scope[PEER_KEY] = peer
         scope[ROUTE_KEY] = found.path
 
-    def _refused(self, peer: Peer, needed: Scope, path: str) -> AgentError:
+    def _refused(self, peer: Peer, needed: Scope) -> AgentError:
         if peer.remote is None:
             message = "only root and the agent's own user may do that"
             return AgentError("denied", message, remedy="ask as root", scope=needed.word)
-        if not peer.remote.name:
-            self._told("no_identity")
-            remedy = "send `Authorization: Bearer TOKEN`, or a certificate that api.certificate_scopes names"
-            return AgentError("unauthenticated", f"{path} is not for everybody", remedy=remedy, nothing_shown=True)
         self._told("scope")
         has = f"has the scope {peer.scope.word}" if peer.scope else "has no scope"
         remedy = f"ask with an identity that has {needed.word}"

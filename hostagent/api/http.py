@@ -85,7 +85,7 @@ def build_app(
         wait_limit=settings.wait_limit,
         list_limit=settings.list_limit,
     )
-    app.add_middleware(Limits, limits=_request_limits(settings))
+    app.add_middleware(Limits, limits=_request_limits(settings), told=told)
     app.add_middleware(Gate, told=told, audit=audit, max_body=settings.max_body)
     problem.install(app)  # around all that may fail
     app.add_middleware(RequestIds)
@@ -119,12 +119,20 @@ def _every_route_has_its_rule() -> None:
 
 class Server(QuietServer):
     """The API's. Stopping ends the event streams and long polls. `doors` are what it listens on besides the sockets
-    that `serve` is given."""
+    that `serve` is given; `told` hears whom those turned away."""
 
     def __init__(
-        self, app: FastAPI, bus: Bus, *, policy: PeerPolicy, settings: HttpSettings, doors: Doors | None = None
+        self,
+        app: FastAPI,
+        bus: Bus,
+        *,
+        policy: PeerPolicy,
+        settings: HttpSettings,
+        doors: Doors | None = None,
+        told: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        http = protocol(policy, max_connections=settings.max_connections, stall_timeout=settings.body_timeout)
+        most, stall = settings.max_connections, settings.body_timeout
+        http = protocol(policy, max_connections=most, stall_timeout=stall, told=told)
         super().__init__(
             uvicorn.Config(
                 app,

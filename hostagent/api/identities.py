@@ -10,7 +10,7 @@ Guessing 256 bits is hopeless. What is bounded is the noise: who fails too often
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
 import logging
 import ssl
 import time
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from hostagent.addresses import network_of
 from hostagent.api.gate import WINDOW
 from hostagent.api.peer import Peer, Remote, from_afar
 from hostagent.errors import AgentError
@@ -31,8 +32,10 @@ log = logging.getLogger(__name__)
 REASONS = (
     *("no_identity", "bad_token", "expired_token", "certificate", "scope", "too_many_failures"),
     *("handshake", "connections", "client_connections", "stranger", "identity_ended"),
+    *("local_connections", "local_user", "requests"),
 )
 """Why somebody was turned away, for the metric."""
+REST = 0.1  # seconds between two looks at the tokens' file for unknown tokens
 ADDRESSES = 1024  # that failures are counted for; the one that failed longest ago is forgotten
 
 
@@ -87,8 +90,33 @@ class Failures:
         return number >= self._allowed
 
 
+class Anew:
+    """Looks at the tokens' file for whoever has a token that is not known: it may have been made just now. All who come
+    share the next look, so that a flood of bad tokens costs a few in a second. On a disk that hangs there is one, and
+    nobody waits for longer than `patience` seconds."""
+
+    def __init__(self, look: Callable[[], None], patience: float) -> None:
+        self._look = look
+        self._patience = patience
+        self._turn = asyncio.Lock()
+        self._next: asyncio.Task[None] | None = None
+
+    async def look(self) -> None:
+        """Until a look has ended that began after this."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._take())
+        await asyncio.wait({self._next}, timeout=self._patience)
+
+    async def _take(self) -> None:
+        async with self._turn:
+            self._next = None
+            await asyncio.to_thread(self._look)
+            await asyncio.sleep(REST)
+
+
 class Identities:
-    """`told` hears of each refusal, by a word of REASONS; `authorities` is what tells those in force from others."""
+    """`told` hears of each refusal, by a word of REASONS; `authorities` is what tells those in force from others.
+    `patience` is how long, in seconds, an unknown token may wait for a look at their file."""
 
     def __init__(
         self,
@@ -96,6 +124,7 @@ class Identities:
         scopes: Sequence[str],
         *,
         failures: int,
+        patience: float,
         told: Callable[[str], None],
         authorities: Callable[[], str] = str,
     ) -> None:
@@ -104,25 +133,30 @@ class Identities:
         self.told = told
         self._scopes = scopes_of(scopes)
         self._failures = Failures(failures)
+        self._anew = Anew(tokens.look, patience)
         self._authorities = authorities
 
     def rescope(self, scopes: Sequence[str]) -> None:
         """Other scopes for certificates' names, from now on."""
         self._scopes = scopes_of(scopes)
 
-    def of(self, headers: Sequence[tuple[bytes, bytes]], shown: Shown | None, address: str) -> Identity:
-        """Whose request that is: also nobody's. `address` is IP:PORT, as Python writes it. AgentError unauthenticated,
-        limit: what was shown is not good."""
+    async def of(
+        self, headers: Sequence[tuple[bytes, bytes]], shown: Shown | None, address: str, needed: Scope
+    ) -> Identity:
+        """Whose request that is: also nobody's, where no scope is `needed`. `address` is IP:PORT, as Python writes it.
+        AgentError unauthenticated, limit: what was shown is not good."""
         sent = [value for name, value in headers if name == b"authorization"]
         if sent:
-            return self._by_token(sent, address)
+            return await self._by_token(sent, address)
         if shown is not None:
             return self._by_certificate(shown, address)
+        if needed is not Scope.NONE:
+            raise self._failed("no_identity", "that is not for everybody", address)
         return Identity(from_afar(Remote("", Scope.NONE, address)), stands=lambda: True)
 
-    def _by_token(self, sent: Sequence[bytes], address: str) -> Identity:
+    async def _by_token(self, sent: Sequence[bytes], address: str) -> Identity:
         scheme, _, text = sent[0].decode("latin-1").partition(" ")
-        token = self.tokens.find(text.strip()) if len(sent) == 1 and scheme.lower() == "bearer" else None
+        token = await self._find(text.strip()) if len(sent) == 1 and scheme.lower() == "bearer" else None
         if token is None:
             raise self._failed("bad_token", "that is no token of this agent's", address)
         if not self.tokens.holds(token):
@@ -130,6 +164,12 @@ class Identities:
         remote = Remote(f"token {token.name}", token.scope, address)
         known: Token = token
         return Identity(from_afar(remote), stands=lambda: self.tokens.holds(known))
+
+    async def _find(self, text: str) -> Token | None:
+        if (known := self.tokens.find(text)) is not None:
+            return known
+        await self._anew.look()
+        return self.tokens.find(text)
 
     def _by_certificate(self, shown: Shown, address: str) -> Identity:
         if not self._trusted(shown):
@@ -158,17 +198,7 @@ class Identities:
         remedy = "send `Authorization: Bearer TOKEN`; `hostagent token add` makes one on the host"
         if reason == "certificate":
             remedy = "connect anew, with a certificate that is good"
+        elif reason == "no_identity":
+            remedy = "send `Authorization: Bearer TOKEN`, or a certificate that api.certificate_scopes names"
+            return AgentError("unauthenticated", message, remedy=remedy, nothing_shown=True)
         return AgentError("unauthenticated", message, field="authorization", remedy=remedy)
-
-
-def network_of(address: str) -> str:
-    """What is counted as one client: an IPv4 address, or the 64 bits of an IPv6 one that a host has to itself."""
-    try:
-        known = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(known, ipaddress.IPv6Address):
-        if known.ipv4_mapped:
-            return str(known.ipv4_mapped)
-        return str(ipaddress.ip_network((int(known) >> 64 << 64, 64)))
-    return str(known)

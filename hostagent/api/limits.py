@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -23,6 +24,10 @@ from hostagent.errors import AgentError
 _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)  # a string whole, or one bracket
 
 
+MOST_DIGITS = 100
+"""Of a whole number. The largest that means anything has 19."""
+
+
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
     """Named as in the configuration's [api] section."""
@@ -34,10 +39,12 @@ class RequestLimits:
 
 
 class Limits:
-    """ASGI middleware. A request that is over a limit is answered here; the application never sees it."""
+    """ASGI middleware. A request that is over a limit is answered here; the application never sees it. `told` hears of
+    those that were too many at once."""
 
-    def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
+    def __init__(self, app: ASGIApp, limits: RequestLimits, told: Callable[[str], None]) -> None:
         self._app = app
+        self._told = told
         self._limits = limits
         self._places = Places(limits.max_connections)
 
@@ -47,6 +54,7 @@ class Limits:
             return
         peer: Peer = scope.get(PEER_KEY, NOBODY)
         if not self._places.take(peer):
+            self._told("requests")
             await problem.answer("limit", "too many requests at once", field="api.max_connections")(
                 scope, receive, send
             )
@@ -142,7 +150,9 @@ def check_json(body: bytes, *, depth: int) -> None:
     if nesting(body) > depth:
         raise AgentError("invalid", f"the JSON is nested deeper than {depth} levels", field="api.max_json_depth")
     try:
-        json.loads(body.decode(), object_pairs_hook=_each_key_once, parse_constant=_no_constant)
+        json.loads(
+            body.decode(), object_pairs_hook=_each_key_once, parse_constant=_no_constant, parse_int=_some_digits
+        )
     except ValueError as error:
         raise AgentError("invalid", f"the body is not JSON: {error}", field="body") from None
 
@@ -167,6 +177,14 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise AgentError("invalid", f"{key[:64]!r} stands twice in one object", field=key[:64])
         found[key] = value
     return found
+
+
+def _some_digits(number: str) -> int:
+    """Python itself refuses very long ones, in words of its own; and takes long for long ones."""
+    if len(number) > MOST_DIGITS:
+        message, remedy = f"a number of {len(number)} characters is too large", f"{MOST_DIGITS} at most"
+        raise AgentError("invalid", message, field="body", value=f"{number[:20]}…", remedy=remedy)
+    return int(number)
 
 
 def _no_constant(name: str) -> NoReturn:

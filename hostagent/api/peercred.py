@@ -17,7 +17,7 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hostagent.api.bounded import BoundedProtocol, Known, raw_answer
 from hostagent.api.peer import NOBODY, Peer, Places
+from hostagent.api.seldom import Seldom
 from hostagent.errors import AgentError
+from hostagent.tokens import Scope
 
 log = logging.getLogger(__name__)
 
@@ -89,18 +91,24 @@ class Local:
         self._peer = peer
         self._allowed = allowed
         self.origin = f"pid {peer.pid}"
+        self.who = peer.who
 
-    def identify(self, headers: Sequence[tuple[bytes, bytes]]) -> Peer:
+    async def identify(self, headers: Sequence[tuple[bytes, bytes]], needed: Scope) -> Peer:
         if not self._allowed:
             message, remedy = f"uid {self._peer.uid} may not use this agent", "ask an administrator to add the user to"
             raise AgentError("denied", message, remedy=f"{remedy} the socket's group")
         return self._peer
 
 
-def protocol(policy: PeerPolicy, *, max_connections: int, stall_timeout: float) -> type[H11Protocol]:
-    """The class that uvicorn makes one of for each connection (its `http` setting)."""
+def protocol(
+    policy: PeerPolicy, *, max_connections: int, stall_timeout: float, told: Callable[[str], None]
+) -> type[H11Protocol]:
+    """The class that uvicorn makes one of for each connection (its `http` setting). `told` hears why somebody was
+    turned away."""
 
     places = Places(max_connections)
+    full = Seldom(log, "refused connections: too many are open", setting="api.max_connections", most=max_connections)
+    unknown = Seldom(log, "refused connections of a user who may not use this agent")
     seconds = stall_timeout
 
     class PeerProtocol(BoundedProtocol):
@@ -113,13 +121,15 @@ def protocol(policy: PeerPolicy, *, max_connections: int, stall_timeout: float) 
             if self._refused:
                 # One who is turned away is heard first: a client that still sends when the door is closed sees a broken
                 # pipe instead of the reason. How many may wait for that is bounded, too.
-                log.warning("refused a connection: %d are open (api.max_connections)", max_connections)
+                told("local_connections")
+                full(self._peer.who, uid=self._peer.uid, pid=self._peer.pid)
                 if len(self.connections) > len(places) + max_connections:
                     self._turn_away()
                 return
             allowed = policy.allows(self._peer)
             if not allowed:
-                log.warning("refused a connection of pid %d, uid %d", self._peer.pid, self._peer.uid)
+                told("local_user")
+                unknown(self._peer.who, uid=self._peer.uid, pid=self._peer.pid)
             self.app = Known(self.app, Local(self._peer, allowed=allowed))
 
         def data_received(self, data: bytes) -> None:

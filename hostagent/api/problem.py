@@ -106,7 +106,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """What to write instead of an unknown name."""
     if not known:
         return "no fields are known here"
-    close = difflib.get_close_matches(name, known, n=1)
+    begun = [one for one in known if min(len(one), len(name)) > 2 and (name.startswith(one) or one.startswith(name))]
+    close = [max(begun, key=len)] if begun else difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     meant = f"did you mean {close[0]}? " if close else ""
     return f"{meant}known fields are {', '.join(sorted(known))}"
 

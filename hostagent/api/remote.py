@@ -4,9 +4,9 @@ uvicorn keeps one TLS context for its life and tells an application nothing of a
 are accepted here, each with the context that is in force, and its certificate goes to the gate (gate.py) once OpenSSL
 has verified it, which is before the first byte of HTTP is read.
 
-Connections are bounded in all and for each address. Where there is no room, who has shown no identity yet makes it, the
-oldest first: nobody fills the house by waiting. Handshakes are bounded in time and in number for each second: they cost
-the loop a millisecond or two each, which guests' jobs shall not miss.
+Connections are bounded in all and for each address. Where there is no room, in the house or among those of an address,
+who has shown no identity yet makes it, the oldest first: nobody fills either by waiting. Handshakes are bounded in time
+and in number for each second: they cost the loop a millisecond or two each, which guests' jobs shall not miss.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from hostagent import listening
+from hostagent.addresses import network_of
 from hostagent.api.bounded import BoundedProtocol, Known
-from hostagent.api.identities import Identities, Identity, Shown, network_of
-from hostagent.api.peer import Peer
+from hostagent.api.identities import Identities, Identity, Shown
+from hostagent.api.peer import NOBODY, Peer
 from hostagent.certificates import Renewing
 from hostagent.config import Api
-from hostagent.tokens import Tokens
+from hostagent.tokens import Scope, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class RemoteProtocol(BoundedProtocol):
     """One connection; its own `Connection` for the gate."""
 
     surface = "tcp"
+    who = NOBODY.who
 
     def __init__(self, doors: Doors, config: Config, state: ServerState, visitor: Visitor, authorities: str) -> None:
         super().__init__(config=config, server_state=state, app_state={})
@@ -116,9 +118,9 @@ class RemoteProtocol(BoundedProtocol):
         super().connection_lost(exc)
         self._doors.leave(self._visitor)
 
-    def identify(self, headers: Sequence[tuple[bytes, bytes]]) -> Peer:
+    async def identify(self, headers: Sequence[tuple[bytes, bytes]], needed: Scope) -> Peer:
         self._identity = None
-        self._identity = self._doors.identities.of(headers, self._shown, self.origin)
+        self._identity = await self._doors.identities.of(headers, self._shown, self.origin, needed)
         return self._identity.peer
 
     def look(self) -> bool:
@@ -202,7 +204,7 @@ class Doors:
             self._start(self._welcome(visitor, config, state))
 
     def _admit(self, visitor: Visitor) -> bool:
-        if self._of[visitor.client] >= self.bounds.of_one:
+        if self._of[visitor.client] >= self.bounds.of_one and not self._room_made(visitor.client):
             self._told("client_connections")
             return False
         if len(self._inside) >= self.bounds.connections and not self._room_made():
@@ -212,9 +214,11 @@ class Doors:
         self._of[visitor.client] += 1
         return True
 
-    def _room_made(self) -> bool:
+    def _room_made(self, client: str = "") -> bool:
+        """By a stranger of this address, or of any."""
         latest = time.monotonic() - _GRACE
-        oldest = next((one for one in self._inside if one.stranger and one.since < latest), None)
+        might = (one for one in self._inside if client in ("", one.client) and one.since < latest)
+        oldest = next((one for one in might if one.stranger), None)
         if oldest is None:
             return False
         self._told("stranger")
@@ -290,6 +294,7 @@ def doors(api: Api, told: Callable[[str], None]) -> Doors | None:
         tokens,
         api.certificate_scopes,
         failures=api.auth_failures,
+        patience=api.identity_interval,
         told=told,
         authorities=lambda: certificate.in_force.authorities if certificate else "",
     )

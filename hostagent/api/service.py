@@ -209,7 +209,8 @@ class AgentService:
         self._status.require_room()
         asked = requests.export_spec(spec)
         if asked.tcp is not None and not self._anywhere(peer):
-            raise JobError("denied", "only root may export over TCP", field="tcp", remedy="leave it out")
+            message = "exports over TCP are for root, the agent's own user and the scope admin"
+            raise JobError("denied", message, field="tcp", remedy="leave it out")
         export_id = requests.id_of(spec)
         known = export_id and await self._store.export(export_id)
         with self._admitted(known), requests.about("image"):
@@ -327,7 +328,8 @@ class AgentService:
 
     def _only_operators(self, peer: Peer) -> None:
         if not self._anywhere(peer):
-            raise JobError("denied", "only root and the agent's own user may drain the host", remedy="ask as root")
+            message = "draining is for root, the agent's own user and the scope admin"
+            raise JobError("denied", message, remedy="ask as root")
 
 
 def _bitmaps(found: Found) -> Json:

@@ -1,5 +1,5 @@
-"""`hostagent token`: who may use the API by TCP. It works on the agent's file, on the agent's host; the agent sees what
-has changed within a second, and needs not run."""
+"""`hostagent token`: who may use the API by TCP. It works on the agent's file, on the agent's host. The agent, which
+needs not run, knows a new token at once, and one that is gone within a second (api.identity_interval)."""
 
 from __future__ import annotations
 

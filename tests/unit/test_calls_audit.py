@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hostagent import calls
+from hostagent import calls, refusals
 from hostagent.audit import Audit, Settings, shown
 
 
@@ -19,11 +19,11 @@ class Lines:
         self.lost = 0
         self.made: list[Audit] = []
 
-    def audit(self, size: int = 1 << 20, keep: int = 2, queue: int = 1000) -> Audit:
+    def audit(self, size: int = 1 << 20, keep: int = 2, queue: int = 1000, refusals: int = 1000) -> Audit:
         def lost() -> None:
             self.lost += 1
 
-        self.made.append(Audit(Settings(self.file, size, keep, queue), lost))
+        self.made.append(Audit(Settings(self.file, size, keep, queue, refusals), lost))
         return self.made[-1]
 
     def read(self, name: str = "") -> list[dict[str, Any]]:
@@ -129,6 +129,71 @@ def test_a_disk_that_hangs_keeps_nobody_waiting(lines: Lines, monkeypatch: pytes
     assert time.monotonic() - began < 0.5 and lines.lost == 7
 
 
+def test_who_is_refused_all_the_time_takes_no_lines_of_others_away(lines: Lines) -> None:
+    audit = lines.audit(size=16384, keep=1, refusals=3)
+    with calls.serving(calls.Call("r1", "unix", "uid 1000", "pid 7")):
+        for _ in range(2000):
+            audit.tell("job delete", "not_found", id="y" * 60000, target="/t" * 2000, disks=[{"dest": "/d" * 999}] * 99)
+        audit.tell("job delete", "ok", id="j")
+    with calls.serving(calls.Call("r2", "tcp", "token ci", "192.0.2.1:5")):
+        audit.tell("job start", "denied", target="/img/a")
+    audit.close(5)
+    *mine, done, other, summary = lines.read()
+    assert [one["id"] for one in mine] == ["y" * 64] * 3 and len(json.dumps(mine[0])) < 2500
+    assert (done["result"], other["who"]) == ("ok", "token ci"), "what changed something, and who else was refused"
+    assert summary.pop("time")
+    assert summary == {
+        **{"request": "", "who": "uid 1000", "surface": "unix", "from": "", "what": "refused calls"},
+        **{"times": 1997, "calls": {"job delete: not_found": 1997}, "result": "limit"},
+    }
+    assert lines.lost == 0
+
+
+def test_what_was_done_is_told_however_often(lines: Lines) -> None:
+    audit = lines.audit(refusals=1)
+    for result in ("ok", "internal", "cancelled", "timeout") * 5:
+        audit.tell("job pause", result, id="j")
+    for _ in range(5):
+        audit.tell("job start", "ok", id="j", new=False)
+    audit.close(5)
+    found = lines.read()
+    assert len(found) == 20 + 1 + 1 and found[-1]["calls"] == {"job start: ok": 4}, "asked again is not done again"
+
+
+def test_the_summary_comes_when_the_minute_is_over(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "WINDOW", 0.3)
+    audit = lines.audit(refusals=1)
+    for _ in range(4):
+        audit.tell("job abort", "denied")
+    eventually(lambda: lines.file.exists() and len(lines.read()) == 2)
+    assert lines.read()[-1]["times"] == 3
+    audit.tell("job abort", "denied")
+    eventually(lambda: len(lines.read()) == 3)
+    assert lines.read()[-1]["result"] == "denied", "and the next minute begins anew"
+
+
+def test_callers_are_told_apart_as_far_as_there_is_room() -> None:
+    now = 100.0
+    found = refusals.Refusals(1, clock=lambda: now)
+
+    def refused(surface: str, who: str, origin: str) -> bool:
+        return found.whole(calls.Call("", surface, who, origin), "job start", "denied")
+
+    assert refused("tcp", "nobody", "192.0.2.1:5") and not refused("tcp", "nobody", "192.0.2.1:6")
+    assert refused("tcp", "nobody", "192.0.2.2:5"), "another address is another"
+    assert refused("tcp", "token a", "192.0.2.1:5") and not refused("tcp", "token a", "192.0.2.9:5")
+    assert refused("unix", "uid 1", "pid 1") and refused("dbus", "uid 1", "pid 1")
+    assert sum(refused("tcp", "nobody", f"198.51.100.{n}:5") for n in range(200)) == refusals.CALLERS - 5 + 1
+    assert found.over() == [] and found.left() == refusals.WINDOW
+    now += refusals.WINDOW
+    told = found.over()
+    assert {(one.who, one.origin): one.calls.total() for one in told} == {
+        **{("nobody", "192.0.2.1"): 1, ("token a", ""): 1},
+        ("others", ""): 200 - (refusals.CALLERS - 5) - 1,
+    }
+    assert found.over() == [] and found.left() is None and refused("unix", "uid 1", "")
+
+
 def test_no_secret_of_a_uri_is_shown() -> None:
     uri = "nbd://me:secret@host:10809/name?tls-psk=secret"
     assert shown({"dest": uri, "disks": [{"dest": uri}]}) == {
@@ -137,6 +202,7 @@ def test_no_secret_of_a_uri_is_shown() -> None:
     }
     assert "secret" not in json.dumps(shown(["nbd+unix:///x?socket=secret", "a" * 9000]))
     assert len(str(shown("a" * 9000))) == 4096
+    assert shown("nbd://me:secret@[bad") == "nbd://"
 
 
 def test_what_a_call_leaves_running_is_no_part_of_it() -> None:

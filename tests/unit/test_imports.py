@@ -22,7 +22,7 @@ LEAVES = {
     for name in (
         *("config", "config_data", "config_dbus", "config_rule", "config_text"),
         *("addresses", "errors", "sizes", "logs", "sdnotify", "activation"),
-        *("audit", "calls", "certificates", "listening", "tokens", "x509"),
+        *("audit", "calls", "certificates", "listening", "refusals", "tokens", "x509"),
         "nbdclient",
         *("locks", "looks", "schema", "selection", "turns", "unix_http", "tls_http"),
         *("blocks", "extents", "inodes", "qcow2", "qemu_locks", "rangeset"),

@@ -167,6 +167,7 @@ def away(
             known,
             scopes,
             failures=api.auth_failures,
+            patience=api.identity_interval,
             told=agent.refusals.append,
             authorities=lambda: certificate.in_force.authorities if certificate else "",
         )

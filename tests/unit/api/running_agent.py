@@ -72,7 +72,10 @@ class Agent:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self.path))
         listener.listen()
-        self.server = Server(app, self.bus, policy=self._policy, settings=self._settings, doors=self.doors)
+        told = self.refusals.append
+        self.server = Server(
+            app, self.bus, policy=self._policy, settings=self._settings, doors=self.doors, told=told
+        )
         self._listening.set()
         await self.server.serve(sockets=[listener])
 

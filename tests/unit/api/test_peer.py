@@ -5,10 +5,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
-from running_agent import serving
+from running_agent import UnixConnection, serving
 
 from hostagent.api.peer import NOBODY, Peer
 from hostagent.api.peercred import PeerPolicy, peer_of
@@ -59,6 +60,30 @@ def test_a_peer_that_is_not_allowed_is_denied_everything(serve):
             reply = agent.call(method, path, PULL if method == "POST" else None)
             assert (reply.status, reply.body["code"]) == (403, "denied")
         assert agent.service.calls == []
+        assert agent.refusals == ["local_user"] * 4
+        (line,) = agent.audit
+        assert (line["what"], line["who"], line["result"]) == ("POST /v1/jobs", f"uid {os.geteuid()}", "denied")
+
+
+def test_a_crowd_that_is_turned_away_fills_no_log(serve, caplog):
+    with serve(max_connections=2) as agent:
+        crowd = [UnixConnection(agent.path) for _ in range(30)]
+        for connection in crowd:
+            connection.connect()
+        until = time.monotonic() + 10
+        while agent.refusals.count("local_connections") < 28 or sum(told(caplog)) < 28:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert len(told(caplog)) <= 3, "one a second"
+        for connection in crowd:
+            connection.close()
+
+
+def told(caplog):
+    """How many refusals each line of the log stands for."""
+    lines = [record for record in caplog.records if record.name == "hostagent.api.peercred"]
+    assert all(line.fields["uid"] == os.geteuid() and line.fields["pid"] == os.getpid() for line in lines)
+    return [line.fields["times"] for line in lines]
 
 
 CLIENT = """

@@ -65,6 +65,11 @@ def test_an_unknown_field_names_the_nearest_known_one(agent):
     assert reply.body["remedy"].startswith("did you mean bandwidth? known fields are bandwidth, base, ")
 
 
+def test_a_word_that_begins_with_a_field_means_it(agent):
+    assert refused(agent, {**PULL, "destination": "/a"}).body["remedy"].startswith("did you mean dest? ")
+    assert refused(agent, {**PULL, "donation": "/a"}).body["remedy"].startswith("known fields are ")
+
+
 def test_a_lone_surrogate_is_refused(agent):
     assert refused(agent, b'{"operation": "pull", "target": "\\udcff"}').status == 400
 

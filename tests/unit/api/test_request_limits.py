@@ -109,6 +109,7 @@ def test_what_is_no_http_is_answered_with_a_problem(agent):
 def test_json_that_means_nothing_or_two_things_is_refused(agent, body):
     reply = agent.call("POST", "/v1/jobs", body)
     assert (reply.status, reply.body["code"]) == (400, "invalid")
+    assert "sys." not in reply.body["detail"]
     assert agent.service.calls == []
 
 
@@ -126,6 +127,7 @@ def test_requests_beyond_the_limit_are_refused_while_others_run(serve):
         time.sleep(0.3)
         reply = agent.call("GET", "/healthz")
         assert (reply.status, reply.body["code"], reply.body["field"]) == (429, "limit", "api.max_connections")
+        assert agent.refusals in (["requests"], ["local_connections"])
         # Who is slow to ask hears the reason, too, and is no broken pipe; but those who wait to ask are bounded.
         slow = [UnixConnection(agent.path) for _ in range(3)]
         for connection in slow:

@@ -10,6 +10,9 @@ overlay that names it or anywhere below a configured pool. The top, which a pers
 limits say otherwise. No folder says of a device whose it is, so one that a header names must be in a pool: itself, or
 by the link that leads to it (`/dev/VG/LV`). Such links, which only root makes, are followed; at a path's end no others
 are.
+
+Who may name images in pools only learns of what lies elsewhere nothing but the name that he gave, also through a
+header: not where a link leads, nor whether there is anything. So of him names are judged before files are.
 """
 
 from __future__ import annotations
@@ -54,20 +57,37 @@ class Wanted:
 
 def open_member(wanted: Wanted, limits: ChainLimits) -> tuple[int, str]:
     """A descriptor open for reading, and the file's true path. The caller closes the descriptor."""
-    if wanted.overlay is None and not limits.top_anywhere:
-        # By name first: who may name images in pools only must not learn which other files there are.
-        folder, name = os.path.split(wanted.path)
-        with _os_errors(wanted):
-            named = Path(os.path.realpath(folder), name)
-        _refuse_place(named, wanted, limits)
+    named = wanted.path if limits.top_anywhere else _in_its_place(wanted, limits)
     with _os_errors(wanted):
-        link = device_link(wanted.path)
-        handle = os.open(os.path.realpath(link) if link else wanted.path, GRASP)
+        link = device_link(named)
+        handle = os.open(os.path.realpath(link) if link else named, GRASP)
         try:
             path = _judge(handle, wanted, limits, link)
             return os.open(f"/proc/self/fd/{handle}", _READ), path
         finally:
             os.close(handle)
+
+
+def _in_its_place(wanted: Wanted, limits: ChainLimits) -> str:
+    """Its path, folders resolved, if that lies where it may."""
+    if wanted.overlay is None and not _stays(Path(wanted.path), limits):
+        raise _outside(Path(wanted.path), wanted, limits)
+    folder, name = os.path.split(wanted.path)
+    with _os_errors(wanted):
+        named = Path(os.path.realpath(folder), name)
+    _refuse_place(named, wanted, limits)
+    return str(named)
+
+
+def _stays(path: Path, limits: ChainLimits) -> bool:
+    """Whether each step of the name, as it is written, is in a pool or on the way to one; and the last in one."""
+    places = [place for pool in limits.pools for place in (Path(pool), Path(pool).resolve())]
+    at = Path("/")
+    for part in path.parts[1:]:
+        at = at.parent if part == ".." else at / part
+        if not any(at.is_relative_to(place) or place.is_relative_to(at) for place in places):
+            return False
+    return any(at.is_relative_to(place) for place in places)
 
 
 def _judge(handle: int, wanted: Wanted, limits: ChainLimits, link: Path | None) -> str:
@@ -99,10 +119,15 @@ def _refuse_place(path: Path, wanted: Wanted, limits: ChainLimits) -> None:
         return
     if _in_pool(path, limits):
         return
+    raise _outside(path, wanted, limits)
+
+
+def _outside(path: Path, wanted: Wanted, limits: ChainLimits) -> JobError:
     where = "in no configured pool" if wanted.overlay is None else "neither in that image's folder nor in a pool"
-    found = f" (it is {path})" if str(path) != wanted.path else ""
+    place = str(path) if limits.top_anywhere else wanted.path
+    found = f" (it is {place})" if place != wanted.path else ""
     remedy = "move the image, or add its folder to images.pools"
-    raise JobError("outside_pools", f"{wanted} lies {where}{found}", remedy=remedy, value=str(path))
+    return JobError("outside_pools", f"{wanted} lies {where}{found}", remedy=remedy, value=place)
 
 
 def _in_pool(path: Path, limits: ChainLimits) -> bool:

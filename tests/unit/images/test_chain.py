@@ -167,6 +167,54 @@ def test_the_top_may_have_to_lie_in_a_pool(images: Images) -> None:
     assert caught.value.code == "outside_pools"
 
 
+def test_who_may_name_images_in_pools_only_learns_nothing_of_what_lies_elsewhere(images: Images) -> None:
+    secret, pool = images.folder.parent / "secret", images.folder
+    images.raw("../secret/there.raw")
+    top = images.qcow2("top.qcow2")
+    (images.folder.parent / "link").symlink_to(secret)
+    (images.folder.parent / "to-pool").symlink_to(pool)
+    (pool / "way-out").symlink_to(secret)
+    limits = ChainLimits(pools=(str(pool),), top_anywhere=False)
+
+    def told(name: str) -> tuple[str, str, object]:
+        with pytest.raises(JobError) as caught:
+            open_chain(name, format="raw", limits=limits)
+        return caught.value.code, caught.value.message, caught.value.value
+
+    outside = images.folder.parent
+    for name in (
+        *(f"{outside}/link/there.raw", f"{outside}/link/none", f"{outside}/none/none", f"{outside}/to-pool/top.qcow2"),
+        *(f"{outside}/to-pool/none", f"{outside}/secret/../disks/top.qcow2", f"{outside}/none/../disks/top.qcow2"),
+        *(f"{pool}/way-out/there.raw", f"{pool}/way-out/none", f"{pool}/../secret/there.raw", "/proc/self/cwd/x"),
+    ):
+        assert told(name) == ("outside_pools", f"{name} lies in no configured pool", name)
+    (pool / "sub").mkdir()
+    for name in (top, pool / "sub/../top.qcow2", f"{pool}//./top.qcow2"):
+        open_chain(str(name), limits=limits).close()
+
+
+@pytest.mark.parametrize("name", ["../link/there.raw", "../link/none", "../secret/none", "../none/none", "/proc/self/cwd/x"])
+def test_nor_does_he_by_a_header(images: Images, name: str) -> None:
+    secret = images.folder.parent / "secret"
+    images.raw("../secret/there.raw")
+    (images.folder.parent / "link").symlink_to(secret)
+    top = images.qcow2("top.qcow2", name, "raw")
+    limits = ChainLimits(pools=(str(images.folder),), top_anywhere=False)
+    with pytest.raises(JobError) as caught:
+        open_chain(str(top), limits=limits)
+    assert caught.value.code == "outside_pools" and caught.value.value == str(top.parent / name)
+    assert "(it is" not in caught.value.message and "secret/there" not in caught.value.message
+
+
+def test_he_may_stand_on_what_a_link_finds_in_a_pool(images: Images) -> None:
+    base = images.raw("sub/base.raw")
+    (images.folder.parent / "link").symlink_to(images.folder)
+    for name in ("../link/sub/base.raw", "../none/../link/sub/base.raw"):
+        top = images.qcow2("top.qcow2", name, "raw")
+        with open_chain(str(top), limits=ChainLimits(pools=(str(images.folder),), top_anywhere=False)) as found:
+            assert found.chain.paths()[1] == str(base)
+
+
 @pytest.mark.parametrize(("kernel", "code"), [(errno.EACCES, "denied"), (errno.EINVAL, "image_invalid")])
 @pytest.mark.parametrize("anywhere", [True, False])
 def test_a_link_that_cannot_be_read_is_said_to_be_in_the_way(
@@ -177,7 +225,7 @@ def test_a_link_that_cannot_be_read_is_said_to_be_in_the_way(
     link = images.folder.parent / "link"
     link.symlink_to(images.folder)
     no_link(monkeypatch, link, kernel)
-    limits = ChainLimits(pools=(str(images.folder),), top_anywhere=anywhere)
+    limits = ChainLimits(pools=(str(images.folder.parent),), top_anywhere=anywhere)
     with pytest.raises(JobError, match="cannot be opened") as caught:
         open_chain(str(link / "base.raw"), format="raw", limits=limits)
     assert (caught.value.code, caught.value.value) == (code, str(link / "base.raw"))

@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from hostagent.cli.away import Away
 
 
-def common(*, away: bool = True) -> argparse.ArgumentParser:
-    """The options that every command has, before or after its noun and verb. `away`: those for an agent of another
-    host, too, which a command that asks no agent has not."""
+def common(*, agents: str = "all") -> argparse.ArgumentParser:
+    """The options that every command has, before or after its noun and verb. `agents` are those that it can ask: all,
+    this host's (`here`) or `none`; other's options are taken, to be refused in words (`refuse_agents`)."""
     parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group("common options")
-    group.add_argument("--socket", metavar="PATH", help="the agent's socket (else HOSTAGENT_SOCKET, else the usual)")
-    if away:
+    text = "the agent's socket (else HOSTAGENT_SOCKET, else the usual)"
+    group.add_argument("--socket", metavar="PATH", help=argparse.SUPPRESS if agents == "none" else text)
+    if agents == "all":
         _away(group)
+    else:
+        group.add_argument("--url", metavar="URL", dest="api_url", help=argparse.SUPPRESS)
     group.add_argument("--json", action="store_true", help="print JSON, for programs")
     group.add_argument("--no-color", action="store_true", help="print without colours")
     return parser
@@ -46,13 +49,33 @@ def _away(group: Any) -> None:
 NBD = ("nbd://", "nbd+unix://")
 
 AWAY = ("url", "cafile", "certificate", "key", "token_file")
-COMMON_DEFAULTS = {"socket": None, "json": False, "no_color": False, **{f"api_{name}": None for name in AWAY}}
+COMMON_DEFAULTS = {
+    **{"socket": None, "json": False, "no_color": False, "agents": "all"},
+    **{f"api_{name}": None for name in AWAY},
+}
 
 
 def connect(args: argparse.Namespace) -> Client:
     if (far := away(args)) is not None:
         return Client(far)
     return Client(socket_path(args), owners=trusted(named_socket(args)))
+
+
+def refuse_agents(args: argparse.Namespace) -> None:
+    """AgentError where an agent is named to a command that cannot ask it: what it did would be done here instead."""
+    far = {f"--{'cert' if name == 'certificate' else name.replace('_', '-')}": f"api_{name}" for name in AWAY}
+    refused = {"all": {}, "here": far, "none": {**far, "--socket": "socket"}}[args.agents]
+    for option, name in refused.items():
+        if getattr(args, name) is None:
+            continue
+        message = f"{option} is for an agent of another host, and `hostagent {args.noun}` works on this host alone"
+        remedy = f"leave it out; to do this on another host, run it there (ssh HOST hostagent {args.noun} …)"
+        if name == "socket":
+            message = f"{option} is for who asks an agent, and `hostagent {args.noun}` asks none"
+            remedy = f"leave it out; what this goes by says `hostagent {args.noun} --help`"
+        if option in ("--cafile", "--key"):
+            remedy += f"; for the server of a ticket's URL write it after `{args.noun}`"
+        raise AgentError("invalid", message, field=option.removeprefix("--"), remedy=remedy)
 
 
 def away(args: argparse.Namespace) -> Away | None:

@@ -16,8 +16,9 @@ NOUNS = {
 
 def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     for noun, text in NOUNS.items():
-        parser = nouns.add_parser(noun, help=f"{text} (not supported yet)", parents=[common], add_help=False)
-        parser.add_argument("words", nargs=argparse.REMAINDER)
+        text = f"{text} (not supported yet)"
+        parser = nouns.add_parser(noun, help=text, description=text, parents=[common])
+        parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
         parser.set_defaults(run=_not_yet)
 
 

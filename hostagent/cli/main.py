@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from hostagent import __version__
 from hostagent.cli import (
@@ -37,8 +38,20 @@ from hostagent.errors import CODES, EXIT_ERROR, EXIT_INTERRUPTED, AgentError
 from jobs.errors import JobError
 
 NOUNS = (jobs, bitmaps, exports, grants, events_cmd, status, doctor, drain)
-HERE = (images, serve, data, transfers, demo, tokens, completion)
-"""Nouns of what runs here, and asks no agent of another host."""
+HERE = (images, serve)
+"""Nouns of what runs here, and asks this host's agent or is it."""
+ALONE = (data, transfers, demo, tokens, completion)
+"""Nouns of what runs here and asks none."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command says with its own usage what it does not know, and not with the whole program's."""
+
+    def parse_known_args(self, *given: Any, **named: Any) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(*given, **named)
+        if unknown and self._subparsers is None:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # argparse has said what is wrong, or printed the help
         return int(end.code or 0)
     try:
+        arguments.refuse_agents(args)
         status = int(args.run(args))
         sys.stdout.flush()  # here, where a reader that has gone away can be dealt with
         return status
@@ -66,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     common = arguments.common()
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="hostagent",
         description="Owns what happens to disk images on this host: block jobs, exports, and who may open which file.",
         parents=[common],
@@ -75,9 +89,13 @@ def parser() -> argparse.ArgumentParser:
     nouns = top.add_subparsers(dest="noun", metavar="NOUN", required=True)
     for module in NOUNS:
         module.register(nouns, common)
-    here = arguments.common(away=False)
-    for module in HERE:
-        module.register(nouns, here)
+    for agents, modules in (("here", HERE), ("none", ALONE)):
+        before = set(nouns.choices)
+        options = arguments.common(agents=agents)
+        for module in modules:
+            module.register(nouns, options)
+        for noun in nouns.choices.keys() - before:
+            nouns.choices[noun].set_defaults(agents=agents)
     later.register(nouns, common)
     return top
 

@@ -203,6 +203,15 @@ def test_serve_with_wrong_settings_exits_2_and_names_the_nearest(run, capsys, tm
 def test_a_noun_of_later_says_so_whatever_follows(run, capsys, noun: str) -> None:
     assert run(noun, "start", "web1", "--since", "x") == 1
     assert "not supported yet" in capsys.readouterr().err
+    assert run(noun, "--help") == 0
+    said = capsys.readouterr()
+    assert "not supported yet" in said.out and not said.err
+
+
+def test_an_option_that_a_command_has_not_is_refused_with_that_commands_usage(run, capsys) -> None:
+    assert run("job", "pull", "web1/vda", "--follow") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: hostagent job pull ") and "unrecognized arguments: --follow" in said
 
 
 @pytest.mark.parametrize(

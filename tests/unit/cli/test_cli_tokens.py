@@ -115,3 +115,38 @@ def test_one_that_others_may_read_is_remarked_on(tmp_path: Path, capsys: pytest.
     file.chmod(0o644)
     main(["job", "list", "--url", "http://127.0.0.1:1", "--token-file", str(file)])
     assert "chmod 0600" in capsys.readouterr().err
+
+
+# Commands that no agent of another host can be asked for
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--url", "https://no.such.host:1", "token", verb] for verb in ("list", "remove ci", "add ghost --scope admin")),
+        *(["token", verb, "--url", "https://no.such.host:1"] for verb in ("list", "remove ci", "add ghost --scope admin")),
+        *(["--token-file", "/t", "token", "list"], ["--socket", "/s", "token", "list"], ["--cert", "/c", "image", "map /x"]),
+        *(["--url", "u", "image", verb] for verb in ("inspect /nowhere", "check /nowhere", "map /nowhere")),
+        *(["image", "--url", "u", "check /nowhere"], ["--url", "u", "upload", "/nowhere http://h/t"]),
+        *(["--cafile", "/c", "download", "http://h/t /nowhere"], ["--url", "u", "completion", "bash"]),
+        *(["--url", "u", "serve", "--show-config"], ["--url", "u", "data", "--show-config"], ["--url", "u", "demo"]),
+    ],
+    ids=" ".join,
+)
+def test_what_works_on_this_host_alone_refuses_another_before_it_does_anything(
+    words: list[str], file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOSTAGENT_API_TOKENS_FILE", file)
+    assert main(" ".join(words).split()) == EXIT_USAGE
+    said = capsys.readouterr()
+    option = next(word for word in words if word.startswith("--") and word != "--show-config")
+    assert said.out == "" and f"hostagent: {option} is for" in said.err and "remedy: leave it out" in said.err
+    assert not Path(file).exists()
+
+
+def test_an_agent_in_the_environment_is_for_the_commands_that_ask_one(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOSTAGENT_URL", "https://no.such.host:1")
+    assert main(["token", "add", "ci", "--scope", "read", "--file", file]) == EXIT_OK
+    assert capsys.readouterr().out.startswith("hostagent.ci.")

@@ -58,6 +58,9 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     from hostagent.cli import doctor_doors, doctor_host
 
     if (away := arguments.away(args)) is not None:
+        if args.config:
+            message, remedy = "--config is a file of this host, and the agent is another's", "leave one of them out"
+            raise AgentError("invalid", message, field="config", remedy=remedy)
         yield ok("host", f"not looked at: this is not the host of {away}")
         yield from _agent(Client(away))
         return

@@ -144,6 +144,12 @@ def test_what_works_on_this_host_alone_refuses_another_before_it_does_anything(
     assert not Path(file).exists()
 
 
+def test_nor_is_another_hosts_agent_judged_by_a_file_of_this_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", "https://no.such.host:1", "doctor", "--config", "/x"]) == EXIT_USAGE
+    said = capsys.readouterr()
+    assert said.out == "" and "--config is a file of this host" in said.err
+
+
 def test_an_agent_in_the_environment_is_for_the_commands_that_ask_one(
     file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,8 +24,8 @@ from hostagent.errors import AgentError
 _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)  # a string whole, or one bracket
 
 
-MOST_DIGITS = 100
-"""Of a whole number. The largest that means anything has 19."""
+MOST_DIGITS = 1000
+"""Of a whole number: of fewer it is said which field they are in."""
 
 
 @dataclass(frozen=True, slots=True)

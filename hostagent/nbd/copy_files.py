@@ -48,7 +48,7 @@ def new(dest: str, format_: str, pools: Sequence[str] | None) -> Target:
     except OSError as error:  # of a link in /proc, or while somebody swaps the folder
         raise unfit(dest, f"does not lead to a folder: {error.strerror}", "give the folder's own path") from error
     if pools is not None and not any(path.is_relative_to(os.path.realpath(pool)) for pool in pools):
-        remedy = f"copy into a pool, or add {path.parent} to images.pools"
+        remedy = "copy into a pool, or add its folder to images.pools"  # where a link of his leads is not his to know
         raise JobError("outside_pools", f"{dest!r} lies in no configured pool", field="dest", value=dest, remedy=remedy)
     if not path.parent.is_dir():
         remedy = "make the folder, or correct the path"

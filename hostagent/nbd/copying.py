@@ -324,7 +324,8 @@ def remote_target(spec: JobSpec) -> Target:
         remedy = "copy with --finish, whole, and as raw"
         raise JobError("invalid", "an NBD export can only be filled", field="dest", value=spec.dest, remedy=remedy)
     if not spec.anywhere:
-        raise JobError("denied", "only root may copy to NBD", field="dest", value=spec.dest, remedy="name a file")
+        message = "copies to NBD are for root, the agent's own user and the scope admin"
+        raise JobError("denied", message, field="dest", value=spec.dest, remedy="name a file")
     return Target(normal(spec.dest), "raw", made=False, state=TargetState.UNTOUCHED)
 
 

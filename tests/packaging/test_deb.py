@@ -282,14 +282,15 @@ def it_is_removed_and_not_purged_while_access_is_given(host: Container) -> None:
     host.run("hostagent", "job", "abort", job["id"])
     host.until(lambda: asked(host, "job", "show", job["id"])["state"] == "aborted", "it ended")
     host.until(lambda: not storage_daemons(host), "its storage daemon ended")
-    trick = "import time; time.sleep(600)"
-    words = ("runuser", "-u", "somebody", "--", "python3", "-c", trick, "hostagent.cli.main", "socket,id=hostagent-a,fd=3")
+    as_him = ("setpriv", "--reuid=somebody", "--regid=somebody", "--clear-groups")
+    sleeps = ("python3", "-c", "import time; time.sleep(600)", "hostagent.cli.main", "socket,id=hostagent-a,fd=3")
     host.run("useradd", "--no-create-home", "somebody")
-    with subprocess.Popen(host.command(*words)) as idle:
+    with subprocess.Popen(host.command(*as_him, *sleeps)):
         host.until(lambda: host.run("pgrep", "-u", "somebody", check=False), "he runs it")
-        host.run("dpkg", "-r", "hostagent", timeout=WAIT)
-        host.run("pkill", "-u", "somebody")
-        idle.wait(container.WAIT)
+        try:
+            host.run("dpkg", "-r", "hostagent", timeout=WAIT)
+        finally:
+            host.run("pkill", "-u", "somebody")
     host.run("userdel", "somebody")
     assert status_of(host) == "config-files"
     assert processes(host) == "", "none is left"

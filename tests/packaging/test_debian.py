@@ -107,6 +107,7 @@ PROCESSES = {
     9: (DATA, 0, SESSION),
     10: (TALKS, 0, "/system.slice/hostagent.service"),
     11: (DATA, 65536, SESSION),
+    12: (b"sudo\0" + QSD.replace(b"qemu-storage-daemon", b"hostagent.cli.main"), 0, SESSION),
 }
 
 
@@ -117,6 +118,8 @@ def test_no_user_holds_up_a_removal_by_words_in_his_command_line(tmp_path: Path,
         (process / "cmdline").write_bytes(words)
         (process / "status").write_text(f"Name:\tx\nUid:\t{uid}\t0\t0\t0\nGid:\t0\t0\t0\t0\n")
         (process / "cgroup").write_text(f"0::{group}\n")
+        (process / "exe").touch()
+        (process / "exe").chmod(0o4755 if words.startswith(b"sudo") else 0o755)
     text = re.search(r"^running\(\) {\n.*?^}\n", (DEBIAN / f"hostagent.{script}").read_text(), re.MULTILINE | re.DOTALL)
     assert text
     command = f"set -e\n{text[0].replace('/proc/', f'{tmp_path}/')}running\n"

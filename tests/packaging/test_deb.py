@@ -34,7 +34,8 @@ while not pathlib.Path("/srv/enough").exists():
     at = count % 64 << 20
     assert handle.pread(1 << 20, at) == truth[at:at + (1 << 20)], at
     count += 1
-    pathlib.Path("/srv/count").write_text(str(count))
+    pathlib.Path("/srv/next").write_text(str(count))
+    pathlib.Path("/srv/next").rename("/srv/count")  # which is never empty
     time.sleep(0.05)
 print("read", count)
 """

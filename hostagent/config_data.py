@@ -15,7 +15,11 @@ class Data:
         True,
         "Whether the agent starts the data daemon. It also runs alone, as `hostagent data`.",
     )
-    user: str = setting("", "The user that the agent starts it as, which needs no image's permissions.", unset="nobody")
+    user: str = setting(
+        "",
+        "The user that the agent starts it as, which needs no image's permissions.",
+        unset="hostagent-data where there is that user, else nobody",
+    )
     listen: str = setting(
         "",
         "The address that clients connect to; `::` is all of this host. Empty: the loopback address, or, with a "

@@ -26,6 +26,7 @@ from hostagent.errors import AgentError
 from hostagent.sizes import parse_size
 
 DEFAULT_FILE = "/etc/hostagent/hostagent.toml"
+DROP_INS = "hostagent.d"
 ENV_PREFIX = "HOSTAGENT_"
 CLIENT_VARIABLES = frozenset(
     f"HOSTAGENT_{name}" for name in ("SOCKET", "URL", "CAFILE", "CERTIFICATE", "KEY", "TOKEN_FILE")
@@ -35,14 +36,15 @@ _LONGEST_SOCKET = 107  # bytes of sun_path before its NUL (unix(7))
 
 
 def default_file(env: Mapping[str, str]) -> Path | None:
-    """The settings file to read when none was named: /etc's for root, the XDG one for a plain user, if it is there.
-    One in a folder that we may not look into (another user's HOME, after sudo -u) is not there for us."""
+    """The settings to read when none were named: /etc's for root, the XDG ones for a plain user. The file, or where
+    there is none the folder of its drop-ins, or None. What is in a folder that we may not look into (another user's
+    HOME, after sudo -u) is not there for us."""
     if os.geteuid() == 0:
         path = Path(DEFAULT_FILE)
     else:
         path = Path(env.get("XDG_CONFIG_HOME") or _home(env) / ".config") / "hostagent" / "hostagent.toml"
     try:
-        return path if path.exists() else None
+        return next((one for one in (path, path.with_name(DROP_INS)) if one.exists()), None)
     except PermissionError:
         return None
 
@@ -60,7 +62,8 @@ def load(
     env: Mapping[str, str] | None = None,
     overrides: Mapping[str, str] | None = None,
 ) -> Config:
-    """The settings in force. `overrides` are the command line's, by `section.key`."""
+    """The settings in force. `file` may be the folder of the drop-ins alone; `overrides` are the command line's, by
+    `section.key`."""
     env = os.environ if env is None else env
     values: dict[str, Any] = {}
     origin = {f"{section}.{key}": "default" for section in SECTIONS for key in rules(section)}
@@ -147,10 +150,13 @@ def _sources(
 
 def _files(file: Path | None) -> Iterator[Path]:
     """The file first: where it cannot be reached, that is what is said."""
-    if file is not None:
+    if file is None:
+        return
+    drop_ins = file
+    if file.name != DROP_INS or not file.is_dir():
         yield file
-        drop_ins = file.parent / "hostagent.d"
-        yield from sorted(path for path in drop_ins.glob("*.toml") if path.is_file())
+        drop_ins = file.with_name(DROP_INS)
+    yield from sorted(path for path in drop_ins.glob("*.toml") if path.is_file())
 
 
 def _from_toml(path: Path) -> Iterator[tuple[str, object, str]]:
@@ -176,7 +182,24 @@ def _parsed(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text.decode())
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise AgentError("invalid", f"{path} is not TOML: {problem}", field="config", value=str(path)) from problem
+        what, remedy = f"{path} is not TOML: {problem}", _mend(path, text, str(problem))
+        raise AgentError("invalid", what, field="config", value=str(path), remedy=remedy) from problem
+
+
+def _mend(path: Path, text: bytes, problem: str) -> str:
+    """What to do about what tomllib says. It says nothing of the section's first header."""
+    found = re.search(r"at line (\d+)", problem)
+    where = f"line {found[1]} of " if found else "the end of " if "end of document" in problem else ""
+    place = f"{where}{path}"
+    twice = re.match(r"Cannot declare \('(\w+)',\) twice", problem)
+    if twice is None:
+        return f"correct {place}, or put it back as it was"
+    header = re.compile(rb"\s*\[\s*%s\s*\]" % twice[1].encode())
+    first = next((number for number, line in enumerate(text.splitlines(), 1) if header.match(line)), None)
+    there = f"[{twice[1]}] that is there already{f' (line {first})' if first else ''}"
+    own = path if path.parent.name == DROP_INS else path.with_name(DROP_INS) / "NAME.toml"
+    elsewhere = "" if own == path else f", or all of it into a file of its own, {own}"
+    return f"remove the [{twice[1]}] in {place} and put the keys below it under the {there}{elsewhere}"
 
 
 def _env_name(name: str) -> tuple[str, str]:

@@ -114,7 +114,7 @@ async def _serve(config: Config, load: Callable[[], Config]) -> None:
     agent = Agent(config)
     try:
         await agent.start()
-        loop.add_signal_handler(signal.SIGHUP, reload.Reload(config, load, agent.reload).now)
+        loop.add_signal_handler(signal.SIGHUP, reload.Reload(config, load, agent.reload, agent.news.status).now)
         gc.freeze()  # what was imported stays: no need to walk it again and again, 50 ms in which nothing is done
         gc.set_threshold(10_000, 10, 10)  # a list of 100 jobs is 10,000 objects: not ten collections each
         await stop.wait()
@@ -556,8 +556,7 @@ class Agent:
         self._server = Server(app, self._bus, policy=policy, settings=settings, doors=self._doors, told=told)
 
     def _strangers(self) -> set[int]:
-        """The data daemon is in the group for the exports' sake: it has strangers as clients, and no say here."""
-        return {host.data_user(self._config, self._group).uid} if self._config.data.start else set()
+        return host.strangers(self._config)
 
     def _retention(self) -> Retention:
         jobs, exports, store = self._config.jobs, self._config.exports, self._config.store

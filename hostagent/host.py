@@ -49,22 +49,36 @@ def storage_user(config: Config) -> User:
     return user
 
 
+DATA_USERS = ("hostagent-data", "nobody")
+"""Who is the data daemon: the first that there is. units/sysusers.conf makes the one, every system has the other."""
+
+
 def data_user(config: Config, group: int | None) -> User:
     """Who the data daemon runs as: nobody that owns an image, in the group that may use NBD sockets."""
     if os.geteuid() != 0:
         return User.current()
-    name = config.data.user or "nobody"
-    try:
-        user = User.named(name)
-    except KeyError:
-        raise AgentError(
-            "invalid",
-            f"there is no user {name!r} on this host",
-            field="data.user",
-            value=name,
-            remedy="make it, or leave the setting empty",
-        ) from None
-    return replace(user, groups=() if group is None else (group,))
+    names = (config.data.user,) if config.data.user else DATA_USERS
+    for name in names:
+        with contextlib.suppress(KeyError):
+            return replace(User.named(name), groups=() if group is None else (group,))
+    raise AgentError(
+        "invalid",
+        f"there is no user {names[0]!r} on this host",
+        field="data.user",
+        value=names[0],
+        remedy="make it, or leave the setting empty",
+    )
+
+
+def strangers(config: Config) -> set[int]:
+    """Who is in the group for the exports' sake and has no say in the agent, for strangers are its clients: a data
+    daemon, also one that runs still as who it was before, or as a service of its own (units/)."""
+    found = set()
+    ours = ((config.data.user,) if config.data.user else DATA_USERS) if config.data.start else ()
+    for name in {*ours, DATA_USERS[0]}:
+        with contextlib.suppress(KeyError):
+            found.add(User.named(name).uid)
+    return found
 
 
 def unknown_owner(text: str) -> Label | None:

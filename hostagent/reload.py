@@ -18,24 +18,32 @@ AT_ONCE = ("logs.level", "api.certificate_scopes")
 
 class Reload:
     """`load` reads the settings; `config` are those in force. `anew` gets those that were read, for what else is read
-    anew with them: it raises AgentError where they are wrong, and changes nothing then."""
+    anew with them: it raises AgentError where they are wrong, and changes nothing then. `status` is the agent's line
+    for the service manager."""
 
     def __init__(
-        self, config: Config, load: Callable[[], Config], anew: Callable[[Config], None] = lambda config: None
+        self,
+        config: Config,
+        load: Callable[[], Config],
+        anew: Callable[[Config], None] = lambda config: None,
+        status: Callable[[], str] = lambda: "ready",
     ) -> None:
         self._in_force = plain(config)
         self._load = load
         self._anew = anew
+        self._status = status
 
     def now(self) -> None:
         sdnotify.reloading()
+        status = ""
         try:
             self._apply(self._load())
         except AgentError as error:
             fields = {"error": error.message, "remedy": error.remedy}
             log.error("the settings are wrong: those from before stay in force", extra={"fields": fields})
+            status = f"the settings are wrong, those from before stay in force: {error.message}"
         finally:
-            sdnotify.notify("READY=1")
+            sdnotify.ready(status or self._status())
 
     def _apply(self, config: Config) -> None:
         wanted = plain(config)

@@ -33,6 +33,10 @@ STREAM_SILENCE = 60.0  # seconds; the agent sends a heartbeat every 15 s, so a l
 LARGEST_ANSWER = 64 << 20  # bytes; a page of 1000 jobs, each with a chain of 200 layers, stays below it
 LARGEST_LINE = 1 << 20  # bytes of one line of an event stream
 MOST_PAGES = 1000  # of a list; a hundred objects each, unless the agent is set otherwise
+SYSTEM = Path("/run/hostagent/hostagent.sock")  # of this host's own agent
+BOOTED = Path("/run/systemd/system")  # there where systemd is the service manager (sd_booted(3))
+UNIT = "hostagent.service"
+UNITS = ("/etc/systemd/system", "/lib/systemd/system")  # where it lies: made by hand, or the package's
 
 
 class CliError(Exception):
@@ -273,9 +277,12 @@ def _who_may(where: Path | Away) -> str:
 def _where_else(path: Path | Away) -> str:
     if not isinstance(path, Path):
         return "is it served there (api.listen)? its certificate must be of --cafile, and ours of its api.tls_client_ca"
-    system = Path("/run/hostagent/hostagent.sock")
-    other = f"; this host's own agent is at --socket {system}" if path != system and system.exists() else ""
-    return f"start it (`hostagent serve`), or name its socket with --socket or HOSTAGENT_SOCKET{other}"
+    other = f"; this host's own agent is at --socket {SYSTEM}" if path != SYSTEM and SYSTEM.exists() else ""
+    named = f"or name its socket with --socket or HOSTAGENT_SOCKET{other}"
+    if path == SYSTEM and BOOTED.is_dir() and any(Path(folder, UNIT).exists() for folder in UNITS):
+        why = "`journalctl -u hostagent -n 20` says why it is not there"
+        return f"{why}; when that is mended: `systemctl restart hostagent`, {named}"
+    return f"start it (`hostagent serve`), {named}"
 
 
 def _decoded(text: bytes) -> Any:

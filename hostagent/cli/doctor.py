@@ -139,6 +139,8 @@ def _host(host: Json) -> Iterator[Finding]:
         yield warn("data daemon", text, "it begins anew when nobody has a ticket of it")
     elif data and data.get("running"):
         yield ok("data daemon", f"answers, pid {data['pid']}")
+    elif data and data.get("starting"):
+        yield warn("data daemon", "it is being started", "ask again in a moment")
     elif data:
         yield fail("data daemon", str(data.get("error")), "see the agent's log; it is tried again by itself")
     daemons = host.get("storage_daemons") or []

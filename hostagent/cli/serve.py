@@ -27,6 +27,7 @@ def register(nouns: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime-dir", metavar="DIR", type=arguments.path, help="agent.runtime_dir")
     parser.add_argument("--hypervisor-user", metavar="USER", help="access.hypervisor_user")
     parser.add_argument("--show-config", action="store_true", help="print the settings in force, and where from")
+    parser.add_argument("--check-config", action="store_true", help="only say whether the settings can be used")
     parser.set_defaults(run=_serve)
 
 
@@ -41,6 +42,8 @@ def _serve(args: argparse.Namespace) -> int:
         return config_text.load(file=args.config or config_text.default_file(os.environ), overrides=overrides)
 
     settings = load()
+    if args.check_config:
+        return EXIT_OK
     if args.show_config:
         print(config_text.show(settings), end="")
         return EXIT_OK

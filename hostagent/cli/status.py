@@ -80,6 +80,8 @@ def _libvirt(state: Json) -> str:
 def _data(state: Json | None) -> str:
     if not state:
         return "no data daemon of this agent's (data.start)"
+    if state.get("starting"):
+        return "data daemon: it is being started"
     return f"data daemon, pid {state.get('pid')}" if state.get("running") else f"no data daemon: {state.get('error')}"
 
 

@@ -111,9 +111,8 @@ class Terminal:
         for head in heads:
             justify: Literal["left", "right"] = "right" if head.right else "left"
             # An id is there to be copied: the other columns fold.
-            table.add_column(
-                head.title.upper(), justify=justify, overflow="fold", no_wrap=head.title in ("id", "holder")
-            )
+            whole = head.title in ("id", "job", "export", "holder")
+            table.add_column(head.title.upper(), justify=justify, overflow="fold", no_wrap=whole)
         for row in cells:
             table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
         self.console.print(table)

@@ -63,7 +63,7 @@ class Control:
             body = self._metrics.text()
             return connection.reply(request, Answer(200, body, (("content-type", CONTENT_TYPE),)))
         if request.method == "GET" and request.path == "/healthz":
-            found = {"status": "ok", "version": __version__, "pid": os.getpid(), "tickets": len(self._tickets.all())}
+            found = {"status": "ok", "version": __version__, "pid": os.getpid(), "tickets": self._tickets.in_use()}
             found["mark"] = self._mark
             return connection.reply(request, answers.of_json(found))
         raise HttpError(404, "No handler for this path")

@@ -235,6 +235,10 @@ class Tickets:
         with self._lock:
             return list(self._tickets.values())
 
+    def in_use(self) -> int:
+        """How many somebody may use, or uses. One whose time is over is kept to be extended, and holds up nothing."""
+        return sum(bool(one.running) or not (one.canceled or one.over) for one in self.all())
+
     def add(self, spec: Spec, wait: float, by: str = "") -> Ticket:
         """A ticket of the same id is revoked first: HttpError 409 if what it runs does not end within `wait` s."""
         ticket = Ticket(spec, self._lane(spec.rate), time.monotonic() + spec.timeout)

@@ -67,6 +67,8 @@ class Child:
         self._tell = tell
         self._process: subprocess.Popen[bytes] | None = None
         self.pid: int | None = None
+        self.starting = True
+        """For the first time: nothing is wrong yet."""
         self.error: str | None = "it is being started"
         self.outdated = False
         """It began with another version, or other settings, than those in force."""
@@ -91,7 +93,7 @@ class Child:
             retry = min(retry * 2, self._settings.retry_max)
 
     async def stop(self) -> None:
-        """End it, unless somebody has a ticket: then it goes on, and the next agent finds it."""
+        """End it, unless a ticket is in use: then it goes on, and the next agent finds it."""
         try:
             found = await asyncio.to_thread(self.control.health)
         except AgentError:
@@ -128,7 +130,7 @@ class Child:
             await asyncio.to_thread(self._end, self.pid)
             return False
         if self.error is not None:
-            self.error = None
+            self.error, self.starting = None, False
             self._tell(True, None)
             log.info("data daemon answers", extra={"fields": {"pid": self.pid}})
         return True
@@ -181,11 +183,17 @@ class Child:
 
     def _failed(self, why: str) -> None:
         changed = self.error != why
-        self.error = why
+        self.error, self.starting = why, False
         if changed:
             self._tell(False, why)
             log.warning("no data daemon", extra={"fields": {"error": why}})
 
     def facts(self) -> dict[str, Any]:
         """For `status`."""
-        return {"running": self.error is None, "pid": self.pid, "error": self.error, "outdated": self.outdated}
+        return {
+            "running": self.error is None,
+            "starting": self.starting,
+            "pid": self.pid,
+            "error": self.error,
+            "outdated": self.outdated,
+        }

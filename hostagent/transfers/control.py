@@ -28,7 +28,7 @@ class Control:
         self._revoke = revoke
 
     def health(self) -> dict[str, Any]:
-        """`status`, `pid`, `version`, `tickets`, `mark`. AgentError unavailable where nobody answers."""
+        """`status`, `pid`, `version`, `tickets` in use, `mark`. AgentError unavailable where nobody answers."""
         found = self._call("GET", "/healthz")
         if not isinstance(found, dict) or not isinstance(found.get("pid"), int):
             raise AgentError("unavailable", "what answers is no data daemon", remedy="see data.control_socket")

@@ -23,6 +23,7 @@ MIB = 1 << 20
 AGENT = "hostagent.service"
 NEWER = "0.999"
 PACKAGES = "/opt/packages"
+DROP_IN = "/etc/hostagent/hostagent.d/jobs.toml"
 SITE = "/usr/lib/hostagent/lib/python3.11/site-packages"
 
 READER = """
@@ -33,7 +34,8 @@ while not pathlib.Path("/srv/enough").exists():
     at = count % 64 << 20
     assert handle.pread(1 << 20, at) == truth[at:at + (1 << 20)], at
     count += 1
-    pathlib.Path("/srv/count").write_text(str(count))
+    pathlib.Path("/srv/next").write_text(str(count))
+    pathlib.Path("/srv/next").rename("/srv/count")  # which is never empty
     time.sleep(0.05)
 print("read", count)
 """
@@ -158,6 +160,11 @@ def ticket(host: Container, verb: str, body: dict[str, Any] | None = None) -> No
     host.run("python3", "-c", CONTROL, verb, json.dumps(body) if body else "")
 
 
+def data_user(host: Container) -> str:
+    pid = asked(host, "status")["host"]["data_daemon"]["pid"]
+    return host.run("stat", "-c", "%U", f"/proc/{pid}").strip()
+
+
 def status_of(host: Container) -> str:
     """Of the package, as dpkg has it."""
     shown = host.run("dpkg-query", "-W", "-f", "${db:Status-Status}", "hostagent", check=False)
@@ -190,6 +197,7 @@ def it_installs_and_runs_in_its_own_environment(host: Container) -> None:
     assert host.run(*enabled, check=False).split() == ["enabled", "enabled", "disabled"]
     assert host.show(AGENT, "ActiveState") == "active"
     host.until(lambda: asked(host, "status")["host"]["data_daemon"]["running"], "the data daemon runs")
+    assert data_user(host) == "hostagent-data"
     host.until(lambda: asked(host, "status")["host"]["dbus"].startswith("connected"), "it is on the system bus")
     version = ("/org/hostagent1", "org.hostagent1.Manager", "Version")
     assert host.run("busctl", "get-property", "org.hostagent1", *version) == f's "{__version__}"\n'
@@ -213,9 +221,7 @@ def it_installs_and_runs_in_its_own_environment(host: Container) -> None:
 
 
 def it_upgrades_under_a_running_pull_and_a_served_export(host: Container) -> None:
-    host.run(
-        "sh", "-c", "echo '[jobs]' > /etc/hostagent/hostagent.toml; echo 'width = 3' >> /etc/hostagent/hostagent.toml"
-    )
+    host.run("sh", "-c", f"printf '[jobs]\nwidth = 3\n' > {DROP_IN}")
     pulled, served = image(host, "pulled"), image(host, "served")
     job = slow_pull(host, pulled)
     export = asked(host, "export", "start", served)
@@ -237,7 +243,7 @@ def it_upgrades_under_a_running_pull_and_a_served_export(host: Container) -> Non
     assert reader.poll() is None
     shown = asked(host, "job", "show", job)
     assert (shown["state"], shown["finished"]) == ("running", None)
-    assert "width = 3  # from: /etc/hostagent/hostagent.toml" in host.run("hostagent", "serve", "--show-config")
+    assert f"width = 3  # from: {DROP_IN}" in host.run("hostagent", "serve", "--show-config")
 
     host.run("hostagent", "job", "speed", job, "unlimited")
     host.until(lambda: asked(host, "job", "show", job)["finished"], "the pull ends")
@@ -261,7 +267,7 @@ def it_is_not_removed_while_an_export_is_served(host: Container) -> None:
     said = refused(host, "dpkg", "-r", "hostagent")
     assert "a data daemon with tickets" in said, said
     assert host.run("systemctl", "is-active", AGENT, "hostagent.socket").split() == ["active", "active"], "again"
-    ticket(host, "DELETE")
+    ticket(host, "PATCH", {"timeout": 0})  # it is over, kept for an hour, and holds up nothing
 
     # An agent that does not answer cannot say; its storage daemons can be seen.
     slow_pull(host, image(host, "aborted"))
@@ -277,12 +283,24 @@ def it_is_removed_and_not_purged_while_access_is_given(host: Container) -> None:
     host.run("hostagent", "job", "abort", job["id"])
     host.until(lambda: asked(host, "job", "show", job["id"])["state"] == "aborted", "it ended")
     host.until(lambda: not storage_daemons(host), "its storage daemon ended")
-    host.run("dpkg", "-r", "hostagent", timeout=WAIT)
+    as_him = ("setpriv", "--reuid=somebody", "--regid=somebody", "--clear-groups")
+    sleeps = ("python3", "-c", "import time; time.sleep(600)", "hostagent.cli.main", "socket,id=hostagent-a,fd=3")
+    host.run("useradd", "--no-create-home", "somebody")
+    with subprocess.Popen(host.command(*as_him, *sleeps)):
+        host.until(lambda: host.run("pgrep", "-u", "somebody", check=False), "he runs it")
+        try:
+            host.run("dpkg", "-r", "hostagent", timeout=WAIT)
+        finally:
+            host.run("pkill", "-u", "somebody")
+    host.run("userdel", "somebody")
     assert status_of(host) == "config-files"
     assert processes(host) == "", "none is left"
+    assert host.run("systemctl", "is-active", "hostagent.slice", "hostagent-qsd.slice", check=False).split() == [
+        "inactive", "inactive"
+    ]  # fmt: skip
     gone = "for path in /usr/lib/hostagent /usr/bin/hostagent /run/hostagent /lib/systemd/system/hostagent.service; do "
     assert host.run("sh", "-c", f"{gone} [ ! -e $path ] || echo $path; done") == ""
-    assert "width = 3" in (host.root / "etc/hostagent/hostagent.toml").read_text(), "settings stay"
+    assert "width = 3" in (host.root / DROP_IN.strip("/")).read_text(), "settings stay"
     version = (
         "import sqlite3; print(*sqlite3.connect('/var/lib/hostagent/hostagent.db').execute('PRAGMA user_version'))"
     )

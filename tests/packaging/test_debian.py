@@ -91,6 +91,44 @@ def test_a_maintainer_script_is_understood_and_has_its_place_for_debhelper(scrip
     assert "\n#DEBHELPER#\n" in text and text.startswith("#!/bin/sh\n") and "\nset -e\n" in text
 
 
+QSD = b"qemu-storage-daemon\0--chardev\0socket,id=hostagent-a356251107a9,fd=820,server=off\0"
+DATA = b"/usr/bin/python3\0-I\0-m\0hostagent.cli.main\0data\0"
+TALKS = b"grep\0see socket,id=hostagent-a356251107a9,fd=820 or hostagent.cli.main\0"
+SESSION = "/user.slice/user-1000.slice/session-1.scope"
+PROCESSES = {
+    1: (QSD, 64055, "/system.slice/cron.service"),  # Debian's number for libvirt-qemu
+    2: (QSD, 998, SESSION),
+    3: (QSD, 1000, "/hostagent.slice/hostagent-qsd.slice/hostagent-1.scope"),
+    4: (QSD, 1000, SESSION),
+    5: (QSD, 165536, "/user.slice/user-1000.slice/user@1000.service/hostagent.slice"),
+    6: (DATA, 65534, "/"),
+    7: (DATA, 59999, "/system.slice/hostagent.service"),
+    8: (DATA, 1000, "/system.slice/other-hostagent.service"),
+    9: (DATA, 0, SESSION),
+    10: (TALKS, 0, "/system.slice/hostagent.service"),
+    11: (DATA, 65536, SESSION),
+    12: (b"sudo\0" + QSD.replace(b"qemu-storage-daemon", b"hostagent.cli.main"), 0, SESSION),
+}
+
+
+@pytest.mark.parametrize(("script", "found"), [("prerm", "1 2 3 6 7 9"), ("postrm", "1 2 3")])
+def test_no_user_holds_up_a_removal_by_words_in_his_command_line(tmp_path: Path, script: str, found: str) -> None:
+    for pid, (words, uid, group) in PROCESSES.items():
+        (process := tmp_path / str(pid)).mkdir()
+        (process / "cmdline").write_bytes(words)
+        (process / "status").write_text(f"Name:\tx\nUid:\t{uid}\t0\t0\t0\nGid:\t0\t0\t0\t0\n")
+        (process / "cgroup").write_text(f"0::{group}\n")
+        (process / "exe").touch()
+        (process / "exe").chmod(0o4755 if words.startswith(b"sudo") else 0o755)
+    text = re.search(r"^running\(\) {\n.*?^}\n", (DEBIAN / f"hostagent.{script}").read_text(), re.MULTILINE | re.DOTALL)
+    assert text
+    command = f"set -e\n{text[0].replace('/proc/', f'{tmp_path}/')}running\n"
+    # The test's folder may have digits in its name: its processes' names are the last part.
+    command = command.replace("tr -dc", f"sed 's,{tmp_path}/,,' | tr -dc")
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert sorted(done.stdout.split(), key=int) == found.split(), done.stderr
+
+
 def test_the_profile_opens_the_sockets_of_exports_and_says_that_it_is_untested() -> None:
     rules = [line for line in PROFILE.read_text().splitlines() if line and not line.startswith("#")]
     assert rules == ["/run/hostagent/nbd/*.sock rw,"]

@@ -80,7 +80,9 @@ def ticket(url: str, size: int, *ops: str) -> dict[str, Any]:
 def test_it_runs_as_nobody_and_the_agent_says_so(agent: AgentProcess) -> None:
     pid = pid_of(agent)
     until(lambda: agent.get("/v1/host")["data_daemon"]["running"])
-    assert agent.get("/v1/host")["data_daemon"] == {"running": True, "pid": pid, "error": None, "outdated": False}
+    assert agent.get("/v1/host")["data_daemon"] == {
+        "running": True, "starting": False, "pid": pid, "error": None, "outdated": False
+    }  # fmt: skip
     status = Path(f"/proc/{pid}/status").read_text()
     if os.geteuid() == 0:
         assert "Uid:\t0" not in status
@@ -128,7 +130,8 @@ def test_it_outlives_the_agent_with_its_tickets_and_is_found_again(agent: AgentP
     assert control(agent).show(one["uuid"])["size"] == 4096, "somebody has a ticket"
     agent.start()
     assert pid_of(agent) == pid
-    control(agent).remove(one["uuid"])
+    control(agent).extend(one["uuid"], 0)
+    assert control(agent).show(one["uuid"])["expires_in"] == 0, "it is over: it is kept for data.keep_expired"
     agent.stop()
     assert until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text())
 

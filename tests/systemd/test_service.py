@@ -183,11 +183,36 @@ def test_a_reload_reads_the_settings(host: Container) -> None:
         host.run("systemctl", "reload", AGENT)
         host.until(lambda: '"at_the_next_start": ["jobs.width"]' in host.log(), "it is said")
         settings.write_text("[jobs]\nwidth = 0\n")
-        host.run("systemctl", "reload", AGENT)
-        host.until(lambda: "the settings are wrong" in host.log(), "it is said")
+        fails(host, "systemctl", "reload", AGENT)
+        host.until(lambda: "set jobs.width to" in host.log(), "it is said, with the remedy")
+        host.run("systemctl", "kill", "-s", "HUP", "--kill-whom=main", AGENT)
+        host.until(lambda: "the settings are wrong" in host.show(AGENT, "StatusText"), "and where nobody has checked")
         assert (host.show(AGENT, "MainPID"), host.show(AGENT, "ActiveState")) == (pid, "active")
     finally:
         settings.unlink()
+    host.run("systemctl", "reload", AGENT)
+    assert host.show(AGENT, "StatusText").startswith("0 jobs")
+
+
+def test_an_agent_that_settings_keep_from_starting_comes_back_with_its_socket(host: Container) -> None:
+    drop_in = host.root / "etc/hostagent/hostagent.d/tcp.toml"
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text("[api]\nmax_body = 1024\n[api]\nlisten = []\n")
+    try:
+        host.run("systemctl", "restart", AGENT, check=False)
+        host.until(lambda: host.show("hostagent.socket", "ActiveState") == "failed", "it is given up")
+        said = fails(host, "/usr/lib/hostagent/bin/hostagent", "status")
+        assert "journalctl -u hostagent" in said and "systemctl restart hostagent" in said, said
+        assert "put the keys below it under the [api] that is there already (line 1)" in host.log()
+    finally:
+        drop_in.unlink()
+        drop_in.parent.rmdir()
+    host.until(lambda: host.run("systemctl", "restart", AGENT, check=False) == "" and active(host), "both are back")
+    assert "no job is active" in host.hostagent("status")
+
+
+def active(host: Container) -> bool:
+    return {host.show(unit, "ActiveState") for unit in (AGENT, "hostagent.socket")} == {"active"}
 
 
 def test_a_reboot_ends_a_pull_which_another_completes(host: Container, top: str) -> None:

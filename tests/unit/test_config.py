@@ -128,6 +128,42 @@ def test_a_file_that_is_no_settings_file_is_refused_by_name(file: Path, content:
     assert str(file) in str(_refused(file=file))
 
 
+@pytest.mark.parametrize("where", ["hostagent.toml", "hostagent.d/tcp.toml"])
+def test_a_section_that_is_there_twice_is_refused_with_what_to_do(file: Path, where: str) -> None:
+    wrong = file.parent / where
+    wrong.write_text("# [api] is below\n\n [ api ]  # once\nmax_body = 1024\n\n[api]\nsse_queue = 1\n")
+    refused = _refused(file=file if wrong == file else wrong.parent)
+    assert "Cannot declare" in refused.message and str(wrong) in refused.message
+    remedy = f"remove the [api] in line 6 of {wrong} and put the keys below it under the [api] that is there already"
+    assert (refused.remedy or "").startswith(f"{remedy} (line 3)")
+    assert (f"{file.parent}/hostagent.d/NAME.toml" in (refused.remedy or "")) == (wrong == file)
+
+
+@pytest.mark.parametrize(("text", "place"), [("[api]\n=", "line 2 of"), ("[api", "the end of")])
+def test_what_is_no_toml_is_refused_with_its_place(file: Path, text: str, place: str) -> None:
+    file.write_text(text)
+    assert f"correct {place} {file}" in (_refused(file=file).remedy or "")
+
+
+def test_drop_ins_are_read_where_there_is_no_file_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "hostagent"
+    (folder / "hostagent.d").mkdir(parents=True)
+    drop_in = folder / "hostagent.d" / "tcp.toml"
+    drop_in.write_text("[jobs]\nwidth = 7\n")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    env = {"XDG_CONFIG_HOME": str(tmp_path)}
+
+    def width() -> tuple[int, str]:
+        loaded = config_text.load(file=config_text.default_file(env), env={})
+        return loaded.jobs.width, loaded.origin["jobs.width"]
+
+    assert width() == (7, str(drop_in))
+    (folder / "hostagent.toml").write_text("[jobs]\nwidth = 6\nqueue = 5\n")
+    assert width() == (7, str(drop_in)), "and where there is, after it"
+    drop_in.unlink()
+    assert width() == (6, str(folder / "hostagent.toml"))
+
+
 def test_a_missing_file_is_refused_by_name(file: Path) -> None:
     assert str(file) in str(_refused(file=file))
 

@@ -12,6 +12,7 @@ import pytest
 
 from hostagent import config_text, host
 from hostagent.data import listeners
+from hostagent.drivers.process import User
 from hostagent.drivers.qsd_process import _listener
 from hostagent.errors import AgentError
 
@@ -42,6 +43,36 @@ def plain_user() -> Iterator[None]:
 
 def modes(*paths: Path) -> dict[str, str]:
     return {path.name: f"{path.stat().st_mode & 0o777:04o}" for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("known", "given", "user"),
+    [
+        (("nobody",), "", "nobody"),
+        (("nobody", "hostagent-data"), "", "hostagent-data"),
+        (("nobody", "hostagent-data", "x"), "x", "x"),
+        (("nobody", "hostagent-data"), "x", None),
+    ],
+)
+def test_the_data_daemon_has_a_user_of_its_own_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, known: tuple[str, ...], given: str, user: str | None
+) -> None:
+    def entry(name: str) -> User:
+        if name not in known:
+            raise KeyError(name)
+        return User(name, 900 + len(name), 900, (900,))
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(User, "named", entry)
+    config = config_text.load(env={"HOSTAGENT_DATA_USER": given})
+    if user is None:
+        with pytest.raises(AgentError, match="no user 'x'"):
+            host.data_user(config, 42)
+    else:
+        assert (host.data_user(config, 42).name, host.data_user(config, 42).groups) == (user, (42,))
+    assert host.strangers(config) == {900 + len(name) for name in known if name != "nobody" or not given}
+    alone = config_text.load(env={"HOSTAGENT_DATA_USER": given, "HOSTAGENT_DATA_START": "no"})
+    assert host.strangers(alone) == {914 for name in known if name == "hostagent-data"}, "as a service of its own"
 
 
 def test_what_a_plain_users_agent_makes_is_his_alone(folder: Path) -> None:

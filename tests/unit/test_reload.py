@@ -41,7 +41,7 @@ def test_what_can_change_does_and_the_rest_is_said(manager: socket.socket, caplo
         assert logging.getLogger().level == logging.DEBUG
         assert waiting(caplog) == ["jobs.width"]
         assert manager.recv(100).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
-        assert manager.recv(100) == b"READY=1"
+        assert manager.recv(100) == b"READY=1\nSTATUS=ready"
 
 
 def test_settings_that_are_wrong_change_nothing(manager: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
@@ -53,4 +53,6 @@ def test_settings_that_are_wrong_change_nothing(manager: socket.socket, caplog: 
     assert logging.getLogger().level == level
     assert "those from before stay in force" in caplog.text
     manager.recv(100)
-    assert manager.recv(100) == b"READY=1", "it is not left waiting"
+    told = manager.recv(200)
+    assert told.startswith(b"READY=1\n"), "it is not left waiting"
+    assert b"STATUS=the settings are wrong" in told and told.endswith(b"jobs.width is 0")

@@ -9,6 +9,9 @@ import pytest
 from fake_agent import ID, FakeAgent
 from test_cli_objects import host
 
+from hostagent.cli import drain
+from hostagent.cli.terminal import Terminal
+
 ADDRESS = "/v1/host/drain"
 
 
@@ -39,6 +42,15 @@ def test_it_says_what_holds_and_by_whom(agent: FakeAgent, run, capsys) -> None:
                   "hostagent export stop", "hostagent grant list"):  # fmt: skip
         assert words in out
     assert agent.calls[0].body == {"pause": False}
+
+
+def test_ids_stay_whole_on_a_narrow_terminal(monkeypatch, capsys) -> None:
+    """They are there to be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    image = "/var/lib/libvirt/images/a-guest-with-a-name/disk-0123456789.qcow2"
+    drain._print_what_holds(Terminal(), state(jobs=[{**JOB, "target": image}], exports=[{**EXPORT, "id": ID}]))
+    assert capsys.readouterr().out.count(ID) == 2
 
 
 def test_it_waits_until_nothing_holds_and_says_what_it_waits_for_once(agent: FakeAgent, run, capsys, no_pause) -> None:

@@ -14,7 +14,7 @@ import pytest
 from fake_agent import FakeAgent
 from test_cli_objects import grant, host
 
-from hostagent.cli import arguments
+from hostagent.cli import arguments, client
 from hostagent.cli.judged import judged
 from hostagent.config_text import load, plain
 
@@ -153,6 +153,17 @@ def test_doctor_reports_what_the_agent_knows(agent: FakeAgent, run, capsys) -> N
     assert "mode 0644 lets everybody read" in found["kept files", "warn"]
 
 
+def test_a_data_daemon_that_is_being_started_is_no_failure(agent: FakeAgent, run, capsys) -> None:
+    _healthy(agent)
+    facts = {"running": False, "starting": True, "pid": None, "error": "it is being started", "outdated": False}
+    late = {**facts, "starting": False, "error": "it ended at once"}
+    for given, result in ((facts, "warn"), (late, "fail")):
+        agent.on("GET", "/v1/host", (200, host(data_daemon=given)))
+        run("doctor", "--json")
+        check = _checks(capsys.readouterr().out)["data daemon"]
+        assert (check["result"], check["message"]) == (result, given["error"])
+
+
 def test_doctor_finds_missing_programs_users_and_bad_folders(run, capsys, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOSTAGENT_QSD_BINARY", "/nowhere/qsd")
     monkeypatch.setenv("HOSTAGENT_ACCESS_HYPERVISOR_USER", "no-such-user")
@@ -190,6 +201,31 @@ def test_serve_shows_the_settings_in_force(run, capsys, tmp_path: Path) -> None:
     shown = tomllib.loads(out)
     assert shown["agent"]["state_dir"] == "/s" and shown["access"]["hypervisor_user"] == "qemu"
     assert shown["jobs"]["width"] == 7 and f"# from: {file}" in out
+
+
+def test_serve_checks_its_settings_and_says_nothing_when_they_are_right(run, capsys, tmp_path: Path) -> None:
+    file = tmp_path / "h.toml"
+    file.write_text("[jobs]\nwidth = 7\n")
+    assert run("serve", "--config", str(file), "--check-config") == 0
+    assert capsys.readouterr().out == ""
+    file.write_text("[jobs]\nwidth = 0\n")
+    assert run("serve", "--config", str(file), "--check-config") == 2
+    assert "jobs.width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_where_systemd_runs_the_agent_it_is_systemd_that_is_asked(
+    run, capsys, monkeypatch, socket_path: Path, tmp_path: Path, installed: bool
+) -> None:
+    monkeypatch.setattr(client, "SYSTEM", socket_path)
+    monkeypatch.setattr(client, "BOOTED", tmp_path)
+    monkeypatch.setattr(client, "UNITS", (str(tmp_path),))
+    if installed:
+        (tmp_path / "hostagent.service").touch()
+    assert run("status") == 8
+    said = capsys.readouterr().err
+    assert ("journalctl -u hostagent" in said and "systemctl restart hostagent" in said) == installed
+    assert ("hostagent serve" in said) != installed
 
 
 def test_serve_with_wrong_settings_exits_2_and_names_the_nearest(run, capsys, tmp_path: Path) -> None:

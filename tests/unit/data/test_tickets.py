@@ -148,6 +148,22 @@ def test_time_that_is_over_ends_what_runs_and_can_be_given_again(tickets: Ticket
     assert tickets.stop_expired(60) == 0
 
 
+def test_in_use_are_tickets_that_are_not_over_and_those_with_which_something_runs(tickets: Tickets) -> None:
+    assert tickets.in_use() == 0
+    tickets.add(SPEC, 1)
+    ticket = tickets.add(replace(SPEC, uuid="over"), 1)
+    assert tickets.in_use() == 2
+    holder = FakeHolder()
+    [thread] = runs(ticket, holder)
+    tickets.extend("over", 0)
+    assert tickets.in_use() == 2
+    holder.stopped.set()
+    thread.join(5)
+    assert tickets.in_use() == 1 and len(tickets.all()) == 2
+    tickets.extend("over", 300)
+    assert tickets.in_use() == 2
+
+
 def test_each_success_begins_the_time_anew_but_not_one_that_is_over(tickets: Tickets) -> None:
     ticket = tickets.add(SPEC, 1)
     ticket.expires = before = time.monotonic() + 1

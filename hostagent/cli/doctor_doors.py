@@ -201,7 +201,7 @@ def _clock() -> Finding:
     error = int.from_bytes(timex.raw[_MAXERROR : _MAXERROR + 8], "little") / 1e6
     if status & _STA_UNSYNC:
         text = "nothing keeps it right: tokens, certificates and times to live end by it"
-        return warn(name, text, "run chrony or systemd-timesyncd (`timedatectl set-ntp true`); in a VM, its host's")
+        return warn(name, text, "apt install systemd-timesyncd (or chrony); in a container, mend its host's")
     return ok(name, f"kept right, to {error:.3f} s")
 
 

@@ -24,7 +24,8 @@ def tcp_address(text: str) -> tuple[str, int] | None:
 
 
 def network_of(address: str) -> str:
-    """What is counted as one client: an IPv4 address, or the 64 bits of an IPv6 one that a host has to itself."""
+    """What is counted as one client: an IPv4 address, the 64 bits of an IPv6 one that a host has to itself, or this
+    host, which has all that begin with 127."""
     try:
         known = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -33,7 +34,7 @@ def network_of(address: str) -> str:
         if known.ipv4_mapped:
             return str(known.ipv4_mapped)
         return str(ipaddress.ip_network((int(known) >> 64 << 64, 64)))
-    return str(known)
+    return "127.0.0.1" if known.is_loopback else str(known)
 
 
 def listener(address: str, port: int, *, backlog: int, setting: str, value: str | int) -> socket.socket:

@@ -17,14 +17,15 @@ CODES = frozenset(
     {
         *("unauthenticated", "denied", "not_found", "busy", "conflict", "invalid", "too_large", "range", "limit"),
         *("outside_pools", "image_invalid", "image_corrupt", "chain_too_deep", "chain_loop", "access_refused"),
-        *("not_supported", "unavailable", "draining", "store_full"),
+        *("not_supported", "unavailable", "draining", "no_space"),
     }
 )
 """The results of calls that were refused: nothing was changed."""
 WINDOW = 60.0
 """Seconds that are counted together."""
 CALLERS = 64
-"""That are told apart in that time; all who come later are counted as one."""
+"""That are told apart in that time: addresses of who showed nothing, and sixteen times as many who have a name. All who
+come later are counted as one of them."""
 OTHERS = Call("", who="others")
 
 
@@ -78,6 +79,7 @@ class Refusals:
         """A person is one wherever he comes from; who has no name is one with all of his address."""
         origin = network_of(call.origin.rpartition(":")[0]) if call.surface == "tcp" and call.who == "nobody" else ""
         key = (call.surface, call.who, origin)
-        if key not in self._of and len(self._of) >= CALLERS:
+        most = CALLERS if origin else 16 * CALLERS
+        if key not in self._of and sum(bool(of) == bool(origin) for _, _, of in self._of) >= most:
             key = ("", OTHERS.who, "")
         return self._of.setdefault(key, Beyond(key[1], key[0], key[2]))

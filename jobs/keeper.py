@@ -52,6 +52,7 @@ class Keeper:
         self._end_seen: float | None = None
         self._closed = False  # what the job had open is closed, so far as the driver could say
         self._released: list[FileId] = []  # with what the image had kept, which may lie in no chain of this job
+        self._deleted: set[FileId] = set()
         self._reported = False
         self._stored = world.clock.monotonic()
         self._progress = Progress(world.clock.monotonic(), job.cursor)
@@ -247,7 +248,8 @@ class Keeper:
         )
         needed = [layer.file for layer in job.dropped if found[layer.file].verdict is AccessVerdict.GRANTED]
         deletion = await self._w.driver.delete_dropped(job, needed) if job.spec.delete else Deletion()
-        deleted = {at[file] for file in deletion.files}
+        self._deleted |= deletion.files  # what follows may have to be done again
+        deleted = {at[file] for file in self._deleted}
         kept = tuple(one for one in kept if one.path not in deleted)
         granted = {path for path, result in results if result.verdict is AccessVerdict.GRANTED}
         warnings = (*deletion.warnings, *still_named(job, [one for one in kept if one.path in granted]))

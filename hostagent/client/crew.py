@@ -252,11 +252,12 @@ class Worker(threading.Thread):
             ends.connect()
             self._move(ends, piece)
         except Retry as error:
-            kept = piece.begin if ends.volatile else piece.begin + self.moving
+            moved, self.moving = self.moving, 0
+            kept = piece.begin if ends.volatile else piece.begin + moved
             if kept > piece.begin:
                 self._moved(piece._replace(end=kept))
             self._again.appendleft(piece._replace(begin=kept))
-            self._fit(self.moving // 2)
+            self._fit(moved // 2)
             self._failed(ends, error)
             return
         finally:

@@ -161,9 +161,10 @@ class Server:
         with self._lock:
             if service in CONTROLS:
                 return "control" if self._of_service[service] >= self._house.most_control else ""
-            if sum(self._of_service.values()) - sum(map(self._of_service.__getitem__, CONTROLS)) >= self._house.most:
-                return "all"
-            return "client" if self._of_client[client] >= self._house.most_of_one else ""
+            if self._of_client[client] >= self._house.most_of_one:
+                return "client"
+            count = sum(self._of_service.values()) - sum(map(self._of_service.__getitem__, CONTROLS))
+            return "all" if count >= self._house.most else ""
 
     def _room_made(self, full: str, service: str, client: str) -> bool:
         """A stranger who has had his time goes. For one more of the same client it is any of its own; for whoever comes

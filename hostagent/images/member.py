@@ -21,7 +21,7 @@ import errno
 import os
 import shlex
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ def open_member(wanted: Wanted, limits: ChainLimits) -> tuple[int, str]:
 
 def _in_its_place(wanted: Wanted, limits: ChainLimits) -> str:
     """Its path, folders resolved, if that lies where it may."""
-    if wanted.overlay is None and not _stays(Path(wanted.path), limits):
+    if wanted.overlay is None and not stays(Path(wanted.path), limits.pools):
         raise _outside(Path(wanted.path), wanted, limits)
     folder, name = os.path.split(wanted.path)
     with _os_errors(wanted):
@@ -79,9 +79,9 @@ def _in_its_place(wanted: Wanted, limits: ChainLimits) -> str:
     return str(named)
 
 
-def _stays(path: Path, limits: ChainLimits) -> bool:
+def stays(path: Path, pools: Sequence[str]) -> bool:
     """Whether each step of the name, as it is written, is in a pool or on the way to one; and the last in one."""
-    places = [place for pool in limits.pools for place in (Path(pool), Path(pool).resolve())]
+    places = [place for pool in pools for place in (Path(pool), Path(pool).resolve())]
     at = Path("/")
     for part in path.parts[1:]:
         at = at.parent if part == ".." else at / part
@@ -100,7 +100,7 @@ def _judge(handle: int, wanted: Wanted, limits: ChainLimits, link: Path | None) 
         raise JobError("image_invalid", f"{wanted} lies at {shown(path)}, which is no usable path", value=path)
     if link is None or not _in_pool(link, limits):
         _refuse_place(Path(path), wanted, limits)
-    _refuse_kind(handle, found, path)
+    _refuse_kind(handle, found, path, tell=limits.top_anywhere)
     if found.st_nlink > 1:
         raise JobError(
             "outside_pools",
@@ -134,7 +134,8 @@ def _in_pool(path: Path, limits: ChainLimits) -> bool:
     return any(path.is_relative_to(Path(pool).resolve()) for pool in limits.pools)
 
 
-def _refuse_kind(handle: int, found: os.stat_result, path: str) -> None:
+def _refuse_kind(handle: int, found: os.stat_result, path: str, *, tell: bool) -> None:
+    """`tell`: where a link leads."""
     mode = found.st_mode
     if stat.S_ISREG(mode):
         if not found.st_blocks and has_no_storage(handle):
@@ -143,9 +144,9 @@ def _refuse_kind(handle: int, found: os.stat_result, path: str) -> None:
             raise JobError("image_invalid", message, remedy=remedy, value=path)
         return
     if stat.S_ISLNK(mode):
-        target = os.readlink("", dir_fd=handle)
+        target = shown(os.readlink("", dir_fd=handle)) if tell else "if that is in a pool,"
         message = f"{path} is a symbolic link, and the last step of an image's path is not followed"
-        raise JobError("image_invalid", message, remedy=f"name its target, {shown(target)}, itself", value=path)
+        raise JobError("image_invalid", message, remedy=f"name its target, {target} itself", value=path)
     if stat.S_ISBLK(mode):
         # The same device by another node would have other locks, and another name in the ledger.
         if path != (node := device_node(found.st_rdev)):

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hostagent.drivers import process, qsd_process
-from hostagent.drivers.process import User
 from hostagent.drivers.qmp import Refused
 from hostagent.drivers.qsd import StorageDaemon
 from hostagent.drivers.qsd_process import Places
@@ -281,7 +280,7 @@ class Chains:
         chain.handed = dict(zip(chain.files(), descriptors, strict=not chain.file.network))
         try:
             await self.remember(chain)
-            chain.connection = await chain.ask(_opening(daemon, nodes, chain.apart, self.settings.qsd.user))
+            chain.connection = await chain.ask(_opening(daemon, nodes, chain.apart, self.settings.qsd.user.name))
             places.opening.unlink(missing_ok=True)
         except BaseException:
             await daemon.kill()  # nobody uses it yet
@@ -474,7 +473,7 @@ class Chains:
                 self._places(folder.name).remove()  # launched, and dead before it had a record
 
     async def _examine(self, daemon_id: str, pid: int) -> None:
-        """A daemon in our folder that no record names: end it when it holds nothing, else report it."""
+        """A daemon in our folder that no record names: end it when it holds nothing, or cannot yet; else report it."""
         daemon = StorageDaemon(
             daemon_id, self._places(daemon_id), self.settings.qsd, on_event=lambda n, d: None, on_exit=lambda: None
         )
@@ -490,6 +489,11 @@ class Chains:
         if not holds and await daemon.quit():
             daemon.places.remove()
             return
+        if daemon.places.opening.exists():
+            await daemon.kill()
+            if not daemon.alive:
+                daemon.places.remove()
+                return
         await daemon.detach()
         self.orphans.append(Orphan(daemon_id, pid, tuple(exports), holds))
 
@@ -535,14 +539,14 @@ class Chains:
         )
 
 
-async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | None, user: User) -> int:
+async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | None, user: str) -> int:
     """Open the chain's layers, or the network image that stands in their place: then the socket to its server. `user`
     is who the daemon runs as."""
     if apart is None or apart.remote is None:
         try:
             await daemon.open_chain(nodes)
         except Refused as error:
-            raise _unopened([node.layer.path for node in nodes], user, error) from error
+            raise _unopened([node.layer.path for node in nodes], error) from error
         return 0
     remote = apart.remote
     server, name = server_of(remote.uri, "image")
@@ -550,7 +554,7 @@ async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | 
     try:
         await daemon.add_remote(nodes[0], server, name, remote.timeout, writable=remote.writable)
     except Refused as error:
-        raise network.refused(remote.uri, user.name, error) from error
+        raise network.refused(remote.uri, user, error) from error
     made = await asyncio.to_thread(daemon.sockets) - before
     if len(made) != 1:  # nobody else can connect to the daemon yet
         remedy = "see that the server does not break connections, and try again"
@@ -558,9 +562,12 @@ async def _opening(daemon: StorageDaemon, nodes: Sequence[Node], apart: Apart | 
     return made.pop()
 
 
-def _unopened(paths: Sequence[str], user: User, error: Refused) -> JobError:
-    """What stood in QEMU's way. A header that it does not take is not always one that ours refuses."""
-    known = reason(Finished(1, b"", error.text.encode(), user.uid), *paths)
+def _unopened(paths: Sequence[str], error: Refused) -> JobError:
+    """What stood in QEMU's way: a format that it does not take, of a header that ours does; else what it says itself of
+    a file."""
+    if any(words in error.text for words in ("Could not open", "Permission denied", "Cannot allocate memory")):
+        return error
+    known = reason(Finished(1, b"", error.text.encode()), *paths)
     code, remedy = known or ("image_invalid", "see `hostagent image check`")
     return JobError(code, f"{paths[0]!r} cannot be opened: {error.text}", remedy=remedy, value=paths[0])
 

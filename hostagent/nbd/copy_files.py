@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hostagent.images.header import is_empty, is_plain
+from hostagent.images.member import stays
 from jobs.errors import JobError
 from jobs.model import FileId, Target
 
@@ -33,6 +34,11 @@ def unfit(path: str, why: str, remedy: str) -> JobError:
     return JobError("invalid", f"{path!r} {why}", field="dest", value=path, remedy=remedy)
 
 
+def _outside(dest: str) -> JobError:
+    remedy = "copy into a pool, or add its folder to images.pools"
+    return JobError("outside_pools", f"{dest!r} lies in no configured pool", field="dest", value=dest, remedy=remedy)
+
+
 def part_of(target: Target, job_id: str) -> str:
     return str(Path(target.path).with_name(f"{OWN}{job_id}"))
 
@@ -43,13 +49,14 @@ def new(dest: str, format_: str, pools: Sequence[str] | None) -> Target:
         raise unfit(dest, "contains control characters", "choose another name")
     if Path(dest).name.startswith(OWN):
         raise unfit(dest, f"is a name of the agent's own ({OWN}…)", "choose another name")
+    if pools is not None and not stays(Path(dest), pools):
+        raise _outside(dest)
     try:
         path = Path(os.path.realpath(Path(dest).parent), Path(dest).name)
     except OSError as error:  # of a link in /proc, or while somebody swaps the folder
         raise unfit(dest, f"does not lead to a folder: {error.strerror}", "give the folder's own path") from error
     if pools is not None and not any(path.is_relative_to(os.path.realpath(pool)) for pool in pools):
-        remedy = "copy into a pool, or add its folder to images.pools"  # where a link of his leads is not his to know
-        raise JobError("outside_pools", f"{dest!r} lies in no configured pool", field="dest", value=dest, remedy=remedy)
+        raise _outside(dest)
     if not path.parent.is_dir():
         remedy = "make the folder, or correct the path"
         raise JobError("not_found", f"there is no folder {str(path.parent)!r}", field="dest", value=dest, remedy=remedy)

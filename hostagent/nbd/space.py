@@ -6,7 +6,7 @@ always`. With `--check never` nothing is refused, for a file system that compres
 more than its numbers say.
 
 A measure needs the hypervisor user to read the files for that moment, so the ledger has rows for it. What cannot be
-measured now, because somebody writes it or its files cannot be given, is a warning.
+measured now, because its files cannot be given, say, is a warning; of what somebody writes meanwhile it is an estimate.
 """
 
 from __future__ import annotations

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,12 +43,13 @@ async def serving(chains: Chains, top: Path, holder: Holder) -> None:
         await chain.serve()
 
 
-@pytest.mark.parametrize("done", [0, 1, 3, 4])
+@pytest.mark.parametrize(("done", "silent"), [(0, False), (1, False), (3, False), (4, False), (0, True)])
 def test_a_daemon_that_may_not_have_opened_all_is_not_adopted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int, silent: bool
 ) -> None:
     """Of the four nodes of a chain of two, `done` are there when the agent is killed. With three of them the top's file
-    is open, and its node is missing; with all of them nobody has heard that they are there."""
+    is open, and its node is missing; with all of them nobody has heard that they are there. A `silent` one does not
+    answer, and the agent was killed before it had a record."""
     top = overlay(tmp_path / "top.qcow2", raw_image(tmp_path / "base.raw", MIB))
 
     async def scenario(short: Path, store: Store) -> None:
@@ -77,8 +81,13 @@ def test_a_daemon_that_may_not_have_opened_all_is_not_adopted(
         await asyncio.wait_for(half.wait(), 20)
         monkeypatch.undo()
         (record,) = await store.daemons()
+        settings = before.settings
+        if silent:
+            os.kill(record.pid, signal.SIGSTOP)
+            await store.delete_daemon(record.id)
+            settings = replace(settings, qsd=replace(settings.qsd, connect_timeout=0.3, call_timeout=0.3))
 
-        after = Chains(before.settings, store, FileLease, SystemClock())
+        after = Chains(settings, store, FileLease, SystemClock())
         after.sink = Quiet()
         await after.recover()
         assert (after.all(), after.orphans) == ([], [])

@@ -75,3 +75,41 @@ def test_a_line_that_breaks_sooner_than_a_request_would_take_gets_ahead() -> Non
     crew.run(1, lambda _: None)
     assert len(line.kept) == SIZE
     assert sum(piece.end - piece.begin for piece in recorded) == SIZE
+
+
+class Kept(Line):
+    """What it wrote is on this side, and stays when the line breaks, once, near the end."""
+
+    volatile = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = 0
+        self._broke = False
+
+    def move(self, begin: int, end: int, passed: Passed) -> None:
+        for at in range(begin, end, STEP):
+            if at == PIECE - STEP and not self._broke:
+                self._broke = True
+                raise Lost("unreachable", "the connection broke")
+            self.written += STEP
+            passed(STEP)
+
+    def flush(self) -> None: ...
+
+
+def test_what_is_shown_while_it_waits_to_try_again_is_there() -> None:
+    line, shown = Kept(), list[tuple[int, int]]()
+    crew = Crew(
+        iter([Piece(0, PIECE, Kind.DATA)]),
+        lambda: line,
+        Options(patience=Patience(retry_wait=1.0)),
+        size=PIECE,
+        done=RangeSet(),
+        record=lambda pieces: None,
+        stop=threading.Event(),
+        tell=lambda _: None,
+    )
+    crew.run(1, lambda progress: shown.append((progress.done, line.written)))
+    assert all(done <= written for done, written in shown) and len(shown) > 1
+    assert shown[-1] == (PIECE, PIECE)

@@ -114,7 +114,8 @@ async def _serve(config: Config, load: Callable[[], Config]) -> None:
     agent = Agent(config)
     try:
         await agent.start()
-        loop.add_signal_handler(signal.SIGHUP, reload.Reload(config, load, agent.reload, agent.news.status).now)
+        anew = reload.Reload(config, load, agent.reload, agent.news.status, agent.reopen)
+        loop.add_signal_handler(signal.SIGHUP, anew.now)
         gc.freeze()  # what was imported stays: no need to walk it again and again, 50 ms in which nothing is done
         gc.set_threshold(10_000, 10, 10)  # a list of 100 jobs is 10,000 objects: not ten collections each
         await stop.wait()
@@ -503,8 +504,12 @@ class Agent:
         """What can be read anew while we run. AgentError: it is wrong, and nothing has changed."""
         if self._doors is not None:
             self._doors.identities.rescope(config.api.certificate_scopes)
-            self._later(asyncio.to_thread(self._doors.reload))
+
+    def reopen(self) -> None:
+        """Files that others may have put in the place of those that are open: the audit's, certificates."""
         self._audit.reopen()
+        if self._doors is not None:
+            self._later(asyncio.to_thread(self._doors.reload))
 
     def _make_service(self) -> None:
         config = self._config

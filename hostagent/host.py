@@ -74,8 +74,8 @@ def strangers(config: Config) -> set[int]:
     """Who is in the group for the exports' sake and has no say in the agent, for strangers are its clients: a data
     daemon, also one that runs still as who it was before, or as a service of its own (units/)."""
     found = set()
-    ours = {config.data.user} if config.data.user and config.data.start else set()
-    for name in ours | {*DATA_USERS}:
+    ours = {config.data.user, *DATA_USERS} if config.data.start else {DATA_USERS[0]}
+    for name in ours:
         with contextlib.suppress(KeyError):
             found.add(User.named(name).uid)
     return found

@@ -18,8 +18,8 @@ AT_ONCE = ("logs.level", "api.certificate_scopes")
 
 class Reload:
     """`load` reads the settings; `config` are those in force. `anew` gets those that were read, for what else is read
-    anew with them: it raises AgentError where they are wrong, and changes nothing then. `status` is the agent's line
-    for the service manager."""
+    anew with them: it raises AgentError where they are wrong, and changes nothing then. `reopen` comes first, whatever
+    they are. `status` is the agent's line for the service manager."""
 
     def __init__(
         self,
@@ -27,16 +27,19 @@ class Reload:
         load: Callable[[], Config],
         anew: Callable[[Config], None] = lambda config: None,
         status: Callable[[], str] = lambda: "ready",
+        reopen: Callable[[], None] = lambda: None,
     ) -> None:
         self._in_force = plain(config)
         self._load = load
         self._anew = anew
         self._status = status
+        self._reopen = reopen
 
     def now(self) -> None:
         sdnotify.reloading()
         status = ""
         try:
+            self._reopen()
             self._apply(self._load())
         except AgentError as error:
             fields = {"error": error.message, "remedy": error.remedy}

@@ -281,7 +281,8 @@ def _where_else(path: Path | Away) -> str:
     named = f"or name its socket with --socket or HOSTAGENT_SOCKET{other}"
     if path == SYSTEM and BOOTED.is_dir() and any(Path(folder, UNIT).exists() for folder in UNITS):
         why = "`journalctl -u hostagent -n 20` says why it is not there"
-        return f"{why}; when that is mended: `systemctl restart hostagent`, {named}"
+        again = "`systemctl reset-failed 'hostagent*'; systemctl restart hostagent`"
+        return f"{why}; when that is mended: {again}, {named}"
     return f"start it (`hostagent serve`), {named}"
 
 

@@ -33,7 +33,7 @@ from jobs.errors import JobError
 from jobs.model import FileId
 from jobs.ports import Phase
 from tests.harness import MIB, AgentProcess, backing_of, check_clean, ensure_user, same_content
-from tests.qemu.faults import PATIENCE, Pair, Reader
+from tests.qemu.faults import PATIENCE, Pair, Reader, eventually
 from tests.qemu.test_exports import Hasty
 
 nbd: Any = importlib.import_module("nbd")
@@ -461,7 +461,7 @@ def test_the_api_refuses_another_user_by_the_kernels_word_whatever_the_sockets_m
     assert "PermissionError" in _asks(agent, NOBODY)
     agent.socket.chmod(0o666)
     assert _asks(agent, NOBODY) == "403"
-    assert f"uid {NOBODY}" in agent.log.read_text()
+    assert eventually(lambda: f'"uid": {NOBODY}' in agent.log.read_text())
 
 
 def _asks(agent: AgentProcess, uid: int | None) -> str:

@@ -207,7 +207,9 @@ def test_an_agent_that_settings_keep_from_starting_comes_back_with_its_socket(ho
     finally:
         drop_in.unlink()
         drop_in.parent.rmdir()
-    host.until(lambda: host.run("systemctl", "restart", AGENT, check=False) == "" and active(host), "both are back")
+    host.run("systemctl", "reset-failed", "hostagent*")
+    host.run("systemctl", "restart", AGENT)
+    host.until(lambda: active(host), "both are back")
     assert "no job is active" in host.hostagent("status")
 
 

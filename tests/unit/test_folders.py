@@ -72,7 +72,7 @@ def test_the_data_daemon_has_a_user_of_its_own_where_there_is_one(
         assert (host.data_user(config, 42).name, host.data_user(config, 42).groups) == (user, (42,))
     assert host.strangers(config) == {900 + len(name) for name in known}, "also one that began before the setting"
     alone = config_text.load(env={"HOSTAGENT_DATA_USER": given, "HOSTAGENT_DATA_START": "no"})
-    assert host.strangers(alone) == {900 + len(name) for name in known if name != "x"}, "as a service of its own"
+    assert host.strangers(alone) == {914 for name in known if name == "hostagent-data"}, "as a service of its own"
 
 
 def test_what_a_plain_users_agent_makes_is_his_alone(folder: Path) -> None:

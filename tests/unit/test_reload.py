@@ -48,8 +48,9 @@ def test_settings_that_are_wrong_change_nothing(manager: socket.socket, caplog: 
     def wrong() -> Config:
         raise AgentError("invalid", "jobs.width is 0", remedy="write 1 or more")
 
-    level = logging.getLogger().level
-    Reload(settings(), wrong).now()
+    level, opened = logging.getLogger().level, list[str]()
+    Reload(settings(), wrong, reopen=lambda: opened.append("anew")).now()
+    assert opened == ["anew"], "what logrotate has moved is not written any more"
     assert logging.getLogger().level == level
     assert "those from before stay in force" in caplog.text
     manager.recv(100)

@@ -222,8 +222,12 @@ def _listener() -> Iterator[tuple[socket.socket, int]]:
     """A listening unix socket without a name, and a descriptor by which it can be connected to (proc(5), fd)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         with tempfile.TemporaryDirectory(prefix="hostagent-client-") as home:
-            listener.bind(f"{home}/nbd")
-            door = os.open(f"{home}/nbd", os.O_PATH | os.O_CLOEXEC)
+            folder = os.open(home, os.O_PATH | os.O_CLOEXEC)  # TMPDIR may be longer than a socket's name
+            try:
+                listener.bind(f"/proc/self/fd/{folder}/nbd")
+                door = os.open("nbd", os.O_PATH | os.O_CLOEXEC, dir_fd=folder)
+            finally:
+                os.close(folder)
         listener.setblocking(False)
         listener.listen(CONNECTIONS)
         yield listener, door

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def test_a_header_that_a_guest_could_have_written_names_no_file(tmp_path: Path, 
     raw = sent(disk, options, format="raw")
     assert raw.startswith(disk.read_bytes())
     assert sent(disk, options, format="qcow2").startswith(b"s" * MIB)
+
+
+def test_a_folder_for_passing_files_may_have_a_long_name(
+    tmp_path: Path, options: client.Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("long" * 40)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    disk = overlay(tmp_path / "disk.qcow2", "base")
+    (tmp_path / "base").write_bytes(b"b" * SIZE)
+    assert sent(disk, options) == b"b" * SIZE
+    assert list(long.iterdir()) == []
 
 
 def test_a_backing_file_elsewhere_is_not_read_unless_it_was_said(tmp_path: Path, options: client.Options) -> None:

@@ -21,7 +21,7 @@ from tests.systemd.container import WAIT, Container
 
 PACKAGE = Path(sys.prefix) / "libvirt"
 IMAGES = "/var/lib/libvirt/images"
-NOW = "/root/now.raw"
+NOW = "/srv/now.raw"
 USER = "libvirt-qemu"
 USERS = f"""
 g kvm -
@@ -88,7 +88,7 @@ class Guest:
         self.name = name
         self._host = host
         self._console = f"/var/log/libvirt/qemu/{name}.console"
-        self._xml = f"/root/{name}.xml"
+        self._xml = f"/srv/{name}.xml"
         text = DOMAIN.format(name=name, disk=f"{IMAGES}/{disk}", console=self._console)
         host.outside(self._xml).write_text(text)
 

@@ -26,11 +26,11 @@ qemu-img create -q -f qcow2 -F raw -b base.raw mid.qcow2
 qemu-img create -q -f qcow2 -F qcow2 -b mid.qcow2 top.qcow2
 qemu-io -f qcow2 -c 'write -P 7 1M 1M' mid.qcow2 >/dev/null
 qemu-io -f qcow2 -c 'write -P 8 3M 2M' top.qcow2 >/dev/null
-qemu-img convert -O raw top.qcow2 /root/before.raw
+qemu-img convert -O raw top.qcow2 /srv/before.raw
 chmod 600 *
 chown 64051:64051 *
 """
-BEFORE = "/root/before.raw"
+BEFORE = "/srv/before.raw"
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_what_a_guest_has_open_that_libvirt_has_lost_is_not_taken(host: Containe
     host.hostagent("grant", "revoke", grant["id"])
     assert (top.opens(), top.owner, top.remembered["ref_dac"]) == (False, ALICE, "1")
     refused = subprocess.run(
-        host.command("virsh", "create", "--paused", "/root/web1.xml"), capture_output=True, text=True, timeout=60
+        host.command("virsh", "create", "--paused", "/srv/web1.xml"), capture_output=True, text=True, timeout=60
     )
     assert "already in use" in refused.stderr, refused
     top.forget()
